@@ -1,0 +1,1 @@
+"""Finds the best quantization recipe for a PyTorch model, layer by layer."""

@@ -1,0 +1,1 @@
+"""Repair and learning: what improves a quantized layer after calibration."""

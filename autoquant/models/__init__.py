@@ -1,0 +1,1 @@
+"""Model files, task files, data and metrics, loaded safely."""

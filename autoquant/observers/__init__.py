@@ -1,0 +1,1 @@
+"""Statistics of tensors, and the calibration methods that turn them into ranges."""

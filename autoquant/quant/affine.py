@@ -1,0 +1,88 @@
+"""The affine quantizer, x ≈ (q − zero_point) · scale: the one place that defines it.
+
+q = clamp(round(x / scale) + zero_point, qmin, qmax), rounding half to even, with signed integers
+−2^(b−1) … 2^(b−1)−1 and an integer zero point, so that the real number 0 is always a grid point
+(padding and ReLU outputs stay exact). Symmetric schemes have zero_point 0 and
+scale = max|x| / (2^(b−1)−1).
+Source: Jacob et al. 2018, arXiv 1712.05877, section 2; Wu et al. 2020, arXiv 2004.09602, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoquant.spec.formats import FORMATS
+
+TINY = torch.finfo(torch.float32).tiny
+"""Smallest scale: a smaller one is denormal, and its reciprocal overflows."""
+
+
+@dataclass(frozen=True, slots=True)
+class QParams:
+    """Scale and zero point of one tensor or of each of its blocks.
+
+    ``scale`` is float32 and ``zero_point`` an integer-valued float32, of one shape that broadcasts
+    against the tensor (or against its blocks); ``bits`` gives the grid.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer of the grid."""
+        return FORMATS[self.bits].qmin
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer of the grid."""
+        return FORMATS[self.bits].qmax
+
+
+def choose_qparams(lo: Tensor, hi: Tensor, bits: int, *, symmetric: bool) -> QParams:
+    """Return the parameters whose grid covers [lo, hi] (any shape, one entry a block).
+
+    The range is widened to include 0. A block that is all zeros gets scale 1.
+    """
+    grid = FORMATS[bits]
+    lo = lo.to(torch.float32).clamp(max=0.0)
+    hi = hi.to(torch.float32).clamp(min=0.0)
+    if symmetric:
+        scale = torch.maximum(-lo, hi) / grid.qmax
+        scale = _usable(scale)
+        return QParams(scale, torch.zeros_like(scale), bits)
+    # Divided before subtracting: hi − lo of two huge numbers would overflow.
+    levels = grid.qmax - grid.qmin
+    scale = _usable(hi / levels - lo / levels)
+    zero_point = (grid.qmin - (lo / scale).round()).clamp(grid.qmin, grid.qmax)
+    return QParams(scale, zero_point, bits)
+
+
+def _usable(scale: Tensor) -> Tensor:
+    """Return ``scale`` with zeros replaced by 1 and underflows by the smallest normal number."""
+    return torch.where(scale > 0, scale.clamp(min=TINY), torch.ones_like(scale))
+
+
+def quantize(x: Tensor, p: QParams) -> Tensor:
+    """Return the integers of ``x`` as int8."""
+    q = (x / p.scale).clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point).round_()
+    return q.add_(p.zero_point).to(torch.int8)
+
+
+def dequantize(q: Tensor, p: QParams) -> Tensor:
+    """Return the real numbers, float32, that the integers ``q`` stand for."""
+    return (q.to(torch.float32) - p.zero_point) * p.scale
+
+
+def fake_quantize(x: Tensor, p: QParams) -> Tensor:
+    """Return dequantize(quantize(x)) in the dtype of ``x``, without the integers in between.
+
+    Clamping to integers before or after rounding is the same, so the zero point only moves the
+    bounds and never touches the numbers. NaN stays NaN; ±Inf goes to the ends of the grid.
+    """
+    y = (x / p.scale).clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point).round_()
+    return y.mul_(p.scale).to(x.dtype)

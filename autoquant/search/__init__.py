@@ -1,0 +1,1 @@
+"""The study: samplers, trials, confirmation."""

@@ -1,0 +1,1 @@
+"""What a recipe and a search space say: frozen values, free of torch."""

@@ -69,7 +69,7 @@ def _usable(scale: Tensor) -> Tensor:
 
 def quantize(x: Tensor, p: QParams) -> Tensor:
     """Return the integers of ``x`` as int8."""
-    q = (x / p.scale).clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point).round_()
+    q = (x.to(torch.float32) / p.scale).clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point).round_()
     return q.add_(p.zero_point).to(torch.int8)
 
 
@@ -84,5 +84,15 @@ def fake_quantize(x: Tensor, p: QParams) -> Tensor:
     Clamping to integers before or after rounding is the same, so the zero point only moves the
     bounds and never touches the numbers. NaN stays NaN; ±Inf goes to the ends of the grid.
     """
-    y = (x / p.scale).clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point).round_()
+    y = (x.to(torch.float32) / p.scale).clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point).round_()
     return y.mul_(p.scale).to(x.dtype)
+
+
+def fake_quantize_scalar(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    """Return fake_quantize of ``x`` by one scale and zero point for the whole tensor.
+
+    The same numbers as ``fake_quantize`` gives, bit for bit; plain numbers as bounds are faster.
+    """
+    grid = FORMATS[bits]
+    y = (x.to(torch.float32) / scale).clamp_(grid.qmin - zero_point, grid.qmax - zero_point)
+    return y.round_().mul_(scale).to(x.dtype)

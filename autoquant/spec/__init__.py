@@ -1,1 +1,23 @@
 """What a recipe and a search space say: frozen values, free of torch."""
+
+from autoquant.spec.recipe import (
+    FLOAT_SITE,
+    ActivationScheme,
+    Evidence,
+    ModelIdentity,
+    Recipe,
+    SiteRecipe,
+    SplitResult,
+    WeightScheme,
+)
+
+__all__ = [
+    "FLOAT_SITE",
+    "ActivationScheme",
+    "Evidence",
+    "ModelIdentity",
+    "Recipe",
+    "SiteRecipe",
+    "SplitResult",
+    "WeightScheme",
+]

@@ -1,0 +1,227 @@
+"""Measuring one model on one split of the task's data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.errors import TrialError, UserError
+from autoquant.models.data import Splits, batch_size, to_device
+from autoquant.models.evidence import Evidence, as_float
+from autoquant.models.metrics import METRICS, Metric, MetricInfo, drop, model_metric, resolve_metric
+from autoquant.models.task import Task, outputs_of, run_forward
+from autoquant.models.usercode import describe
+
+KEEP_BYTES = 1 << 30
+"""Most bytes of float outputs that are kept to compare quantized ones with."""
+FEWEST_TO_STOP = 64
+"""Samples after which a candidate may be stopped."""
+STOP_ERRORS = 3.0
+"""Standard errors by which a candidate must be beyond the limit to be stopped early."""
+
+Watch = Callable[[int, int], None]
+"""Told (samples done, samples in all) after each batch."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one pass of a model over one split gave.
+
+    ``evidence`` is None for a task that only has ``evaluate(model)``. ``divergence`` says how far
+    the outputs are from the float model's, None where they can't be compared. ``stopped`` is true
+    where the pass was ended early, on the first ``samples`` samples.
+    """
+
+    value: float
+    samples: int
+    evidence: Evidence | None
+    divergence: float | None
+    seconds: float
+    stopped: bool = False
+
+
+class Evaluator:
+    """Runs a model over the splits of a task and scores it.
+
+    ``metric`` is known after ``baseline``. The model is whatever is passed in: the same code
+    measures the float model, candidates, and a model that was loaded back.
+    """
+
+    def __init__(self, task: Task, splits: Splits, device: torch.device) -> None:
+        self.task = task
+        self.splits = splits
+        self.device = device
+        self.metric: MetricInfo | None = model_metric(task) if task.evaluate else None
+        self._float: dict[str, Reading] = {}
+        self._outputs: dict[str, list[Any]] = {}
+
+    @property
+    def confirms(self) -> bool:
+        """Whether the task has data that the search does not see."""
+        return self.task.evaluate is None or self.task.evaluate_confirm is not None
+
+    def run(self, model: nn.Module, inputs: Any) -> Any:
+        """Return the raw outputs of ``model`` on one batch of inputs."""
+        return run_forward(self.task, model, to_device(inputs, self.device))
+
+    def example(self) -> Any:
+        """Return one batch of inputs, or None for a task that only has ``evaluate(model)``."""
+        if self.splits.calibrate:
+            return self.splits.calibrate[0]
+        return self.splits.search[0][0] if self.splits.search else None
+
+    def baseline(self, model: nn.Module, split: str) -> Reading:
+        """Return the reading of the float ``model``, measured once for each split."""
+        if split not in self._float:
+            self._float[split] = self._read(model, split, baseline=True)
+        return self._float[split]
+
+    def read(
+        self,
+        model: nn.Module,
+        split: str,
+        *,
+        limit: float | None = None,
+        watch: Watch = lambda done, total: None,
+    ) -> Reading:
+        """Return the reading of a quantized ``model``; the baseline must have been measured.
+
+        With ``limit`` (a drop), a candidate that is beyond it by STOP_ERRORS standard errors of
+        the paired difference is stopped early. Raises TrialError where the user's code fails or
+        the metric is not a finite number.
+        """
+        return self._read(model, split, limit=limit, watch=watch)
+
+    def drop(self, split: str, value: float) -> float:
+        """Return how much worse ``value`` is than the float model's metric on ``split``."""
+        assert self.metric is not None
+        return drop(self.metric, self._float[split].value, value)
+
+    def _read(
+        self,
+        model: nn.Module,
+        split: str,
+        *,
+        baseline: bool = False,
+        limit: float | None = None,
+        watch: Watch = lambda done, total: None,
+    ) -> Reading:
+        start = time.perf_counter()
+        if self.task.evaluate is not None:
+            function = self.task.evaluate if split == "search" else self.task.evaluate_confirm
+            assert function is not None
+            value = self._call(function, model)
+            return Reading(value, 0, None, None, time.perf_counter() - start)
+        batches = getattr(self.splits, split)
+        total = self.splits.samples[split]
+        pairs: list[tuple[Any, Any]] = []
+        done = 0
+        stopped = False
+        with torch.no_grad():
+            for i, (inputs, targets) in enumerate(batches):
+                outputs = to_device(self._outputs_of(model, inputs), "cpu")
+                if baseline:
+                    self._keep(split, i, outputs)
+                pairs.append((outputs, targets))
+                done += batch_size(inputs)
+                watch(done, total)
+                if limit is not None and done < total and self._hopeless(split, pairs, limit):
+                    stopped = True
+                    break
+        if self.metric is None:
+            self.metric = resolve_metric(self.task, pairs[0][0])
+        evidence = self._evidence(split, pairs)
+        divergence = None if baseline else self._divergence(split, pairs)
+        seconds = time.perf_counter() - start
+        return Reading(evidence.score(), done, evidence, divergence, seconds, stopped)
+
+    def _outputs_of(self, model: nn.Module, inputs: Any) -> Any:
+        try:
+            return outputs_of(self.run(model, inputs))
+        except (UserError, TrialError):
+            raise
+        except torch.OutOfMemoryError as error:
+            raise TrialError("out of memory on the accelerator") from error
+        except MemoryError as error:
+            raise TrialError("out of memory") from error
+        except Exception as error:
+            raise TrialError(f"forward failed: {describe(error, self.task.source)}") from error
+
+    def _call(self, function: Callable[[nn.Module], float], model: nn.Module) -> float:
+        try:
+            with torch.no_grad():
+                value = as_float("evaluate", function(model))
+        except (UserError, TrialError):
+            raise
+        except Exception as error:
+            raise TrialError(f"evaluate failed: {describe(error, self.task.source)}") from error
+        if not math.isfinite(value):
+            raise TrialError(f"evaluate returned {value}")
+        return value
+
+    def _keep(self, split: str, index: int, outputs: Any) -> None:
+        """Keep float outputs as long as they fit; without the first ones none are of use."""
+        kept = self._outputs.setdefault(split, [])
+        if len(kept) != index:
+            return
+        used = sum(_bytes(o) for o in kept) + _bytes(outputs)
+        needed = self.task.metric is None
+        if used <= KEEP_BYTES or needed:
+            kept.append(outputs)
+
+    def _evidence(self, split: str, pairs: list[tuple[Any, Any]]) -> Evidence:
+        metric: Metric = self.metric  # type: ignore[assignment]
+        if metric.reference:
+            kept = self._outputs[split]
+            pairs = [(o, kept[i]) for i, (o, _) in enumerate(pairs)]
+        return metric.evidence(pairs)
+
+    def _divergence(self, split: str, pairs: list[tuple[Any, Any]]) -> float | None:
+        """Return how far tensor outputs are from the float model's, None for anything else.
+
+        The Kullback-Leibler divergence for classes, noise over signal for everything else.
+        """
+        kept = self._outputs.get(split, [])
+        shared = [(o, f) for (o, _), f in zip(pairs, kept, strict=False)]
+        if not shared or not all(_comparable(o, f) for o, f in shared):
+            return None
+        classes = self.metric is not None and self.metric.name in ("accuracy", "top5", "f1", "kl")
+        name = "kl" if classes and shared[0][0].dim() == 2 else "noise_to_signal"
+        return METRICS.get(name).evidence(shared).score()
+
+    def _hopeless(self, split: str, pairs: list[tuple[Any, Any]], limit: float) -> bool:
+        """Return whether the paired loss so far is surely beyond ``limit``."""
+        metric: Metric = self.metric  # type: ignore[assignment]
+        reference = self._float[split].evidence
+        if not metric.bounded or reference is None:
+            return False
+        theirs = metric.per_sample_loss(reference)
+        if theirs is None:
+            return False
+        ours = metric.per_sample_loss(self._evidence(split, pairs))
+        if ours is None or len(ours) < FEWEST_TO_STOP:
+            return False
+        worse = ours - theirs[: len(ours)]
+        error = float(worse.std(ddof=1)) / math.sqrt(len(worse))
+        return float(worse.mean()) - STOP_ERRORS * error > limit
+
+
+def _bytes(outputs: Any) -> int:
+    if isinstance(outputs, Tensor):
+        return outputs.numel() * outputs.element_size()
+    if isinstance(outputs, dict):
+        return sum(map(_bytes, outputs.values()))
+    if isinstance(outputs, list | tuple):
+        return sum(map(_bytes, outputs))
+    return 64
+
+
+def _comparable(a: Any, b: Any) -> bool:
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return tensors and a.is_floating_point() and a.shape == b.shape

@@ -1,0 +1,56 @@
+"""How large a quantized model is, counted exactly as it is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from autoquant.nn.convert import Prepared
+from autoquant.nn.sites import Site
+from autoquant.quant.packing import packed_columns
+from autoquant.spec.granularity import block_size
+from autoquant.spec.recipe import FLOAT_SITE, SiteRecipe, WeightScheme
+
+
+def weight_bytes(site: Site, scheme: WeightScheme) -> int:
+    """Return the bytes of a packed weight: integers, float32 scales, int8 zero points."""
+    rows, columns = site.matrix
+    block = math.prod(block_size(scheme.granularity, site.matrix))
+    blocks = rows * columns // block
+    zero_points = 0 if scheme.symmetric else blocks
+    return rows * packed_columns(columns, scheme.bits) + 4 * blocks + zero_points
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+class SizeModel:
+    """Sizes of recipes of one prepared model, from its shapes alone."""
+
+    def __init__(self, prepared: Prepared, float_size_bytes: int) -> None:
+        self.float_size_bytes = float_size_bytes
+        self.sites = prepared.sites
+        self._float = {
+            s.name: s.numel * prepared.slots[s.name].parameter.element_size()
+            for s in prepared.sites
+        }
+        self.rest = float_bytes(prepared.model) - sum(self._float.values())
+
+    def bytes(self, sites: Mapping[str, SiteRecipe]) -> int:
+        """Return the bytes of the model as it is saved with this recipe."""
+        total = self.rest
+        for site in self.sites:
+            scheme = sites.get(site.name, FLOAT_SITE).weight
+            total += self._float[site.name] if scheme is None else weight_bytes(site, scheme)
+        return total
+
+    def average_bits(self, sites: Mapping[str, SiteRecipe]) -> float:
+        """Return the average width of the quantizable weights; one left in float counts 16."""
+        total = sum(site.numel for site in self.sites)
+        used = sum(s.numel * sites.get(s.name, FLOAT_SITE).weight_bits for s in self.sites)
+        return used / total

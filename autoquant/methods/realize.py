@@ -1,0 +1,156 @@
+"""From a recipe to quantized sites: the one way, for a trial and for ``autoquant apply`` alike."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from autoquant.errors import SpecError, TrialError
+from autoquant.methods.rounding import learn_rounding
+from autoquant.nn.calibrate import SiteStatistics
+from autoquant.nn.convert import Prepared, deploy
+from autoquant.nn.sites import Site
+from autoquant.nn.weights import QuantizedWeight, quantize_weight
+from autoquant.observers.calibration import activation_range
+from autoquant.quant.affine import choose_qparams
+from autoquant.spec.granularity import divides
+from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe, WeightScheme
+
+CACHE_BYTES = 512 << 20
+"""Most bytes that quantized weights are kept in, to be used again by a later candidate."""
+
+
+class Realizer:
+    """Gives a prepared model one recipe after another.
+
+    Quantized weights and calibrated ranges are kept, so that a candidate costs only what is new
+    in it. ``statistics`` may be empty where a recipe carries its scales and learns nothing.
+    """
+
+    def __init__(self, prepared: Prepared, statistics: Mapping[str, SiteStatistics]) -> None:
+        self.prepared = prepared
+        self.statistics = statistics
+        self._sites = {site.name: site for site in prepared.sites}
+        self._weights: OrderedDict[tuple[str, WeightScheme, float | None], QuantizedWeight]
+        self._weights = OrderedDict()
+        self._bytes = 0
+        self._ranges: dict[tuple[str, ActivationScheme], ActivationScheme] = {}
+        self._current: dict[str, SiteRecipe] = {}
+
+    def apply(self, sites: Mapping[str, SiteRecipe]) -> dict[str, SiteRecipe]:
+        """Switch the model to ``sites``; return them with their calibrated numbers.
+
+        Sites that are not named stay in float. Raises SpecError on an unknown name or a group
+        that does not divide, TrialError where a weight is NaN.
+        """
+        check_names(sites, self._sites)
+        done = {}
+        for name, site in self._sites.items():
+            recipe = self.calibrated(name, sites.get(name, FLOAT_SITE))
+            done[name] = recipe
+            if self._current.get(name) == recipe:
+                continue
+            self._current.pop(name, None)
+            self.prepared.switch(name, self.weight(site, recipe), recipe.activation)
+            self._current[name] = recipe
+        return done
+
+    def float(self) -> None:
+        """Switch the model back to float."""
+        self.prepared.reset()
+        self._current.clear()
+
+    def calibrated(self, name: str, recipe: SiteRecipe) -> SiteRecipe:
+        """Return ``recipe`` in canonical form, with scale and zero point where they are static."""
+        recipe = recipe.canonical()
+        if recipe.activation is None:
+            return recipe
+        if not self._sites[name].activation:
+            return replace(recipe, activation=None)
+        return replace(recipe, activation=self.activation(name, recipe.activation))
+
+    def activation(self, name: str, scheme: ActivationScheme) -> ActivationScheme:
+        """Return ``scheme`` with its static numbers, calibrated unless it carries them."""
+        if scheme.dynamic or scheme.scale is not None:
+            return scheme
+        key = (name, scheme)
+        if key not in self._ranges:
+            known = self.statistics.get(name)
+            if known is None or known.inputs is None:
+                raise SpecError(
+                    f"{name}: activation: no scale in the recipe and no calibration data to find "
+                    "one; give the task file"
+                )
+            lo, hi = activation_range(
+                known.inputs, scheme.calibration, scheme.bits, scheme.symmetric
+            )
+            p = choose_qparams(
+                torch.tensor(lo), torch.tensor(hi), scheme.bits, symmetric=scheme.symmetric
+            )
+            self._ranges[key] = replace(
+                scheme, scale=p.scale.item(), zero_point=int(p.zero_point.item())
+            )
+        return self._ranges[key]
+
+    def weight(self, site: Site, recipe: SiteRecipe) -> QuantizedWeight | None:
+        """Return the quantized weight of ``site``, or None where it stays in float."""
+        scheme = recipe.weight
+        if scheme is None:
+            return None
+        key = (site.name, scheme, recipe.learning_rate)
+        if key in self._weights:
+            self._weights.move_to_end(key)
+            return self._weights[key]
+        made = self._quantize(site, scheme, recipe.learning_rate)
+        self._weights[key] = made
+        self._bytes += made.q.numel()
+        while self._bytes > CACHE_BYTES and len(self._weights) > 1:
+            _, oldest = self._weights.popitem(last=False)
+            self._bytes -= oldest.q.numel()
+        return made
+
+    def _quantize(
+        self, site: Site, scheme: WeightScheme, learning_rate: float | None
+    ) -> QuantizedWeight:
+        if not divides(scheme.granularity, site.matrix):
+            raise SpecError(
+                f"{site.name}: weight.granularity: {scheme.granularity} does not divide the "
+                f"{site.matrix[1]} inputs of a channel"
+            )
+        parameter = self.prepared.slots[site.name].parameter
+        try:
+            if learning_rate is None:
+                return quantize_weight(parameter, site, scheme)
+            if site.name not in self.statistics:
+                raise SpecError(
+                    f"{site.name}: learning_rate: learned rounding needs calibration data; "
+                    "give the task file"
+                )
+            moments = self.statistics[site.name].moments
+            return learn_rounding(parameter, site, scheme, moments, learning_rate)
+        except TrialError as error:
+            raise TrialError(f"{site.name}: {error}") from error
+
+    def deploy(self, sites: Mapping[str, SiteRecipe]) -> torch.nn.Module:
+        """Return a copy of the model that carries ``sites`` as packed integers."""
+        done = self.apply(sites)
+        choices = {
+            name: (self.weight(self._sites[name], recipe), recipe.activation)
+            for name, recipe in done.items()
+        }
+        self.float()
+        return deploy(self.prepared, choices)
+
+
+def check_names(sites: Mapping[str, SiteRecipe], known: Mapping[str, Site]) -> None:
+    """Raise SpecError where ``sites`` names a layer that the model does not have."""
+    for name in sites:
+        if name not in known:
+            shown = ", ".join(list(known)[:5])
+            raise SpecError(
+                f"layer {name!r} is not in the model; its {len(known)} layers are {shown}"
+                + (", …" if len(known) > 5 else "")
+            )

@@ -1,0 +1,209 @@
+"""The task's data as three disjoint parts: to calibrate, to search by, and to confirm with.
+
+Evaluation data is split at the level of samples by a permutation that depends on the seed and the
+number of samples alone. Within a part the user's order is kept, and pieces of batches are joined
+again up to the user's batch size where their shapes fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoquant.errors import TaskError
+from autoquant.models.batches import Pair, as_inputs, as_pair, checked_size, is_pair, read
+from autoquant.models.metrics import METRICS
+from autoquant.models.trees import Tree, batch_size, concat, take, to_device
+
+if TYPE_CHECKING:
+    from autoquant.models.task import Task
+
+__all__ = ["Splits", "batch_size", "concat", "make_splits", "take", "to_device"]
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Disjoint data, on the CPU: inputs to calibrate with, (inputs, targets) to measure with.
+
+    ``samples`` counts each part's samples, by its name; ``notes`` are lines for the user.
+    """
+
+    calibrate: tuple[Tree, ...]
+    search: tuple[Pair, ...]
+    confirm: tuple[Pair, ...]
+    samples: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def make_splits(task: Task, seed: int = 0, calibration_samples: int = 512) -> Splits:
+    """Return the task's data, read once, in three disjoint parts.
+
+    At most ``calibration_samples`` samples are taken to calibrate: the first ones of
+    ``calibration_data``, or without it a quarter of the evaluation data. The rest is halved into
+    search and confirm. Samples of the evaluation data whose inputs are bit for bit among those
+    calibrated with are dropped. A task with only ``evaluate`` has no search and confirm parts.
+    Raises TaskError for data that is empty, mismatched, or too little to split.
+    """
+    pairs = [] if task.evaluation_data is None else _evaluation(task)
+    calibrate: tuple[Tree, ...] = ()
+    if task.calibration_data is not None:
+        calibrate = tuple(_calibration(task, calibration_samples, pairs[0][0] if pairs else None))
+    notes: list[str] = []
+    if task.evaluation_data is None:
+        if task.evaluate_confirm is None:
+            notes.append("without evaluate_confirm the drop is measured on data the search saw")
+        return Splits(calibrate, (), (), _count(calibrate, (), ()), tuple(notes))
+    keep = _unseen(pairs, calibrate)
+    dropped = sum(len(mask) - int(mask.sum()) for mask in keep)
+    if dropped:
+        notes.append(f"{dropped} evaluation samples are in the calibration data: not used twice")
+    n = sum(int(mask.sum()) for mask in keep)
+    own = calibrate == ()
+    fewest = 3 if own else 2
+    if n < fewest:
+        left = f" besides {dropped} that are in the calibration data too" if dropped else ""
+        raise TaskError(
+            f"{task.source}: {n} evaluation sample{'s' * (n != 1)}{left} can not be split into "
+            f"{'calibration, search and confirm' if own else 'search and confirm'}: "
+            f"give at least {fewest}"
+        )
+    parts = _assign(n, seed, min(max(n // 4, 1), calibration_samples) if own else 0)
+    whole = max(len(mask) for mask in keep)
+    chosen = [_pieces(pairs, keep, parts, part, whole) for part in range(3)]
+    if own:
+        calibrate = tuple(inputs for inputs, _ in chosen[0])
+    search, confirm = tuple(chosen[1]), tuple(chosen[2])
+    return Splits(calibrate, search, confirm, _count(calibrate, search, confirm), tuple(notes))
+
+
+def _count(
+    calibrate: Sequence[Tree], search: Sequence[Pair], confirm: Sequence[Pair]
+) -> dict[str, int]:
+    return {
+        "calibrate": sum(batch_size(inputs) for inputs in calibrate),
+        "search": sum(batch_size(inputs) for inputs, _ in search),
+        "confirm": sum(batch_size(inputs) for inputs, _ in confirm),
+    }
+
+
+def _assign(n: int, seed: int, calibrate: int) -> np.ndarray:
+    """Return each sample's part [n]: 0 calibrate, 1 search, 2 confirm; the last two balanced."""
+    order = np.random.default_rng([seed, n]).permutation(n)
+    parts = np.full(n, 2)
+    parts[order[:calibrate]] = 0
+    parts[order[calibrate : calibrate + (n - calibrate + 1) // 2]] = 1
+    return parts
+
+
+def _pieces(
+    pairs: Sequence[Pair], keep: Sequence[np.ndarray], parts: np.ndarray, part: int, whole: int
+) -> list[Pair]:
+    """Return the samples of one part, in order, in batches of at most ``whole`` samples."""
+    pieces: list[Pair] = []
+    start = 0
+    for pair, mask in zip(pairs, keep, strict=True):
+        own = np.flatnonzero(mask)
+        mine = own[parts[start : start + len(own)] == part]
+        start += len(own)
+        if not len(mine):
+            continue
+        piece = take(pair, mine)
+        joined = concat([pieces[-1], piece]) if pieces and batch_size(pieces[-1]) < whole else None
+        if joined is None:
+            pieces.append(piece)
+        else:
+            size = batch_size(joined)
+            cuts = [range(at, min(at + whole, size)) for at in range(0, size, whole)]
+            pieces[-1:] = [take(joined, cut) for cut in cuts]
+    return pieces
+
+
+def _unseen(pairs: Sequence[Pair], calibrate: Sequence[Tree]) -> list[np.ndarray]:
+    """Return, a batch, which samples [n] are not among those calibrated with."""
+    seen = {digest for inputs in calibrate for digest in _digests(inputs)}
+    if not seen:
+        return [np.ones(batch_size(inputs), dtype=bool) for inputs, _ in pairs]
+    return [np.array([digest not in seen for digest in _digests(inputs)]) for inputs, _ in pairs]
+
+
+def _digests(inputs: Tree) -> Iterator[bytes]:
+    for i in range(batch_size(inputs)):
+        state = hashlib.blake2b(digest_size=16)
+        _feed(state, take(inputs, [i]))
+        yield state.digest()
+
+
+def _feed(state: Any, value: Any) -> None:
+    """Add ``value`` to a hash: type, shape and every bit."""
+    if isinstance(value, Tensor):
+        state.update(f"{value.dtype}{list(value.shape)}".encode())
+        state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        state.update(f"{type(value).__name__}{len(value)}".encode())
+        for key, part in items:
+            state.update(f"{key!r}:".encode())
+            _feed(state, part)
+    else:
+        state.update(f"{type(value).__name__}{value!r};".encode())
+
+
+def _evaluation(task: Task) -> list[Pair]:
+    """Return all batches of the evaluation data, checked."""
+    assert task.evaluation_data is not None
+    pairs = []
+    for number, batch in read(task.source, "evaluation_data", task.evaluation_data):
+        where = f"{task.source}: evaluation_data, batch {number}"
+        inputs, targets = as_pair(batch, where)
+        if targets is None and _needs_targets(task):
+            raise TaskError(
+                f"{where} has no targets, which metric {task.metric!r} needs: "
+                "yield (inputs, targets)"
+            )
+        pairs.append((inputs, targets))
+    with_targets = [targets is not None for _, targets in pairs]
+    if any(with_targets) and not all(with_targets):
+        number = with_targets.index(not with_targets[0]) + 1
+        raise TaskError(
+            f"{task.source}: evaluation_data, batch {number}: some batches have targets, some not"
+        )
+    return pairs
+
+
+def _needs_targets(task: Task) -> bool:
+    return isinstance(task.metric, str) and not METRICS.get(task.metric).reference
+
+
+def _calibration(task: Task, most: int, like: Tree | None) -> Iterator[Tree]:
+    """Yield batches of inputs up to ``most`` samples; ``like`` is a batch of evaluation inputs."""
+    assert task.calibration_data is not None
+    left = most
+    for number, batch in read(task.source, "calibration_data", task.calibration_data):
+        where = f"{task.source}: calibration_data, batch {number}"
+        inputs = as_inputs(batch, where)
+        if is_pair(batch) and like is not None and _form(inputs) != _form(like):
+            # The loader that also serves evaluation: its targets are of no use here.
+            first = as_inputs(batch[0], where)
+            inputs = first if _form(first) == _form(like) else inputs
+        size = checked_size(inputs, where)
+        yield inputs if size <= left else take(inputs, range(left))
+        left -= min(size, left)
+        if not left:
+            return
+
+
+def _form(tree: Tree) -> Any:
+    """Return what two batches of one kind share: containers, ranks and dtypes."""
+    if isinstance(tree, Tensor):
+        return (tree.ndim, tree.dtype)
+    if isinstance(tree, dict):
+        return {key: _form(part) for key, part in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_form(part) for part in tree)
+    return type(tree)

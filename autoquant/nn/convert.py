@@ -1,0 +1,202 @@
+"""From a float model to one that takes recipes, and from there to one that can be saved.
+
+``prepare`` makes the layers of a model switchable, in place. ``Prepared.switch`` gives each site
+its weight and activation. ``deploy`` returns a copy that carries packed integers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.errors import ModelFileError
+from autoquant.nn.attention import disable_fast_path
+from autoquant.nn.fold import fold, fold_checked
+from autoquant.nn.modules import QUANTIZED, QuantizedConv2d
+from autoquant.nn.packed import PackedSite
+from autoquant.nn.sites import FloatPart, Site, find_sites, layout_of
+from autoquant.nn.slots import ActivationQuantizer, SiteSlot
+from autoquant.nn.weights import QuantizedWeight
+from autoquant.spec.recipe import ActivationScheme
+
+_ORIGINAL = {quantized: original for original, quantized in QUANTIZED.items()}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model whose sites can be switched from one recipe to the next.
+
+    ``sites`` are in execution order; ``folded`` names each BatchNorm that went into a layer.
+    """
+
+    model: nn.Module
+    sites: tuple[Site, ...]
+    float_parts: tuple[FloatPart, ...]
+    slots: Mapping[str, SiteSlot]
+    folded: Mapping[str, str]
+
+    def switch(
+        self, name: str, weight: QuantizedWeight | None, activation: ActivationScheme | None
+    ) -> None:
+        """Give one site its weight and activation; None means float."""
+        slot = self.slots[name]
+        parameter = slot.parameter
+        slot.override = None
+        if weight is not None:
+            # Strides as the parameter's: the memory format belongs to the model.
+            override = torch.empty_like(parameter, requires_grad=False)
+            slot.override = override.copy_(weight.dequantize(parameter.dtype))
+        slot.activation = None
+        if activation is not None:
+            slot.activation = ActivationQuantizer(activation, slot.site.kind)
+
+    def reset(self) -> None:
+        """Return every site to float."""
+        for slot in self.slots.values():
+            slot.override = None
+            slot.activation = None
+
+
+def prepare(
+    model: nn.Module,
+    run: Callable[[nn.Module], Any] | None = None,
+    folded: Mapping[str, str] | None = None,
+) -> Prepared:
+    """Make the layers of ``model`` switchable, in place.
+
+    ``run`` runs one batch: it shows which BatchNorms follow which layers, and which sites are
+    used, in which order. Without it, ``folded`` says the former, and module order stands for the
+    latter. Raises ModelFileError where the model has nothing to quantize.
+    """
+    if folded is not None:
+        fold(model, folded)
+    elif run is not None:
+        folded = fold_checked(model, run)
+    sites, float_parts = find_sites(model)
+    if not sites:
+        raise ModelFileError(nothing_to_quantize(model))
+    slots = {}
+    for site in sites:
+        path, name = site.users[0]
+        slot = SiteSlot(site, getattr(model.get_submodule(path), name))
+        slots[site.name] = slot
+        for path, name in site.users:
+            _convert(model.get_submodule(path), name, slot)
+    disable_fast_path(model)
+    if run is not None:
+        sites, unused = _trace(sites, slots, model, run)
+        float_parts = (*unused, *float_parts)
+    return Prepared(model, sites, float_parts, slots, dict(folded or {}))
+
+
+def _convert(module: nn.Module, name: str, slot: SiteSlot) -> None:
+    layout = layout_of(module)
+    if layout is not None:
+        module.__class__ = QUANTIZED[layout.base]
+        module.__dict__["sites"] = {}
+    module.__dict__["sites"][name] = slot
+
+
+def _trace(
+    sites: tuple[Site, ...],
+    slots: Mapping[str, SiteSlot],
+    model: nn.Module,
+    run: Callable[[nn.Module], Any],
+) -> tuple[tuple[Site, ...], tuple[FloatPart, ...]]:
+    """Return the sites that ``run`` uses, in order of use, and the unused ones as float parts."""
+    order: dict[str, None] = {}
+    observed: set[str] = set()
+    for name, slot in slots.items():
+        slot.read = lambda name=name: order.setdefault(name)  # type: ignore[misc]
+        slot.observe = lambda _, name=name: observed.add(name)  # type: ignore[misc]
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for slot in slots.values():
+            slot.read = slot.observe = None
+    by_name = {site.name: site for site in sites}
+    used = tuple(replace(by_name[n], activation=n in observed) for n in order)
+    reason = "never used on the calibration data"
+    unused = tuple(FloatPart(s.name, reason, s.numel) for s in sites if s.name not in order)
+    if not used:
+        raise ModelFileError(f"none of the {len(sites)} quantizable layers is used by the task")
+    return used, unused
+
+
+def nothing_to_quantize(model: nn.Module) -> str:
+    """Return one line that says what a model without sites holds instead."""
+    kinds: dict[str, int] = {}
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            kinds[type(module).__name__] = kinds.get(type(module).__name__, 0) + 1
+    found = ", ".join(f"{n}× {kind}" for kind, n in sorted(kinds.items())) or "no parameters at all"
+    supported = ", ".join(kind.__name__ for kind in QUANTIZED)
+    return f"nothing to quantize: the model holds {found}; layers that can be: {supported}"
+
+
+def deploy(
+    prepared: Prepared,
+    choices: Mapping[str, tuple[QuantizedWeight | None, ActivationScheme | None]],
+) -> nn.Module:
+    """Return a copy of the model that carries packed integers at every site of ``choices``.
+
+    A module all of whose sites stay in float is again the original layer.
+    """
+    prepared.reset()
+    model = copy.deepcopy(prepared.model)
+    by_name = {site.name: site for site in find_converted(prepared)}
+    for site in by_name.values():
+        weight, activation = choices.get(site.name, (None, None))
+        packed = None
+        if weight is not None or activation is not None:
+            parameter = prepared.slots[site.name].parameter
+            stored = parameter if weight is None else weight
+            packed = PackedSite(site.kind, parameter.dtype, stored, activation)
+        for path, name in site.users:
+            _pack(model.get_submodule(path), name, packed)
+    for module in model.modules():
+        if type(module) in _ORIGINAL:
+            _settle(module)
+    return model
+
+
+def find_converted(prepared: Prepared) -> tuple[Site, ...]:
+    """Return every site that ``prepare`` converted, those that are never used included."""
+    return tuple(slot.site for slot in prepared.slots.values())
+
+
+def _pack(module: nn.Module, name: str, packed: PackedSite | None) -> None:
+    """Replace the slot of one parameter by its packed site, or give the parameter back."""
+    del module.__dict__["sites"][name]
+    if packed is None:
+        return
+    held = module.__dict__.setdefault("packed_sites", {})
+    held[name] = packed
+    del module._parameters[name]
+    if isinstance(module, nn.RNNBase):
+        # The list of weights for the fused kernel would keep the float ones alive.
+        module._flat_weights = [None] * len(module._flat_weights)
+
+
+def _settle(module: nn.Module) -> None:
+    """Register the packed sites of a module as its submodules, or make it the original layer."""
+    del module.__dict__["sites"]
+    packed = module.__dict__.pop("packed_sites", None)
+    # Attention reads the weight of its out_proj unless it is converted itself.
+    if packed is None and not isinstance(module, nn.MultiheadAttention):
+        module.__class__ = _ORIGINAL[type(module)]
+    else:
+        module.sites = nn.ModuleDict(packed or {})
+
+
+def use_channels_last(model: nn.Module, *, on: bool = True) -> None:
+    """Make every 2-d convolution that was converted compute in channels-last memory format."""
+    for module in model.modules():
+        if isinstance(module, QuantizedConv2d):
+            module.channels_last = on

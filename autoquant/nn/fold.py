@@ -1,0 +1,174 @@
+"""Folding a BatchNorm into the convolution or linear layer before it.
+
+Which BatchNorm follows which layer is seen in one forward pass, by the identity of the tensor that
+goes from one to the other; nothing is traced. Whether the layer's output is used elsewhere too
+can't be seen that way, so a fold is kept only if the model's outputs stay what they were.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autoquant.errors import SpecError
+from autoquant.nn.sites import layout_of
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+TOLERANCE = 1e-3
+"""Largest change of an output, relative to the largest output, that rounding may explain."""
+
+
+def find_folds(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, str]:
+    """Return BatchNorm path → path of the layer whose output is its input, seen in one ``run``."""
+    produced: dict[int, tuple[weakref.ref[Tensor], str, int]] = {}
+    calls: Counter[str] = Counter()
+    pairs: dict[str, str] = {}
+    hooks = []
+
+    def after_layer(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            calls[path] += 1
+            produced[id(output)] = (weakref.ref(output), path, output._version)
+
+        return hook
+
+    def before_norm(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            calls[path] += 1
+            x = args[0] if args else None
+            known = produced.get(id(x))
+            # The version tells a tensor that an in-place operator changed in between.
+            if known and isinstance(x, Tensor) and known[0]() is x and known[2] == x._version:
+                pairs[path] = known[1]
+
+        return hook
+
+    for path, module in model.named_modules():
+        if isinstance(module, NORMS) and not module.training and module.running_mean is not None:
+            hooks.append(module.register_forward_pre_hook(before_norm(path)))
+        elif _foldable(module):
+            hooks.append(module.register_forward_hook(after_layer(path)))
+    try:
+        with torch.no_grad():  # inference tensors would have no version
+            run(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    taken = Counter(pairs.values())
+    return {
+        norm: layer
+        for norm, layer in pairs.items()
+        if calls[norm] == calls[layer] == taken[layer] == 1
+        and shared[id(model.get_submodule(layer).weight)] == 1
+    }
+
+
+def _foldable(module: nn.Module) -> bool:
+    layout = layout_of(module)
+    if layout is None or layout.kind not in ("linear", "conv", "conv_transpose"):
+        return False
+    return layout.kind != "conv_transpose" or getattr(module, "groups", 1) == 1
+
+
+def fold(model: nn.Module, pairs: Mapping[str, str]) -> Callable[[], None]:
+    """Fold every BatchNorm of ``pairs`` into its layer, in place; return what undoes it.
+
+    w' = w·γ/σ on the output channel and b' = (b − μ)·γ/σ + β, computed in float64
+    (Jacob et al. 2018, arXiv 1712.05877, section 3.2). Raises SpecError on an unknown path.
+    """
+    undo: list[Callable[[], None]] = []
+    for norm_path, layer_path in pairs.items():
+        try:
+            norm, layer = model.get_submodule(norm_path), model.get_submodule(layer_path)
+        except AttributeError:
+            raise SpecError(
+                f"folded: {norm_path} → {layer_path} is not in the model; is it another model's?"
+            ) from None
+        if not isinstance(norm, NORMS) or not _foldable(layer):
+            raise SpecError(f"folded: {norm_path} → {layer_path} is no BatchNorm after a layer")
+        undo.append(_fold_one(model, norm, layer))
+    return lambda: [step() for step in reversed(undo)] and None
+
+
+def _fold_one(model: nn.Module, norm: nn.Module, layer: nn.Module) -> Callable[[], None]:
+    layout = layout_of(layer)
+    assert layout is not None
+    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+    bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
+    mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator, union-attr]
+    gain = torch.rsqrt(variance + norm.eps)
+    offset = torch.zeros_like(mean)
+    if norm.weight is not None:
+        gain = gain * norm.weight.detach().double()  # type: ignore[union-attr, operator]
+        offset = norm.bias.detach().double()  # type: ignore[union-attr, operator]
+    shape = [1] * weight.dim()
+    shape[layout.channel_axis] = -1
+    start = torch.zeros_like(mean) if bias is None else bias.detach().double()
+    new_weight = weight.detach().double() * gain.reshape(shape)
+    new_bias = (start - mean) * gain + offset
+    keep = weight.requires_grad
+    layer.weight = nn.Parameter(new_weight.to(weight.dtype), requires_grad=keep)
+    layer.bias = nn.Parameter(new_bias.to(weight.dtype), requires_grad=keep)
+    _replace(model, norm, identity := nn.Identity())
+
+    def undo() -> None:
+        layer.weight = weight
+        layer.bias = bias
+        _replace(model, identity, norm)
+
+    return undo
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever the model holds ``old``."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def fold_checked(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, str]:
+    """Fold all that can be folded without changing what ``run`` returns; return the pairs."""
+    pairs = find_folds(model, run)
+    if not pairs:
+        return {}
+    with torch.no_grad():
+        before = run(model)
+        undo = fold(model, pairs)
+        if same_outputs(before, run(model)):
+            return pairs
+        undo()
+        kept = {}
+        for norm, layer in pairs.items():
+            undo = fold(model, {norm: layer})
+            if same_outputs(before, run(model)):
+                kept[norm] = layer
+            else:
+                undo()
+    return kept
+
+
+def same_outputs(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
+    """Return whether two outputs (pytrees) agree within ``tolerance`` of their largest number."""
+    left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    if len(left) != len(right):
+        return False
+    return all(_same(x, y, tolerance) for x, y in zip(left, right, strict=True))
+
+
+def _same(x: Any, y: Any, tolerance: float) -> bool:
+    if not isinstance(x, Tensor):
+        return bool(x == y)
+    if not isinstance(y, Tensor) or x.shape != y.shape:
+        return False
+    if not x.is_floating_point() or x.numel() == 0:
+        return torch.equal(x, y)
+    scale = max(x.abs().max().item(), 1e-12)
+    return bool((x - y).abs().max().item() <= tolerance * scale)

@@ -1,0 +1,126 @@
+"""Quantized layers: the original layer with its weight and its input taken from a site.
+
+A layer is converted by giving it one of these classes: it keeps its identity, attributes, hooks
+and parameters, so code that holds on to it, or reads ``layer.weight``, goes on working.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.nn.attention import QuantizedMultiheadAttention
+from autoquant.nn.recurrent import (
+    QuantizedGRU,
+    QuantizedGRUCell,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedRNN,
+    QuantizedRNNCell,
+)
+from autoquant.nn.runtime import SiteRuntime
+
+
+class _SiteWeight:
+    """Takes ``weight`` from the site, wherever it is read."""
+
+    sites: dict[str, SiteRuntime]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with."""
+        return self.sites["weight"].weight
+
+
+class _QuantizedCall(_SiteWeight):
+    """Quantizes the input, then computes as the original layer does."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any) -> Any: ...
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output on its quantized input."""
+        x = self.sites["weight"].quantize_input(x)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+
+
+class QuantizedLinear(_QuantizedCall, nn.Linear):  # type: ignore[misc]
+    """A linear layer with a quantized weight and input."""
+
+
+class QuantizedConv1d(_QuantizedCall, nn.Conv1d):  # type: ignore[misc]
+    """A 1-d convolution with a quantized weight and input."""
+
+
+class QuantizedConv2d(_QuantizedCall, nn.Conv2d):  # type: ignore[misc]
+    """A 2-d convolution with a quantized weight and input.
+
+    ``channels_last`` makes it compute in that memory format, which is faster on most devices.
+    """
+
+    channels_last = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with."""
+        weight = self.sites["weight"].weight
+        if self.channels_last:
+            return weight.contiguous(memory_format=torch.channels_last)
+        return weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output on its quantized input."""
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return super().forward(x, *args, **kwargs)
+
+
+class QuantizedConv3d(_QuantizedCall, nn.Conv3d):  # type: ignore[misc]
+    """A 3-d convolution with a quantized weight and input."""
+
+
+class QuantizedConvTranspose1d(_QuantizedCall, nn.ConvTranspose1d):  # type: ignore[misc]
+    """A transposed 1-d convolution with a quantized weight and input."""
+
+
+class QuantizedConvTranspose2d(_QuantizedCall, nn.ConvTranspose2d):  # type: ignore[misc]
+    """A transposed 2-d convolution with a quantized weight and input."""
+
+
+class QuantizedConvTranspose3d(_QuantizedCall, nn.ConvTranspose3d):  # type: ignore[misc]
+    """A transposed 3-d convolution with a quantized weight and input."""
+
+
+class QuantizedEmbedding(_SiteWeight, nn.Embedding):  # type: ignore[misc]
+    """An embedding with a quantized table; only the rows that are looked up are dequantized."""
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Return the rows of the quantized table at ``indices``."""
+        site = self.sites["weight"]
+        rows = getattr(site, "rows", None)
+        if rows is not None:
+            return rows(indices)  # type: ignore[no-any-return]
+        return super().forward(indices)
+
+
+QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
+    nn.Embedding: QuantizedEmbedding,
+    nn.LSTM: QuantizedLSTM,
+    nn.GRU: QuantizedGRU,
+    nn.RNN: QuantizedRNN,
+    nn.LSTMCell: QuantizedLSTMCell,
+    nn.GRUCell: QuantizedGRUCell,
+    nn.RNNCell: QuantizedRNNCell,
+    nn.MultiheadAttention: QuantizedMultiheadAttention,
+}
+"""The quantized class of every supported layer type."""

@@ -1,0 +1,88 @@
+"""Packed sites: what a quantized model carries when it is saved.
+
+Integers are packed to their bit width and turned back by plain tensor operators, so that an
+exported program needs nothing but torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.nn.slots import ActivationQuantizer
+from autoquant.nn.weights import QuantizedWeight
+from autoquant.quant.affine import QParams, dequantize
+from autoquant.quant.blocks import from_blocks, from_matrix, to_blocks
+from autoquant.quant.packing import pack, unpack
+from autoquant.spec.recipe import ActivationScheme
+
+
+class PackedSite(nn.Module):
+    """The runtime of one site in a saved model.
+
+    Buffers: ``packed`` uint8 [channels, bytes], ``scale`` float32 [blocks, 1] and, for asymmetric
+    schemes, ``zero_point`` int8 [blocks, 1]; or ``unquantized``, where only the activation is
+    quantized.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    unquantized: Tensor
+
+    def __init__(
+        self,
+        kind: str,
+        dtype: torch.dtype,
+        weight: QuantizedWeight | Tensor,
+        activation: ActivationScheme | None,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.activation = None if activation is None else ActivationQuantizer(activation, kind)
+        self.quantized = isinstance(weight, QuantizedWeight)
+        if isinstance(weight, QuantizedWeight):
+            self.scheme = weight.scheme
+            self.shape = weight.shape
+            self.channel_axis = weight.channel_axis
+            self.columns = weight.q.shape[1]
+            self.register_buffer("packed", pack(weight.q, weight.scheme.bits))
+            self.register_buffer("scale", weight.qparams.scale.clone())
+            if not weight.scheme.symmetric:
+                self.register_buffer("zero_point", weight.qparams.zero_point.to(torch.int8))
+        else:
+            self.register_buffer("unquantized", weight.detach().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in its own shape."""
+        if not self.quantized:
+            return self.unquantized
+        matrix = self._dequantize(unpack(self.packed, self.scheme.bits, self.columns), None)
+        return from_matrix(matrix, self.shape, self.channel_axis).to(self.dtype)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return rows of the dequantized weight, dequantizing only those: an embedding."""
+        if not self.quantized:
+            return nn.functional.embedding(indices, self.unquantized)
+        flat = indices.reshape(-1)
+        q = unpack(self.packed.index_select(0, flat), self.scheme.bits, self.columns)
+        rows = self._dequantize(q, flat).to(self.dtype)
+        return rows.reshape(*indices.shape, self.columns)
+
+    def _dequantize(self, q: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the real numbers of integers ``q`` [n, columns]: all rows, or those named."""
+        scale = self.scale
+        zero_point = torch.zeros_like(scale) if self.scheme.symmetric else self.zero_point.float()
+        if scale.shape[0] > 1:
+            if rows is not None:
+                per_row = scale.shape[0] // self.packed.shape[0]
+                scale = scale.reshape(-1, per_row).index_select(0, rows).reshape(-1, 1)
+                zero_point = zero_point.reshape(-1, per_row).index_select(0, rows).reshape(-1, 1)
+            q = to_blocks(q, self.scheme.granularity)
+        real = dequantize(q, QParams(scale, zero_point, self.scheme.bits))
+        return from_blocks(real, (-1, self.columns))
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """Return the activation as the quantized model sees it."""
+        return x if self.activation is None else self.activation(x)

@@ -1,0 +1,132 @@
+"""The last word: a few finalists on data that the search never saw, and which of them to return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from optuna.trial import FrozenTrial
+
+from autoquant.errors import TrialError
+from autoquant.measure.evaluator import Reading
+from autoquant.models.intervals import paired_bootstrap
+from autoquant.search.goal import Goal, Measurement
+from autoquant.search.params import ParameterMap
+from autoquant.search.session import Session
+from autoquant.search.trials import measured
+from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult, choices_key
+
+FINALISTS = 5
+"""Most recipes that are measured on the confirm split: each further one is another chance of luck."""
+FALLBACKS = 2
+"""Of these, how many are uniform recipes or the safest ones, in case the small ones do not hold."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One recipe that went to the confirm split."""
+
+    trial: int
+    recipe: Recipe
+    measurement: Measurement
+    holds: bool
+
+    @property
+    def result(self) -> SplitResult:
+        """The result to report."""
+        assert self.recipe.evidence is not None
+        return self.recipe.evidence.reported
+
+
+def finalists(
+    trials: Sequence[FrozenTrial], mapping: ParameterMap, goal: Goal, uniforms: int
+) -> list[FrozenTrial]:
+    """Return the trials to confirm, best first: at most FINALISTS, no recipe twice.
+
+    The best feasible ones by objective, then the best of the first ``uniforms`` trials (the
+    uniform recipes), then the one of least loss: the safe ways out.
+    """
+    rows = [(t, m) for t in trials if (m := measured(t)) is not None]
+    if not rows:
+        return []
+    feasible = sorted((r for r in rows if r[1]["feasible"]), key=lambda r: r[1]["objective"])
+    plain = [r for r in feasible if r[0].number < uniforms]
+    budget_kept = [r for r in rows if not goal.budgeted or r[1]["feasible"]] or rows
+    safest = min(budget_kept, key=lambda r: (r[1]["loss"], r[0].number))
+    order = [*feasible[: FINALISTS - FALLBACKS], *plain[:1], safest]
+    chosen: dict[str, FrozenTrial] = {}
+    for trial, _ in order:
+        chosen.setdefault(choices_key(mapping.decode(trial.params)), trial)
+    return list(chosen.values())
+
+
+def confirm(
+    session: Session,
+    mapping: ParameterMap,
+    goal: Goal,
+    trials: Sequence[FrozenTrial],
+    seed: int,
+) -> tuple[Finalist, list[Finalist]]:
+    """Measure finalists in turn until one keeps its promise; return the choice and all measured.
+
+    With a maximum drop: the first (smallest) whose confirmed drop keeps it; where none does, the
+    one that comes nearest. With a budget: the one with the least confirmed drop. Raises TrialError
+    where every finalist fails.
+    """
+    done: list[Finalist] = []
+    reason = "there is none"
+    for trial in trials:
+        try:
+            finalist = confirm_one(session, mapping.decode(trial.params), goal, seed, trial.number)
+        except TrialError as error:
+            reason = str(error)
+            continue
+        done.append(finalist)
+        if finalist.holds and not goal.budgeted:
+            return finalist, done
+    if not done:
+        raise TrialError(f"no finalist could be measured again: {reason}")
+    return min(done, key=lambda f: f.result.drop), done
+
+
+def confirm_one(
+    session: Session,
+    sites: Mapping[str, SiteRecipe],
+    goal: Goal,
+    seed: int,
+    number: int = -1,
+) -> Finalist:
+    """Measure one recipe on both splits, with an interval, and return it with its evidence."""
+    m, reading, done = session.measure(sites, "search")
+    splits = [_result(session, "search", m.drop, reading, seed)]
+    if session.evaluator.confirms:
+        session.baseline("confirm")
+        confirmed, again, _ = session.measure(sites, "confirm")
+        splits.append(_result(session, "confirm", confirmed.drop, again, seed))
+    metric = session.evaluator.metric
+    assert metric is not None
+    evidence = Evidence(
+        metric.name,
+        metric.higher_is_better,
+        splits[0],
+        splits[1] if len(splits) > 1 else None,
+        m.average_weight_bits,
+        m.size_bytes,
+        session.sizes.float_size_bytes,
+    )
+    recipe = Recipe(done, session.identity, evidence, session.prepared.folded, seed)
+    holds = evidence.reported.drop <= goal.max_drop + 1e-12
+    return Finalist(number, recipe, m, holds)
+
+
+def _result(
+    session: Session, split: str, drop: float, reading: Reading, seed: int
+) -> SplitResult:
+    baseline = session.evaluator.baseline(session.model, split)
+    interval = None
+    metric = session.evaluator.metric
+    assert metric is not None
+    if reading.evidence is not None and baseline.evidence is not None:
+        found = paired_bootstrap(baseline.evidence, reading.evidence, metric, seed=seed)
+        interval = (found.low, found.high) if found.known else None
+    return SplitResult(reading.samples, baseline.value, reading.value, drop, interval)

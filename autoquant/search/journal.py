@@ -1,0 +1,100 @@
+"""A journal file that survives being killed at any byte.
+
+Optuna's journal appends whole lines and syncs them to disk; three things are added. A last line
+without an end is what a killed writer left: nobody was told that it was written, so it is cut off
+before it can spoil the line after it. The lock belongs to the process, so that a killed one leaves
+none behind. And a write that fails half-way, on a full disk, is taken back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from optuna.storages.journal import JournalFileBackend
+
+from autoquant.errors import StudyError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: Optuna's own lock serves
+    fcntl = None  # type: ignore[assignment]
+
+
+class ProcessLock:
+    """An exclusive lock beside the journal that the system releases when its holder ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_name(path.name + ".flock")
+        self._handle: int | None = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        self._handle = handle
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+class Journal(JournalFileBackend):
+    """A journal backend on one file; see the module.
+
+    Raises StudyError where the file is no journal or is damaged before its last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lock = ProcessLock(path) if fcntl is not None else None
+        super().__init__(str(path), lock)  # type: ignore[arg-type]  # has both methods of a lock
+        self._held = lock
+        self._mend()
+
+    def _mend(self) -> None:
+        if self._held is not None:
+            self._held.acquire()
+        try:
+            with open(self._path, "r+b") as file:
+                data = file.read()
+                end = data.rfind(b"\n") + 1
+                for number, line in enumerate(data[:end].splitlines(), 1):
+                    try:
+                        sound = isinstance(json.loads(line), dict)
+                    except ValueError:
+                        sound = False
+                    if not sound:
+                        raise StudyError(
+                            f"{self._path}: line {number} is damaged or this is no study journal; "
+                            "restore the file from a copy, or delete it and search again"
+                        )
+                if end < len(data):
+                    file.truncate(end)
+        finally:
+            if self._held is not None:
+                self._held.release()
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append ``logs``, all or none; OSError where they can't be written."""
+        size = os.path.getsize(self._path)
+        try:
+            super().append_logs(logs)
+        except OSError:
+            if self._held is not None:
+                self._held.acquire()
+            try:
+                with open(self._path, "r+b") as file:
+                    data = file.read()
+                    # Only what this write left: another worker may have added whole lines since.
+                    if not data.endswith(b"\n"):
+                        file.truncate(max(data.rfind(b"\n") + 1, min(size, len(data))))
+            finally:
+                if self._held is not None:
+                    self._held.release()
+            raise

@@ -1,0 +1,64 @@
+"""The multiple-choice knapsack: one option for each site, least damage within a budget.
+
+Solved on the lower convex hull of each site's options by steepest descent per unit of cost, then
+filled up with what still fits: optimal but for the last step, in well under a millisecond per
+hundred sites. Source: Kellerer, Pferschy, Pisinger 2004, Knapsack Problems, chapter 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def solve(damage: Sequence[Array], cost: Sequence[Array], budget: float) -> list[int] | None:
+    """Return the index of the option of each site, or None where even the cheapest do not fit.
+
+    ``damage[s]`` and ``cost[s]`` hold the options of site s.
+    """
+    hulls = [_hull(d, c) for d, c in zip(damage, cost, strict=True)]
+    chosen = [hull[0] for hull in hulls]
+    left = budget - sum(float(c[i]) for c, i in zip(cost, chosen, strict=True))
+    if left < -1e-9 * max(abs(budget), 1.0):
+        return None
+    steps = []
+    for site, hull in enumerate(hulls):
+        for k in range(1, len(hull)):
+            a, b = hull[k - 1], hull[k]
+            gain = float(damage[site][a] - damage[site][b])
+            price = float(cost[site][b] - cost[site][a])
+            steps.append((-gain / price, site, k, price))
+    steps.sort()
+    at = [0] * len(hulls)
+    for _, site, k, price in steps:
+        # Hull steps of one site come in order; one that does not fit ends that site's climb.
+        if at[site] == k - 1 and price <= left + 1e-9:
+            at[site] = k
+            left -= price
+    return [hull[k] for hull, k in zip(hulls, at, strict=True)]
+
+
+def _hull(damage: Array, cost: Array) -> list[int]:
+    """Return the options on the lower convex hull of (cost, damage), cheapest first."""
+    order = np.lexsort((damage, cost))
+    hull: list[int] = []
+    for i in order.tolist():
+        if hull and damage[i] >= damage[hull[-1]]:
+            continue
+        while len(hull) > 1 and _above(damage, cost, hull[-2], hull[-1], i):
+            hull.pop()
+        if hull and cost[i] == cost[hull[-1]]:
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _above(damage: Array, cost: Array, a: int, b: int, c: int) -> bool:
+    """Return whether ``b`` lies on or above the line from ``a`` to ``c``."""
+    left = (damage[b] - damage[a]) * (cost[c] - cost[a])
+    right = (damage[c] - damage[a]) * (cost[b] - cost[a])
+    return bool(left >= right)

@@ -1,0 +1,142 @@
+"""The trial loop: propose, measure, write; whatever happens to one candidate costs that one."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from optuna.trial import FrozenTrial, TrialState
+
+from autoquant.errors import StudyError, TrialError
+from autoquant.search.goal import Goal, Measurement
+from autoquant.search.ledger import MEASURED, REASON, Ledger, finished
+from autoquant.search.params import ParameterMap
+from autoquant.search.trials import SCALES, best_trial, better, scales
+from autoquant.spec.recipe import SiteRecipe
+
+if TYPE_CHECKING:
+    from autoquant.measure.evaluator import Watch
+    from autoquant.search.samplers import Proposer
+
+FAILURES = 10
+"""Failed trials in a row that end a search."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What measuring one candidate gave: ``sites`` calibrated, ``stopped`` if ended early."""
+
+    measurement: Measurement
+    sites: Mapping[str, SiteRecipe]
+    stopped: bool
+
+
+Measure = Callable[[Mapping[str, SiteRecipe], "Watch"], Outcome]
+
+
+class Listener(Protocol):
+    """Hears how a search goes on."""
+
+    def trial(self, trial: FrozenTrial, best: FrozenTrial | None) -> None:
+        """A trial was written."""
+
+    def step(self, number: int, done: int, total: int) -> None:
+        """A trial has seen ``done`` of ``total`` samples."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a search ends: so many trials in the study, or so many seconds from now."""
+
+    trials: int | None
+    seconds: float | None
+
+
+def run_trials(
+    ledger: Ledger,
+    mapping: ParameterMap,
+    proposer: Proposer,
+    goal: Goal,
+    measure: Measure,
+    stop: Stop,
+    listener: Listener,
+) -> None:
+    """Run trials until ``stop``; every finished one is in the ledger, whatever ends the loop.
+
+    Raises StudyError where ten trials in a row failed, naming the reason, and whatever the
+    ledger raises; KeyboardInterrupt passes through with the trial in flight dropped.
+    """
+    started = time.monotonic()
+    trials = ledger.trials()
+    failures = _failures(trials)
+    best = best_trial(trials)
+    number = len(trials)
+    while stop.trials is None or number < stop.trials:
+        if stop.seconds is not None and time.monotonic() - started >= stop.seconds:
+            return
+        trial = _run_one(ledger, mapping, proposer, goal, measure, listener, number)
+        failures = failures + 1 if trial.state == TrialState.FAIL else 0
+        if better(trial, best):
+            best = trial
+        listener.trial(trial, best)
+        if failures >= FAILURES:
+            raise StudyError(
+                f"{FAILURES} trials in a row failed, the last one: {trial.user_attrs[REASON]}"
+            )
+        number += 1
+
+
+def _run_one(
+    ledger: Ledger,
+    mapping: ParameterMap,
+    proposer: Proposer,
+    goal: Goal,
+    measure: Measure,
+    listener: Listener,
+    number: int,
+) -> FrozenTrial:
+    began = datetime.datetime.now()
+    proposal = proposer.propose(number)
+    sites = mapping.decode(proposal.params)
+    common: dict[str, Any] = {
+        "params": proposal.params,
+        "distributions": mapping.distributions,
+        "started": began,
+        "system_attrs": proposal.system_attrs,
+    }
+    try:
+        outcome = measure(sites, lambda done, total: listener.step(number, done, total))
+    except TrialError as error:
+        trial = finished(TrialState.FAIL, user_attrs={REASON: str(error)}, **common)
+    else:
+        m = outcome.measurement
+        attrs = {
+            MEASURED: dataclasses.asdict(m)
+            | {"objective": goal.objective(m), "feasible": goal.feasible(m)},
+            SCALES: scales(outcome.sites),
+        }
+        trial = finished(
+            TrialState.PRUNED if outcome.stopped else TrialState.COMPLETE,
+            value=None if outcome.stopped else goal.objective(m),
+            constraints=goal.constraints(m),
+            user_attrs=attrs,
+            **common,
+        )
+    trial = proposer.told(trial)
+    ledger.add(trial)
+    trial.number = number
+    return trial
+
+
+def _failures(trials: list[FrozenTrial]) -> int:
+    """Return how many of the last trials failed in a row."""
+    count = 0
+    for trial in reversed(trials):
+        if trial.state != TrialState.FAIL:
+            break
+        count += 1
+    return 0 if count >= FAILURES else count

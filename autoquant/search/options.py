@@ -1,0 +1,107 @@
+"""What a user asks of a search, as plain values that a study keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant.errors import UserError
+from autoquant.spec.formats import FLOAT_BITS
+from autoquant.spec.space import SiteSpace
+
+TRIALS = 60
+"""Trials of a search that is told neither --trials nor --timeout."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one search; ``trials`` None means as many as ``timeout`` seconds allow."""
+
+    max_drop: str = "1%"
+    bits: float | None = None
+    size: str | None = None
+    trials: int | None = None
+    timeout: float | None = None
+    sampler: str = "knapsack"
+    device: str = "auto"
+    seed: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """Return the options as JSON takes them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> Options:
+        """Return the options that ``plain`` wrote."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in plain.items() if k in known})
+
+    @property
+    def most_trials(self) -> int | None:
+        """How many trials the study may have."""
+        if self.trials is None and self.timeout is None:
+            return TRIALS
+        return self.trials
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)?")
+_SECONDS = {None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of "90", "90s", "10m", "2h" or "1d"; UserError on anything else."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"--timeout {text!r}: write a time such as 90s, 10m or 2h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmg]i?b|b)?", re.IGNORECASE)
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_size(text: str, float_size_bytes: int) -> int:
+    """Return the bytes of "25%" (of the float model) or "4MB"; UserError on anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2] is None or float(match[1]) <= 0:
+        raise UserError(f"--size {text!r}: write a share of the float size (25%) or bytes (4MB)")
+    unit = match[2].lower()
+    if unit == "%":
+        return math.floor(float(match[1]) / 100 * float_size_bytes)
+    return math.floor(float(match[1]) * _BYTES[unit])
+
+
+def check(options: Options) -> None:
+    """Raise UserError on an option that no model could satisfy."""
+    if options.bits is not None and not 2 <= options.bits <= FLOAT_BITS:
+        raise UserError(f"--bits {options.bits:g}: average weight bits lie between 2 and 16")
+    if options.bits is not None and options.size is not None:
+        raise UserError("--bits and --size are two budgets; give one")
+    if options.trials is not None and options.trials < 1:
+        raise UserError(f"--trials {options.trials}: give at least 1")
+
+
+def check_budget(
+    bits: float | None, spaces: Mapping[str, SiteSpace], numel: Mapping[str, int]
+) -> None:
+    """Raise UserError where the narrowest recipe of the space is wider than ``bits``."""
+    if bits is None:
+        return
+    total = sum(numel.values())
+    least = sum(numel[name] * narrowest(space) for name, space in spaces.items()) / total
+    if least > bits + 1e-9:
+        raise UserError(
+            f"--bits {bits:g}: the space's narrowest recipe has {least:.4g} average weight bits; "
+            f"give --bits {math.ceil(least * 100) / 100:g} or more, or a space with fewer bits"
+        )
+
+
+def narrowest(space: SiteSpace) -> int:
+    """Return the fewest weight bits that a site may take."""
+    if space.fixed is not None:
+        return space.fixed.weight_bits
+    return int(min(space.choices["weight_bits"]))

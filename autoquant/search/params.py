@@ -1,0 +1,153 @@
+"""Recipes ↔ Optuna parameters: every dimension of every layer that has a choice is a parameter.
+
+Bit widths are ordered integers, so that samplers can use their order: the width itself where the
+choices are evenly spaced (``layer.weight_bits``), otherwise the rank of the width among them,
+smallest first (``layer.weight_bits_rank``). A dimension with one choice is no parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from autoquant.errors import StudyError
+from autoquant.spec.formats import FLOAT_BITS
+from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.spec.space import SiteSpace
+
+Spaces = Mapping[str, SiteSpace]
+Params = dict[str, Any]
+
+_WEIGHT = ("weight_bits", "weight_granularity", "weight_scheme", "weight_calibration")
+_ACTIVATION = (
+    "activation_bits",
+    "activation_granularity",
+    "activation_scheme",
+    "activation_calibration",
+)
+
+
+class ParameterMap:
+    """The parameters of one resolved search space, and both ways between them and recipes."""
+
+    def __init__(self, spaces: Spaces) -> None:
+        self.spaces = spaces
+        self.distributions: dict[str, BaseDistribution] = {}
+        self._codes: dict[str, dict[str, tuple[str, tuple[Any, ...]]]] = {}
+        for site, space in spaces.items():
+            self._codes[site] = {}
+            if space.fixed is not None:
+                continue
+            for dimension, choices in space.choices.items():
+                if len(choices) > 1:
+                    self._add(site, dimension, choices)
+            rate = space.learning_rate
+            if rate is not None:
+                if rate.optional:
+                    self._categorical(site, "learning", ("none", "learned"))
+                if rate.low < rate.high:
+                    name = f"{site}.learning_rate"
+                    self.distributions[name] = FloatDistribution(rate.low, rate.high, log=True)
+
+    def _add(self, site: str, dimension: str, choices: tuple[Any, ...]) -> None:
+        if not dimension.endswith("_bits"):
+            self._categorical(site, dimension, choices)
+            return
+        order = tuple(sorted(choices))
+        steps = {b - a for a, b in zip(order, order[1:], strict=False)}
+        if len(steps) == 1:
+            name = f"{site}.{dimension}"
+            self.distributions[name] = IntDistribution(order[0], order[-1], step=steps.pop())
+            self._codes[site][dimension] = (name, ())
+        else:
+            name = f"{site}.{dimension}_rank"
+            self.distributions[name] = IntDistribution(0, len(order) - 1)
+            self._codes[site][dimension] = (name, order)
+
+    def _categorical(self, site: str, dimension: str, choices: tuple[Any, ...]) -> None:
+        name = f"{site}.{dimension}"
+        self.distributions[name] = CategoricalDistribution(choices)
+        self._codes[site][dimension] = (name, ())
+
+    def decode(self, params: Mapping[str, Any]) -> dict[str, SiteRecipe]:
+        """Return the recipe of each site, canonical, that ``params`` stand for.
+
+        Raises StudyError where a parameter is missing: the study is of another space.
+        """
+        try:
+            return {site: self._decode(site, params) for site in self.spaces}
+        except KeyError as error:
+            raise StudyError(f"the study's trials have no parameter {error}") from None
+
+    def _decode(self, site: str, params: Mapping[str, Any]) -> SiteRecipe:
+        space = self.spaces[site]
+        if space.fixed is not None:
+            return space.fixed.canonical()
+        value = {d: self._value(site, d, params) for d in space.choices}
+        weight = activation = None
+        if value["weight_bits"] != FLOAT_BITS:
+            weight = WeightScheme(*(value[d] for d in _WEIGHT))
+        if value["activation_bits"] != FLOAT_BITS:
+            activation = ActivationScheme(*(value[d] for d in _ACTIVATION))
+        rate = space.learning_rate
+        learned = None
+        if rate is not None and (not rate.optional or params[f"{site}.learning"] == "learned"):
+            learned = rate.low
+            if rate.low < rate.high:
+                learned = float(params[f"{site}.learning_rate"])
+        return SiteRecipe(weight, activation, learned).canonical()
+
+    def _value(self, site: str, dimension: str, params: Mapping[str, Any]) -> Any:
+        code = self._codes[site].get(dimension)
+        if code is None:
+            return self.spaces[site].choices[dimension][0]
+        name, order = code
+        return order[params[name]] if order else params[name]
+
+    def encode(self, sites: Mapping[str, SiteRecipe]) -> Params:
+        """Return the parameters of a recipe; dimensions without effect get their first choice.
+
+        Raises StudyError where the recipe takes a choice that the space does not offer.
+        """
+        params: Params = {}
+        for site, space in self.spaces.items():
+            if space.fixed is None:
+                self._encode(site, space, sites[site].canonical(), params)
+        return params
+
+    def _encode(self, site: str, space: SiteSpace, recipe: SiteRecipe, params: Params) -> None:
+        values: dict[str, Any] = {"weight_bits": FLOAT_BITS, "activation_bits": FLOAT_BITS}
+        w, a = recipe.weight, recipe.activation
+        if w is not None:
+            chosen = (w.bits, w.granularity, w.scheme, w.calibration)
+            values |= dict(zip(_WEIGHT, chosen, strict=True))
+        if a is not None:
+            calibration: str | None = a.calibration
+            if a.dynamic and calibration not in space.choices["activation_calibration"]:
+                calibration = None
+            values |= dict(
+                zip(_ACTIVATION, (a.bits, a.granularity, a.scheme, calibration), strict=True)
+            )
+        for dimension, choices in space.choices.items():
+            value = values.get(dimension)
+            value = choices[0] if value is None else value
+            if value not in choices:
+                raise StudyError(f"{site}: {dimension}: {value} is not in the search space")
+            code = self._codes[site].get(dimension)
+            if code is not None:
+                name, order = code
+                params[name] = order.index(value) if order else value
+        rate = space.learning_rate
+        if rate is None:
+            return
+        if rate.optional:
+            params[f"{site}.learning"] = "none" if recipe.learning_rate is None else "learned"
+        if rate.low < rate.high:
+            params[f"{site}.learning_rate"] = recipe.learning_rate or rate.low

@@ -1,0 +1,173 @@
+"""Finding in seconds, before the first trial, what would otherwise fail after hours."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from autoquant.errors import TaskError, TrialError, UserError
+from autoquant.methods.realize import CACHE_BYTES
+from autoquant.nn.archive import load_archive, save_archive
+from autoquant.nn.convert import deploy
+from autoquant.nn.fold import same_outputs
+from autoquant.nn.sites import FloatPart, Site
+from autoquant.search.session import Session
+from autoquant.search.uniform import uniform
+from autoquant.spec.space import SiteSpace
+
+REPEATS = 1e-4
+"""Largest difference of two runs of the float model, relative to its largest output."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found: the float metric, the layers, and what stays in float with its share."""
+
+    metric: str
+    value: float
+    samples: Mapping[str, int]
+    sites: tuple[Site, ...]
+    float_parts: tuple[FloatPart, ...]
+    parameters: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def share(self, part: FloatPart) -> float:
+        """Return the share of the model's parameters that ``part`` holds."""
+        return part.parameters / max(self.parameters, 1)
+
+
+def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
+    """Check a session; UserError names what would fail.
+
+    The float metric is finite and repeats; a uniform recipe is measured, written, loaded back and
+    gives the same outputs; the largest candidate fits in memory.
+    """
+    process = psutil.Process()
+    before = process.memory_info().rss
+    try:
+        reading = session.baseline("search")
+    except TrialError as error:
+        raise TaskError(f"{session.task.source}: on the float model: {error}") from error
+    if not math.isfinite(reading.value):
+        raise TaskError(f"{session.task.source}: the float metric is {reading.value}")
+    _check_repeats(session, reading.value)
+    _check_round_trip(session, spaces)
+    _check_memory(session, max(process.memory_info().rss - before, 0))
+    assert session.evaluator.metric is not None
+    parameters = sum(p.numel() for p in session.model.parameters())
+    return Preflight(
+        session.evaluator.metric.name,
+        reading.value,
+        session.splits.samples,
+        session.prepared.sites,
+        session.prepared.float_parts,
+        parameters,
+        reading.seconds,
+        session.splits.notes,
+    )
+
+
+def _check_repeats(session: Session, value: float) -> None:
+    source = session.task.source
+    example = session.evaluator.example()
+    if session.task.evaluate is not None:
+        again = float(session.task.evaluate(session.model))
+        if abs(again - value) > REPEATS * max(abs(value), 1e-12):
+            raise TaskError(
+                f"{source}: evaluate(model) returned {value:g} and then {again:g} on the same "
+                "float model; seed what it draws at random"
+            )
+        return
+    with torch.no_grad():
+        first = session.evaluator.run(session.model, example)
+        second = session.evaluator.run(session.model, example)
+    if not same_outputs(first, second, REPEATS):
+        raise TaskError(
+            f"{source}: the float model gives different outputs for the same inputs; is something "
+            "drawn at random in forward, or left in training mode?"
+        )
+
+
+def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None:
+    """Write a uniform recipe's model, load it back, and compare outputs."""
+    sites = uniform(spaces, 8)
+    try:
+        done = session.realizer.apply(sites)
+        example = session.evaluator.example()
+        expected = None
+        if example is not None:
+            with torch.no_grad():
+                expected = session.evaluator.run(session.model, example)
+        choices = {
+            site.name: (session.realizer.weight(site, done[site.name]), done[site.name].activation)
+            for site in session.prepared.sites
+        }
+        session.realizer.float()
+        # The copy stands for the architecture that the user has: converted, then given back.
+        skeleton = deploy(session.prepared, {})
+        deployed = deploy(session.prepared, choices)
+        recipe = session.recipe(done)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            save_archive(deployed, recipe, path)
+            loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
+        if example is None:
+            return
+        with torch.no_grad():
+            found = session.evaluator.run(loaded.to(session.device), example)
+    except TrialError as error:
+        raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
+    except OSError as error:
+        raise UserError(f"a uniform 8-bit recipe can't be written: {error}") from error
+    if not same_outputs(expected, found, REPEATS):
+        raise UserError(
+            "a uniform 8-bit recipe gives other outputs after it was written and loaded back; "
+            "does the model keep state between calls?"
+        )
+
+
+def _unfolded(model: torch.nn.Module, folded: Mapping[str, str]) -> torch.nn.Module:
+    """Return a folded model with its BatchNorms put back as neutral ones: the architecture."""
+    model = copy.deepcopy(model)
+    for norm, layer in folded.items():
+        target = model.get_submodule(layer)
+        weight = target.weight
+        assert isinstance(weight, torch.Tensor)
+        transposed = isinstance(target, torch.nn.modules.conv._ConvTransposeNd)
+        features = weight.shape[1 if transposed else 0]
+        parent, _, name = norm.rpartition(".")
+        kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}
+        kind = kinds.get(weight.dim(), torch.nn.BatchNorm3d)
+        neutral = kind(features, device=weight.device, dtype=weight.dtype).eval()
+        setattr(model.get_submodule(parent) if parent else model, name, neutral)
+    return model
+
+
+def _check_memory(session: Session, used: int) -> None:
+    """Compare what a search may take with what is free.
+
+    ``used`` is what the evaluation so far took; beside it a candidate may need the weights again
+    (dequantized), a packed copy, and the cache of quantized weights.
+    """
+    sizes = session.sizes.float_size_bytes
+    if session.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(session.device)
+        needed = 2 * sizes + CACHE_BYTES
+    else:
+        free = psutil.virtual_memory().available
+        needed = 2 * sizes + min(CACHE_BYTES, 8 * sizes)
+    if needed > free:
+        raise UserError(
+            f"not enough memory: a search needs about {needed / 2**30:.1f} GiB more than the "
+            f"{used / 2**30:.1f} GiB that evaluation took, and {free / 2**30:.1f} GiB are free"
+        )
+
+

@@ -1,0 +1,262 @@
+"""The default sampler: every proposal solves a knapsack; what is learned is what bends its table.
+
+The loss of a recipe is modelled as a sum over sites of (how much the site's noise matters) ×
+(the noise that its choice makes, from the profile). The first factor is the unknown; its posterior
+given all measured trials, a Bayesian linear regression, is sampled for each proposal (Thompson
+sampling: Thompson 1933; Russo et al. 2018, arXiv 1707.02038) and the knapsack solved for it. With
+a budget, the budget is spent; with a maximum drop, the size is aimed just below the smallest
+feasible one so far, the closer the more often it has failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from autoquant.search.goal import Goal
+from autoquant.search.knapsack import solve
+from autoquant.search.ledger import MEASURED
+from autoquant.search.params import ParameterMap
+from autoquant.search.profile import Profile
+from autoquant.spec.recipe import SiteRecipe, choices_key
+from autoquant.spec.space import SiteSpace
+
+NOISE = 0.3
+"""Relative error that the additive model is taken to have on one trial."""
+SPREAD = 0.8
+"""Standard deviation, relative to the mean, of how much sites differ before anything is measured."""
+MUTATIONS = 0.5
+"""Chance that a proposal also changes a dimension other than the bits of a few sites."""
+TRIES = 8
+"""Proposals drawn before a recipe that was measured already is proposed again."""
+
+Sites = dict[str, SiteRecipe]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One measured trial, as the sampler uses it."""
+
+    number: int
+    sites: Sites
+    key: str
+    damage: np.ndarray
+    loss: float
+    cost: float
+    objective: float
+    feasible: bool
+
+
+class KnapsackSampler(BaseSampler):
+    """Proposes the solutions of knapsacks whose terms are learned from the trials.
+
+    A proposal depends on the seed, the trial's number and the finished trials before it, and on
+    nothing else, so a resumed study goes on as if it had never stopped. ``rest_bytes`` is the size
+    of what is not quantized.
+    """
+
+    def __init__(
+        self, mapping: ParameterMap, profile: Profile, goal: Goal, rest_bytes: int, seed: int
+    ) -> None:
+        self.mapping = mapping
+        self.profile = profile
+        self.goal = goal
+        self.rest_bytes = rest_bytes
+        self.seed = seed
+        self.names = list(mapping.spaces)
+        self.by_size = goal.bits is None
+        self._seen: dict[int, Seen | None] = {}
+        options = [profile.options[n] for n in self.names]
+        self._damage = [np.array([o.damage for o in row]) for row in options]
+        self._cost = [np.array([self._price(n, o.recipe) for o in row]) for n, row in zip(self.names, options, strict=True)]
+
+    def _price(self, name: str, recipe: SiteRecipe) -> float:
+        """Return what a choice costs of the budget: bits, or bytes where size is what counts."""
+        if not self.by_size:
+            return float(self.profile.numel[name] * recipe.weight_bits)
+        for option in self.profile.options[name]:
+            if option.recipe.weight == recipe.weight:
+                return float(option.bytes)
+        return self.profile.numel[name] * recipe.weight_bits / 8.0
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Return every parameter: all are proposed together."""
+        return self.mapping.distributions
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Return a random value for a parameter that the search space does not know."""
+        sampler = optuna.samplers.RandomSampler(seed=self.seed + trial.number)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        """Return the parameters of the next proposal."""
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        return self.mapping.encode(self.propose(trials, trial.number))
+
+    def propose(self, trials: Sequence[FrozenTrial], number: int) -> Sites:
+        """Return the recipe to try as trial ``number``."""
+        rng = np.random.default_rng((self.seed, number))
+        seen = [s for s in map(self._read, trials) if s is not None]
+        taken = {s.key for s in seen}
+        incumbent = min((s for s in seen if s.feasible), key=_rank, default=None)
+        mean, root = self._posterior(seen)
+        sites: Sites = {}
+        for attempt in range(TRIES):
+            if attempt == 0 and number % 3 == 0:
+                weights = mean
+            else:
+                weights = mean + (1.0 + attempt / 4) * (root @ rng.standard_normal(len(mean)))
+            weights = np.maximum(weights, 0.05 * mean.mean())
+            sites = self._solve(weights, self._budget(seen, incumbent, rng), incumbent)
+            if attempt or rng.random() < MUTATIONS:
+                sites = self._mutate(sites, rng)
+            if choices_key(sites) not in taken:
+                break
+        return sites
+
+    def _read(self, trial: FrozenTrial) -> Seen | None:
+        if trial.number not in self._seen:
+            self._seen[trial.number] = self._parse(trial)
+        return self._seen[trial.number]
+
+    def _parse(self, trial: FrozenTrial) -> Seen | None:
+        measured = trial.user_attrs.get(MEASURED)
+        if measured is None:
+            return None
+        sites = self.mapping.decode(trial.params)
+        damage = np.array([self.profile.damage(n, sites[n]) for n in self.names])
+        cost = sum(self._price(n, sites[n]) for n in self.names)
+        complete = trial.state == TrialState.COMPLETE
+        return Seen(
+            trial.number,
+            sites,
+            choices_key(sites),
+            damage,
+            float(measured["loss"]),
+            cost,
+            float(measured["objective"]),
+            complete and bool(measured["feasible"]),
+        )
+
+    def _posterior(self, seen: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and a root of the covariance of how much each site's noise matters.
+
+        Rows are divided by their loss, so the error is relative: a trial with a loss a hundred
+        times larger does not drown the others.
+        """
+        size = len(self.names)
+        usable = [s for s in seen if s.loss > 0 and s.damage.sum() > 0 and np.isfinite(s.loss)]
+        if not usable:
+            return np.ones(size), SPREAD * np.eye(size)
+        ratios = np.array([s.loss / s.damage.sum() for s in usable])
+        typical = float(np.exp(np.median(np.log(ratios))))
+        rows = np.stack([s.damage / s.loss for s in usable]) * typical
+        # In units of the typical weight the prior is N(1, SPREAD²) for every site.
+        precision = rows.T @ rows / NOISE**2 + np.eye(size) / SPREAD**2
+        target = rows.T @ np.ones(len(usable)) / NOISE**2 + np.ones(size) / SPREAD**2
+        lower = np.linalg.cholesky(precision)
+        mean = np.linalg.solve(precision, target)
+        root = np.linalg.inv(lower).T
+        return np.maximum(mean, 0.05), root
+
+    def _budget(
+        self, seen: Sequence[Seen], incumbent: Seen | None, rng: np.random.Generator
+    ) -> float:
+        """Return the cost to stay within: the given budget, or one just below the best feasible."""
+        low = sum(float(c.min()) for c in self._cost)
+        high = sum(float(c.max()) for c in self._cost)
+        total = sum(self.profile.numel[n] for n in self.names)
+        if self.goal.bits is not None:
+            return self.goal.bits * total
+        if self.goal.size_bytes is not None:
+            return float(self.goal.size_bytes - self.rest_bytes)
+        if incumbent is None:
+            tried = [s.cost for s in seen]
+            start = max(tried) if tried else low
+            return start + (high - start) * rng.random()
+        failed = sum(1 for s in seen if s.number > incumbent.number and not s.feasible)
+        step = (incumbent.cost - low) * 0.5 * 0.8**failed
+        return incumbent.cost - step * (0.5 + rng.random())
+
+    def _solve(
+        self, weights: np.ndarray, budget: float, incumbent: Seen | None
+    ) -> Sites:
+        damage = [w * d for w, d in zip(weights, self._damage, strict=True)]
+        chosen = solve(damage, self._cost, budget)
+        if chosen is None:
+            chosen = [int(np.argmin(c)) for c in self._cost]
+        sites = {}
+        for name, index in zip(self.names, chosen, strict=True):
+            recipe = self.profile.options[name][index].recipe
+            if incumbent is not None:
+                recipe = _inherit(recipe, incumbent.sites[name])
+            sites[name] = recipe
+        return sites
+
+    def _mutate(self, sites: Sites, rng: np.random.Generator) -> Sites:
+        """Return ``sites`` with a dimension other than the bits changed at a few of them."""
+        sites = dict(sites)
+        for name in rng.permutation(self.names)[: 1 + rng.poisson(1.0)].tolist():
+            space = self.mapping.spaces[name]
+            if space.fixed is None:
+                sites[name] = _mutate_site(sites[name], space, rng)
+        return sites
+
+
+def _rank(seen: Seen) -> tuple[float, int]:
+    return seen.objective, seen.number
+
+
+def _inherit(recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
+    """Return ``known`` where it has the same weight width, else its activation with the new width."""
+    if recipe.weight is None or known.weight is None:
+        return recipe
+    if recipe.weight.bits == known.weight.bits:
+        return known
+    return replace(recipe, activation=known.activation)
+
+
+def _mutate_site(
+    recipe: SiteRecipe, space: SiteSpace, rng: np.random.Generator
+) -> SiteRecipe:
+    c = space.choices
+    moves: list[SiteRecipe] = []
+    if recipe.weight is not None:
+        for field in ("granularity", "scheme", "calibration"):
+            for value in c[f"weight_{field}"]:
+                moves.append(replace(recipe, weight=replace(recipe.weight, **{field: value})))
+    if recipe.activation is not None:
+        for field in ("granularity", "scheme", "calibration"):
+            for value in c[f"activation_{field}"]:
+                changed = replace(recipe.activation, **{field: value})
+                moves.append(replace(recipe, activation=changed))
+    rate = space.learning_rate
+    if rate is not None and recipe.weight is not None:
+        drawn = float(np.exp(rng.uniform(np.log(rate.low), np.log(rate.high))))
+        moves += [replace(recipe, learning_rate=min(max(drawn, rate.low), rate.high))] * 2
+        if rate.optional:
+            moves.append(replace(recipe, learning_rate=None))
+    others = [m for m in (move.canonical() for move in moves) if m != recipe]
+    return others[int(rng.integers(len(others)))] if others else recipe
+
+

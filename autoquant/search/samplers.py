@@ -1,0 +1,205 @@
+"""Where the next recipe comes from: the uniform ones first, then a sampler.
+
+Each trial's randomness is a function of the seed and the trial's number, so that a resumed study
+gives the trials that an uninterrupted one gives. Optuna's own samplers work on a copy of the study
+in memory, because they write one parameter at a time; the finished trial is written once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from autoquant.errors import UserError
+from autoquant.registry import Registry
+from autoquant.search.params import ParameterMap
+from autoquant.search.sampler import KnapsackSampler
+from autoquant.spec.recipe import SiteRecipe
+
+STOCK: Registry[Callable[[int], BaseSampler]] = Registry("sampler")
+DEFAULT = "knapsack"
+SAMPLER_STATE = "sampler_state"
+
+
+@STOCK.register("tpe")
+def _tpe(seed: int) -> BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+@STOCK.register("nsga2")
+def _nsga2(seed: int) -> BaseSampler:
+    return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
+
+
+@STOCK.register("gp")
+def _gp(seed: int) -> BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed)
+
+
+@STOCK.register("cmaes")
+def _cmaes(seed: int) -> BaseSampler:
+    return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+
+
+@STOCK.register("qmc")
+def _qmc(seed: int) -> BaseSampler:
+    return optuna.samplers.QMCSampler(
+        seed=seed, scramble=True, warn_independent_sampling=False, warn_asynchronous_seeding=False
+    )
+
+
+@STOCK.register("random")
+def _random(seed: int) -> BaseSampler:
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def names() -> tuple[str, ...]:
+    """Return the names that ``--sampler`` takes, the default first."""
+    return (DEFAULT, *STOCK.names())
+
+
+def check(name: str) -> None:
+    """Raise UserError where ``name`` is no sampler."""
+    if name != DEFAULT:
+        try:
+            STOCK.get(name)
+        except UserError as error:
+            raise UserError(f"--sampler: {error}, {DEFAULT}") from None
+
+
+@dataclass
+class Proposal:
+    """The parameters of the next trial. ``system_attrs`` is what the sampler keeps with it."""
+
+    params: dict[str, Any]
+    system_attrs: dict[str, Any] = field(default_factory=dict)
+
+
+class Proposer(Protocol):
+    """Proposes trials, and is told of each one that is finished."""
+
+    def propose(self, number: int) -> Proposal:
+        """Return the proposal for trial ``number``."""
+
+    def told(self, trial: FrozenTrial) -> FrozenTrial:
+        """Take note of a finished trial, and return it as it should be written."""
+
+
+class KnapsackProposer:
+    """Proposes what the default sampler does, straight from the ledger's study."""
+
+    def __init__(self, sampler: KnapsackSampler, trials: Callable[[], Sequence[FrozenTrial]]) -> None:
+        self._sampler = sampler
+        self._trials = trials
+
+    def propose(self, number: int) -> Proposal:
+        """Return the proposal for trial ``number``."""
+        sites = self._sampler.propose(self._trials(), number)
+        return Proposal(self._sampler.mapping.encode(sites))
+
+    def told(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return ``trial`` as it is: the sampler reads it from the ledger."""
+        return trial
+
+
+class StockProposer:
+    """Proposes what an Optuna sampler does, on a copy of the study in memory.
+
+    ``make`` gives the sampler for one trial from a seed.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], BaseSampler],
+        mapping: ParameterMap,
+        trials: Sequence[FrozenTrial],
+        state: Mapping[str, Any],
+        keep: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._make = make
+        self._mapping = mapping
+        self._keep = keep
+        self._state = dict(state)
+        self._study = optuna.create_study(direction="minimize", sampler=make(0))
+        for key, value in state.items():
+            self._storage.set_study_system_attr(self._study._study_id, key, value)
+        for trial in trials:
+            self._study.add_trial(trial)
+        self._asked: optuna.Trial | None = None
+
+    @property
+    def _storage(self) -> optuna.storages.BaseStorage:
+        return self._study._storage
+
+    def propose(self, number: int) -> Proposal:
+        """Return the proposal for trial ``number``."""
+        self._study.sampler = self._make(number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._asked = self._study.ask(self._mapping.distributions)
+        return Proposal(dict(self._asked.params))
+
+    def told(self, trial: FrozenTrial) -> FrozenTrial:
+        """Tell the sampler how its trial ended; return the trial with what the sampler keeps."""
+        asked, self._asked = self._asked, None
+        if asked is None:
+            self._study.add_trial(trial)
+            return trial
+        for key, value in trial.user_attrs.items():
+            asked.set_user_attr(key, value)
+        for key, value in trial.constraints.items():
+            asked.set_constraint(key, value)
+        if trial.state == TrialState.COMPLETE:
+            self._study.tell(asked, trial.value)
+        else:
+            self._study.tell(asked, state=trial.state)
+        known = self._storage.get_trial(asked._trial_id)
+        for key, value in known.system_attrs.items():
+            trial.set_system_attr(key, value)
+        state = self._storage.get_study_system_attrs(self._study._study_id)
+        if state != self._state:
+            self._state = dict(state)
+            self._keep(self._state)
+        return trial
+
+
+def derive(seed: int, number: int) -> int:
+    """Return the seed of one trial."""
+    return (seed * 1_000_003 + number * 7919 + 1) % (2**32 - 1)
+
+
+def seeded(name: str, seed: int) -> Callable[[int], BaseSampler]:
+    """Return what makes the stock sampler ``name`` for a trial's number.
+
+    A quasi-random sequence is one sequence for the whole study, so its seed stays the same.
+    """
+    factory = STOCK.get(name)
+    if name == "qmc":
+        return lambda _: factory(seed)
+    return lambda number: factory(derive(seed, number))
+
+
+class Baselines:
+    """Proposes the uniform recipes first, then what ``then`` does."""
+
+    def __init__(
+        self, recipes: Sequence[Mapping[str, SiteRecipe]], mapping: ParameterMap, then: Proposer
+    ) -> None:
+        self._params = [mapping.encode(sites) for sites in recipes]
+        self._then = then
+
+    def propose(self, number: int) -> Proposal:
+        """Return the proposal for trial ``number``."""
+        if number < len(self._params):
+            return Proposal(dict(self._params[number]))
+        return self._then.propose(number)
+
+    def told(self, trial: FrozenTrial) -> FrozenTrial:
+        """Pass a finished trial on."""
+        return self._then.told(trial)

@@ -1,0 +1,166 @@
+"""A session: one model with its task, prepared to take recipes and to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.errors import TrialError, UserError
+from autoquant.measure.evaluator import Evaluator, Reading, Watch
+from autoquant.measure.size import SizeModel, float_bytes
+from autoquant.methods.realize import Realizer
+from autoquant.models.data import Splits, make_splits
+from autoquant.models.files import LoadedModel
+from autoquant.models.task import Task
+from autoquant.nn.calibrate import SiteStatistics, calibrate
+from autoquant.nn.convert import Prepared, prepare, use_channels_last
+from autoquant.nn.fold import same_outputs
+from autoquant.search.goal import Measurement
+from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """What a search, ``evaluate`` and ``apply`` work on."""
+
+    identity: ModelIdentity
+    task: Task
+    splits: Splits
+    device: torch.device
+    prepared: Prepared
+    statistics: Mapping[str, SiteStatistics]
+    realizer: Realizer
+    evaluator: Evaluator
+    sizes: SizeModel
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as the current recipe has it."""
+        return self.prepared.model
+
+    def measure(
+        self,
+        sites: Mapping[str, SiteRecipe],
+        split: str,
+        *,
+        limit: float | None = None,
+        watch: Watch = lambda done, total: None,
+    ) -> tuple[Measurement, Reading, dict[str, SiteRecipe]]:
+        """Measure a recipe on one split; return also the reading and the calibrated sites.
+
+        Raises TrialError where the candidate, or the user's code on it, fails.
+        """
+        try:
+            done = self.realizer.apply(sites)
+        except torch.OutOfMemoryError as error:
+            raise TrialError("out of memory on the accelerator") from error
+        except MemoryError as error:
+            raise TrialError("out of memory") from error
+        reading = self.evaluator.read(self.model, split, limit=limit, watch=watch)
+        drop = self.evaluator.drop(split, reading.value)
+        loss = max(drop, 1e-9) if reading.divergence is None else reading.divergence
+        measurement = Measurement(
+            reading.value,
+            drop,
+            loss,
+            self.sizes.average_bits(done),
+            self.sizes.bytes(done),
+            reading.seconds,
+        )
+        return measurement, reading, done
+
+    def baseline(self, split: str) -> Reading:
+        """Return the float model's reading on ``split``, measured once."""
+        self.realizer.float()
+        return self.evaluator.baseline(self.model, split)
+
+    def recipe(self, sites: Mapping[str, SiteRecipe]) -> Recipe:
+        """Return calibrated ``sites`` as a recipe of this model."""
+        return Recipe(sites, self.identity, None, self.prepared.folded)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of ``auto``, ``cpu`` or ``cuda``; UserError where there is none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        built = "this torch is a CPU build" if torch.version.cuda is None else "no GPU is visible"
+        raise UserError(f"--device cuda: {built}; use --device cpu or auto")
+    return torch.device(name)
+
+
+def open_session(
+    loaded: LoadedModel,
+    task: Task,
+    device: torch.device,
+    *,
+    folded: Mapping[str, str] | None = None,
+    say: Say = lambda _: None,
+) -> Session:
+    """Prepare a model for its task: read the data, fold, find the sites, calibrate.
+
+    ``folded`` repeats the folds of a recipe instead of looking for them.
+    """
+    say("reading the data")
+    splits = make_splits(task)
+    evaluator = Evaluator(task, splits, device)
+    model = loaded.module.to(device)
+    example = evaluator.example()
+
+    def run(m: nn.Module, inputs: Any = None) -> Any:
+        inputs = example if inputs is None else inputs
+        try:
+            if inputs is None:
+                assert task.evaluate is not None
+                return task.evaluate(m)
+            return evaluator.run(m, inputs)
+        except UserError:
+            raise
+        except Exception as error:
+            from autoquant.models.usercode import describe
+
+            raise UserError(
+                f"the float model fails on the task's data: {describe(error, task.source)}"
+            ) from error
+
+    size = float_bytes(model)
+    say("finding the layers")
+    prepared = prepare(model, run, folded)
+    _choose_layout(prepared, run)
+    say("calibrating")
+    statistics = calibrate(prepared, splits.calibrate or (None,), run)
+    return Session(
+        ModelIdentity(loaded.name, loaded.sha256),
+        task,
+        splits,
+        device,
+        prepared,
+        statistics,
+        Realizer(prepared, statistics),
+        evaluator,
+        SizeModel(prepared, size),
+    )
+
+
+def _choose_layout(prepared: Prepared, run: Callable[[nn.Module], Any]) -> None:
+    """Compute 2-d convolutions channels-last where the model's code allows it.
+
+    A rule, not a race: the choice must be the same when a study is resumed.
+    """
+    if not any(site.layer == "Conv2d" for site in prepared.sites):
+        return
+    with torch.no_grad():
+        before = run(prepared.model)
+        use_channels_last(prepared.model)
+        try:
+            same = same_outputs(before, run(prepared.model))
+        except UserError:  # the model's own code takes a view of contiguous memory for granted
+            same = False
+    if not same:
+        use_channels_last(prepared.model, on=False)

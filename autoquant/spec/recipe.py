@@ -1,0 +1,189 @@
+"""A recipe: what every layer of one model becomes, as an immutable value.
+
+It is the only thing that carries configuration about a layer: samplers make recipes, conversion
+applies them, YAML stores them, reports read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from autoquant.spec.formats import FLOAT_BITS
+
+VERSION = 1
+"""Version of the YAML format; a file of another version is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightScheme:
+    """How one weight is quantized. ``bits`` is 2 … 8."""
+
+    bits: int
+    granularity: str = "per_channel"
+    scheme: str = "symmetric"
+    calibration: str = "max"
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero point is 0."""
+        return self.scheme == "symmetric"
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationScheme:
+    """How the activation that meets a weight is quantized. ``bits`` is 2 … 8.
+
+    ``scale`` and ``zero_point`` are the calibrated numbers of a static quantizer; None where they
+    are computed at run time (per token) or not calibrated yet.
+    """
+
+    bits: int
+    granularity: str = "per_tensor"
+    scheme: str = "asymmetric"
+    calibration: str = "max"
+    scale: float | None = None
+    zero_point: int | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero point is 0."""
+        return self.scheme == "symmetric"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the scale is computed at run time, for each token."""
+        return self.granularity == "per_token"
+
+    def uncalibrated(self) -> ActivationScheme:
+        """Return the same scheme without its numbers: what a search chose, not what it measured."""
+        return replace(self, scale=None, zero_point=None)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecipe:
+    """What one site becomes; None means that it stays in float (16 bits).
+
+    ``learning_rate`` says how fast the rounding and the scale of the weight are learned against
+    the layer's float output after calibration; None means not at all.
+    """
+
+    weight: WeightScheme | None = None
+    activation: ActivationScheme | None = None
+    learning_rate: float | None = None
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits a weight takes, without its scales."""
+        return self.weight.bits if self.weight else FLOAT_BITS
+
+    def canonical(self) -> SiteRecipe:
+        """Return the same recipe in its one spelling, with what has no effect left out.
+
+        A per-token scale is computed from the token's own range, so its calibration is ``max``;
+        there is nothing to learn where the weight stays in float.
+        """
+        activation = self.activation
+        if activation is not None and activation.dynamic:
+            activation = replace(activation, calibration="max", scale=None, zero_point=None)
+        learning_rate = self.learning_rate if self.weight is not None else None
+        return SiteRecipe(self.weight, activation, learning_rate)
+
+    def uncalibrated(self) -> SiteRecipe:
+        """Return the same choices without calibrated numbers."""
+        if self.activation is None:
+            return self
+        return replace(self, activation=self.activation.uncalibrated())
+
+
+FLOAT_SITE = SiteRecipe()
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a recipe is for."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """The metric of the float and the quantized model on one split of the data."""
+
+    samples: int
+    baseline: float
+    quantized: float
+    drop: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of a recipe: the metric, the split each number came from, the size.
+
+    ``confirm`` is None where the task could not be split; then the drop was measured on the data
+    that the search saw.
+    """
+
+    metric: str
+    higher_is_better: bool
+    search: SplitResult
+    confirm: SplitResult | None
+    average_weight_bits: float
+    size_bytes: int
+    float_size_bytes: int
+
+    @property
+    def reported(self) -> SplitResult:
+        """The result to report: the confirmed one where there is one."""
+        return self.confirm or self.search
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Site name → SiteRecipe, with the model it is for and what was measured.
+
+    ``folded`` maps each BatchNorm that conversion folds to the layer that takes it in;
+    ``seed`` fixes what learning draws at random.
+    """
+
+    sites: Mapping[str, SiteRecipe]
+    model: ModelIdentity | None = None
+    evidence: Evidence | None = None
+    folded: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", MappingProxyType(dict(self.sites)))
+        object.__setattr__(self, "folded", MappingProxyType(dict(self.folded)))
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+    def key(self) -> str:
+        """Return a digest of the choices alone: equal keys, equal quantized models."""
+        return choices_key(self.sites)
+
+    def with_sites(self, sites: Mapping[str, SiteRecipe]) -> Recipe:
+        """Return the same recipe with other sites."""
+        return replace(self, sites=sites)
+
+
+def choices_key(sites: Mapping[str, SiteRecipe]) -> str:
+    """Return a digest of per-site choices, whatever their order and calibrated numbers."""
+    rows = {name: _plain(site.canonical().uncalibrated()) for name, site in sites.items()}
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(site: SiteRecipe) -> list[Any]:
+    w, a = site.weight, site.activation
+    return [
+        None if w is None else [w.bits, w.granularity, w.scheme, w.calibration],
+        None if a is None else [a.bits, a.granularity, a.scheme, a.calibration],
+        site.learning_rate,
+    ]

@@ -1,0 +1,279 @@
+"""recipe.yaml: a recipe as a file that a person can read, review and edit."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autoquant.errors import SpecError
+from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS, WEIGHT_CALIBRATIONS, percentile_of
+from autoquant.spec.documents import Fields, parse_yaml, read_yaml
+from autoquant.spec.formats import FLOAT_BITS, FORMATS
+from autoquant.spec.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES
+from autoquant.spec.recipe import (
+    VERSION,
+    ActivationScheme,
+    Evidence,
+    ModelIdentity,
+    Recipe,
+    SiteRecipe,
+    SplitResult,
+    WeightScheme,
+)
+
+SCHEMES = ("symmetric", "asymmetric")
+BITS = (*FORMATS, FLOAT_BITS)
+
+
+def load(path: Path) -> Recipe:
+    """Return the recipe in ``path``; SpecError names file, layer, field, found and allowed."""
+    return _recipe(read_yaml(path, "recipe"), str(path))
+
+
+def loads(text: str, where: str = "recipe") -> Recipe:
+    """Return the recipe in ``text``."""
+    return _recipe(parse_yaml(text, "recipe", where), where)
+
+
+def _recipe(data: dict[str, Any], where: str) -> Recipe:
+    fields = Fields(data, where)
+    if "autoquant_recipe" not in fields:
+        raise SpecError(f"{where}: not a recipe: it has no autoquant_recipe field")
+    version = fields.take("autoquant_recipe")
+    if version != VERSION:
+        raise SpecError(
+            f"{where}: autoquant_recipe: found version {version!r}, this release reads {VERSION}; "
+            "use the release that wrote it"
+        )
+    model = fields.take("model", None)
+    metric = fields.take("metric", None)
+    bits = fields.number("average_weight_bits", 0.0, low=0)
+    size = fields.integer("size_bytes", 0, low=0)
+    float_size = fields.integer("float_size_bytes", 0, low=0)
+    seed = fields.integer("seed", 0)
+    folded = fields.take("folded", None) or {}
+    if not isinstance(folded, dict) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in folded.items()
+    ):
+        raise fields.fail("folded", folded, "names of BatchNorm layers and of the layers before")
+    layers = fields.take("layers")
+    fields.close()
+    if not isinstance(layers, dict) or not layers:
+        raise SpecError(f"{where}: layers: found {layers!r}, allowed: one entry or more")
+    sites = {}
+    for name, site in layers.items():
+        if not isinstance(name, str):
+            raise SpecError(f"{where}: layers: {name!r} is not a layer name; put it in quotes")
+        sites[name] = site_from_plain(site, f"{where}: {name}")
+    evidence = None
+    if metric is not None:
+        evidence = _evidence(Fields(metric, f"{where}: metric"), bits, size, float_size)
+    return Recipe(sites, _model(model, where), evidence, folded, seed)
+
+
+def _model(data: Any, where: str) -> ModelIdentity | None:
+    if data is None:
+        return None
+    fields = Fields(data, f"{where}: model")
+    identity = ModelIdentity(fields.text("name"), fields.text("sha256"))
+    fields.close()
+    return identity
+
+
+def site_from_plain(data: Any, where: str) -> SiteRecipe:
+    """Return the site recipe that plain data describe; SpecError names the field."""
+    fields = Fields(data, where)
+    weight = _weight(Fields(fields.take("weight", {"bits": FLOAT_BITS}), f"{where}: weight"))
+    activation = _activation(
+        Fields(fields.take("activation", {"bits": FLOAT_BITS}), f"{where}: activation")
+    )
+    rate = None
+    if fields.take("learning_rate", None) is not None:
+        again = Fields(data, where)
+        rate = again.number("learning_rate", low=0, above=True)
+    fields.close()
+    return SiteRecipe(weight, activation, rate)
+
+
+def _weight(fields: Fields) -> WeightScheme | None:
+    bits = fields.choice("bits", BITS)
+    if bits == FLOAT_BITS:
+        fields.close()
+        return None
+    scheme = WeightScheme(
+        bits,
+        fields.choice("granularity", WEIGHT_GRANULARITIES, "per_channel"),
+        fields.choice("scheme", SCHEMES, "symmetric"),
+        _calibration(fields, WEIGHT_CALIBRATIONS),
+    )
+    fields.close()
+    return scheme
+
+
+def _activation(fields: Fields) -> ActivationScheme | None:
+    bits = fields.choice("bits", BITS)
+    if bits == FLOAT_BITS:
+        fields.close()
+        return None
+    granularity = fields.choice("granularity", ACTIVATION_GRANULARITIES, "per_tensor")
+    kind = fields.choice("scheme", SCHEMES, "asymmetric")
+    calibration = _calibration(fields, ACTIVATION_CALIBRATIONS)
+    scale = zero_point = None
+    if "scale" in fields:
+        scale = fields.number("scale", low=0, above=True)
+        zero_point = fields.integer("zero_point", 0)
+        grid = FORMATS[bits]
+        if not grid.qmin <= zero_point <= grid.qmax:
+            raise fields.fail("zero_point", zero_point, f"{grid.qmin} … {grid.qmax}")
+        if granularity == "per_token":
+            raise fields.fail("scale", scale, "none: a per_token scale is found at run time")
+        if kind == "symmetric" and zero_point != 0:
+            raise fields.fail("zero_point", zero_point, "0, as the scheme is symmetric")
+    fields.close()
+    return ActivationScheme(bits, granularity, kind, calibration, scale, zero_point)
+
+
+def _calibration(fields: Fields, names: tuple[str, ...]) -> str:
+    value = fields.take("calibration", "max")
+    if value not in names and (not isinstance(value, str) or percentile_of(value) is None):
+        raise fields.fail("calibration", value, ", ".join(names))
+    return str(value)
+
+
+def _evidence(fields: Fields, bits: float, size: int, float_size: int) -> Evidence:
+    name = fields.text("name")
+    higher = fields.flag("higher_is_better")
+    search = _split(Fields(fields.take("search"), f"{fields.where}: search"))
+    confirm = fields.take("confirm", None)
+    if isinstance(confirm, dict):
+        result: SplitResult | None = _split(Fields(confirm, f"{fields.where}: confirm"))
+    else:
+        result = None
+    fields.close()
+    return Evidence(name, higher, search, result, bits, size, float_size)
+
+
+def _split(fields: Fields) -> SplitResult:
+    interval = fields.take("interval", None)
+    if interval is not None and not (
+        isinstance(interval, list)
+        and len(interval) == 2
+        and all(isinstance(x, int | float) for x in interval)
+    ):
+        raise fields.fail("interval", interval, "two numbers or null")
+    result = SplitResult(
+        fields.integer("samples", 0, low=0),
+        fields.number("float"),
+        fields.number("quantized"),
+        fields.number("drop"),
+        (float(interval[0]), float(interval[1])) if interval else None,
+    )
+    fields.close()
+    return result
+
+
+def site_to_plain(site: SiteRecipe) -> dict[str, Any]:
+    """Return a site recipe as plain data, the fields in the order a person reads them."""
+    weight: dict[str, Any] = {"bits": FLOAT_BITS}
+    if site.weight is not None:
+        w = site.weight
+        weight = {
+            "bits": w.bits,
+            "granularity": w.granularity,
+            "scheme": w.scheme,
+            "calibration": w.calibration,
+        }
+    activation: dict[str, Any] = {"bits": FLOAT_BITS}
+    if site.activation is not None:
+        a = site.activation
+        activation = {
+            "bits": a.bits,
+            "granularity": a.granularity,
+            "scheme": a.scheme,
+            "calibration": a.calibration,
+        }
+        if a.scale is not None:
+            activation |= {"scale": a.scale, "zero_point": a.zero_point}
+    return {"weight": weight, "activation": activation, "learning_rate": site.learning_rate}
+
+
+NOT_SPLIT = "not measured: the task gives no second data set, so the drop is on what search saw"
+
+
+def dumps(recipe: Recipe) -> str:
+    """Return ``recipe`` as YAML."""
+    head: dict[str, Any] = {"autoquant_recipe": VERSION}
+    if recipe.model is not None:
+        head["model"] = {"name": recipe.model.name, "sha256": recipe.model.sha256}
+    evidence = recipe.evidence
+    if evidence is not None:
+        head["metric"] = {
+            "name": evidence.metric,
+            "higher_is_better": evidence.higher_is_better,
+            "search": _split_to_plain(evidence.search),
+            "confirm": NOT_SPLIT
+            if evidence.confirm is None
+            else _split_to_plain(evidence.confirm),
+        }
+        head["average_weight_bits"] = evidence.average_weight_bits
+        head["size_bytes"] = evidence.size_bytes
+        head["float_size_bytes"] = evidence.float_size_bytes
+    head["seed"] = recipe.seed
+    if recipe.folded:
+        head["folded"] = dict(recipe.folded)
+    text = yaml.dump(head, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    layers = {name: site_to_plain(site) for name, site in recipe.sites.items()}
+    return text + yaml.dump(
+        {"layers": layers}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=200
+    )
+
+
+def _split_to_plain(result: SplitResult) -> dict[str, Any]:
+    return {
+        "samples": result.samples,
+        "float": result.baseline,
+        "quantized": result.quantized,
+        "drop": result.drop,
+        "interval": list(result.interval) if result.interval else None,
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes each scheme on one line, and everything else as a block."""
+
+
+def _represent(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.Node:
+    node = dumper.represent_mapping("tag:yaml.org,2002:map", data.items())
+    node.flow_style = "bits" in data or "samples" in data
+    return node
+
+
+_Dumper.add_representer(dict, _represent)
+
+
+def save(recipe: Recipe, path: Path) -> None:
+    """Write ``recipe`` to ``path``, whole or not at all; SpecError where it can't be written."""
+    write_text(path, dumps(recipe))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise SpecError(f"{path}: cannot write: {error.strerror}") from None

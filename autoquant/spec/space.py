@@ -1,0 +1,251 @@
+"""Search spaces: which choices each layer may take, from a YAML file of rules.
+
+Rules are read from top to bottom; each names layer types or layer names (with * and ?) and gives
+the choices of some dimensions; a later rule overrides an earlier one, dimension by dimension.
+The first choice of a dimension is the one that uniform recipes use.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+from autoquant.errors import SpecError
+from autoquant.registry import unknown
+from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS, WEIGHT_CALIBRATIONS, percentile_of
+from autoquant.spec.documents import Fields, as_number, is_one_of, parse_yaml, read_yaml, show
+from autoquant.spec.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, divides
+from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.recipe_file import BITS, SCHEMES, site_from_plain
+
+VERSION = 1
+DIMENSIONS: Mapping[str, tuple[Any, ...]] = {
+    "weight_bits": BITS,
+    "weight_granularity": WEIGHT_GRANULARITIES,
+    "weight_scheme": SCHEMES,
+    "weight_calibration": WEIGHT_CALIBRATIONS,
+    "activation_bits": BITS,
+    "activation_granularity": ACTIVATION_GRANULARITIES,
+    "activation_scheme": SCHEMES,
+    "activation_calibration": ACTIVATION_CALIBRATIONS,
+}
+"""Every dimension that is a choice, and what it may be."""
+
+
+class SiteLike(Protocol):
+    """What a space needs to know of a site."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def layer(self) -> str: ...  # noqa: D102
+    @property
+    def matrix(self) -> tuple[int, int]: ...  # noqa: D102
+    @property
+    def activation(self) -> bool: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRates:
+    """Learning rates from ``low`` to ``high``, log-uniform; ``optional`` offers none as well."""
+
+    low: float
+    high: float
+    optional: bool = True
+
+
+@dataclass(frozen=True)
+class SiteSpace:
+    """The choices of one site; ``fixed`` locks it to one recipe."""
+
+    choices: Mapping[str, tuple[Any, ...]]
+    learning_rate: LearningRates | None = None
+    fixed: SiteRecipe | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Choices for the layers that it matches, by type or by name; neither given means all."""
+
+    types: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    learning_rate: LearningRates | None = None
+    sets_learning_rate: bool = False
+    fixed: SiteRecipe | None = None
+
+    def matches(self, site: SiteLike) -> bool:
+        """Return whether the rule speaks of ``site``."""
+        by_type = not self.types or any(fnmatch.fnmatchcase(site.layer, t) for t in self.types)
+        by_name = not self.names or any(fnmatch.fnmatchcase(site.name, n) for n in self.names)
+        return by_type and by_name
+
+
+DEFAULTS: Mapping[str, tuple[Any, ...]] = {
+    "weight_bits": (8,),
+    "weight_granularity": ("per_channel",),
+    "weight_scheme": ("symmetric",),
+    "weight_calibration": ("max",),
+    "activation_bits": (8,),
+    "activation_granularity": ("per_tensor",),
+    "activation_scheme": ("asymmetric",),
+    "activation_calibration": ("max",),
+}
+"""What a dimension is where no rule says otherwise."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A named list of rules. ``text`` is the file as it was read: its hash is the space's."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    text: str = ""
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> SearchSpace:
+        """Return a shipped space by name, or the one in a file.
+
+        Raises SpecError that names file, rule, field, what was found and what is allowed.
+        """
+        text = str(name_or_path)
+        if isinstance(name_or_path, Path) or text.endswith((".yaml", ".yml")) or "/" in text:
+            path = Path(name_or_path)
+            read_yaml(path, "search space")  # for its message on a file that can't be read
+            return cls.parse(path.read_text(encoding="utf-8"), str(path))
+        if text not in shipped():
+            allowed = shipped()
+            raise SpecError(f"{unknown('search space', text, allowed)}, or the path of a YAML file")
+        source = _folder().joinpath(f"{text}.yaml").read_text(encoding="utf-8")
+        return cls.parse(source, text)
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> SearchSpace:
+        """Return the space that ``text`` (YAML) describes."""
+        fields = Fields(parse_yaml(text, "search space", where), where)
+        version = fields.take("autoquant_space", None)
+        if version != VERSION:
+            raise SpecError(f"{where}: autoquant_space: found {version!r}, allowed: {VERSION}")
+        name = fields.text("name", Path(where).stem)
+        fields.text("description", "")
+        rows = fields.take("rules")
+        fields.close()
+        if not isinstance(rows, list) or not rows:
+            raise SpecError(f"{where}: rules: found {show(rows)}, allowed: a list of rules")
+        rules = tuple(_rule(row, f"{where}: rule {i}") for i, row in enumerate(rows, 1))
+        return cls(name, rules, text)
+
+    def resolve(self, sites: Iterable[SiteLike]) -> dict[str, SiteSpace]:
+        """Return what each site may take.
+
+        Groups that do not divide a weight are left out, and the activation's choices where none
+        meets the weight. Raises SpecError where a rule names layers and matches none.
+        """
+        sites = tuple(sites)
+        for number, rule in enumerate(self.rules, 1):
+            if rule.names and not any(rule.matches(site) for site in sites):
+                raise SpecError(
+                    f"space {self.name}: rule {number}: names {', '.join(rule.names)} matches no "
+                    f"layer; layers are {', '.join(s.name for s in sites[:5])}"
+                    + (", …" if len(sites) > 5 else "")
+                )
+        resolved = {site.name: self._site(site) for site in sites}
+        if not any(_quantizes(space) for space in resolved.values()):
+            raise SpecError(f"space {self.name}: it leaves every layer in float")
+        return resolved
+
+    def _site(self, site: SiteLike) -> SiteSpace:
+        choices = dict(DEFAULTS)
+        learning_rate: LearningRates | None = None
+        fixed: SiteRecipe | None = None
+        for rule in self.rules:
+            if not rule.matches(site):
+                continue
+            choices |= rule.choices
+            if rule.sets_learning_rate:
+                learning_rate = rule.learning_rate
+            fixed = rule.fixed
+        grains = tuple(g for g in choices["weight_granularity"] if divides(g, site.matrix))
+        choices["weight_granularity"] = grains or ("per_channel",)
+        if not site.activation:
+            choices |= {k: v for k, v in DEFAULTS.items() if k.startswith("activation")}
+            choices["activation_bits"] = (16,)
+            if fixed is not None:
+                fixed = replace(fixed, activation=None)
+        return SiteSpace(choices, learning_rate, fixed)
+
+
+def _quantizes(space: SiteSpace) -> bool:
+    if space.fixed is not None:
+        return space.fixed.weight is not None or space.fixed.activation is not None
+    return min(*space.choices["weight_bits"], *space.choices["activation_bits"], 16) < 16
+
+
+def shipped() -> tuple[str, ...]:
+    """Return the names of the spaces that come with the package."""
+    names = sorted(p.name[:-5] for p in _folder().iterdir() if p.name.endswith(".yaml"))
+    return tuple(sorted(names, key=lambda n: (n != "default", n)))
+
+
+def _folder() -> Any:
+    return resources.files("autoquant.search_spaces")
+
+
+def _rule(data: Any, where: str) -> Rule:
+    fields = Fields(data, where)
+    types = _texts(fields, "types")
+    names = _texts(fields, "names")
+    fixed = None
+    if fields.flag("skip", False):
+        fixed = SiteRecipe()
+    lock = fields.take("lock", None)
+    if lock is not None:
+        fixed = site_from_plain(lock, f"{where}: lock")
+    choices = {}
+    for dimension, allowed in DIMENSIONS.items():
+        if dimension in fields:
+            choices[dimension] = _choices(fields, dimension, allowed)
+    sets = "learning_rate" in fields
+    rate = _learning_rate(fields.take("learning_rate", None), where)
+    fields.close()
+    if not choices and fixed is None and not sets:
+        raise SpecError(f"{where}: says nothing; give a dimension, lock or skip")
+    return Rule(types, names, choices, rate, sets, fixed)
+
+
+def _texts(fields: Fields, name: str) -> tuple[str, ...]:
+    value = fields.take(name, [])
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise fields.fail(name, value, "a list of names, with * and ?")
+    return tuple(value)
+
+
+def _choices(fields: Fields, dimension: str, allowed: tuple[Any, ...]) -> tuple[Any, ...]:
+    value = fields.take(dimension)
+    value = value if isinstance(value, list) else [value]
+    if not value:
+        raise fields.fail(dimension, value, "one choice or more")
+    for item in value:
+        percentile = dimension.endswith("calibration") and isinstance(item, str)
+        if not is_one_of(item, allowed) and not (percentile and percentile_of(item) is not None):
+            raise fields.fail(dimension, item, ", ".join(map(str, allowed)))
+    return tuple(dict.fromkeys(value))
+
+
+def _learning_rate(value: Any, where: str) -> LearningRates | None:
+    if value is None:
+        return None
+    single = as_number(value)
+    if single is not None and single > 0:
+        return LearningRates(single, single, optional=False)
+    fields = Fields(value, f"{where}: learning_rate")
+    low = fields.number("low", low=0, above=True)
+    high = fields.number("high", low=low)
+    optional = fields.flag("optional", True)
+    fields.close()
+    return LearningRates(low, high, optional)

@@ -1,1 +1,69 @@
-"""The command line: parses and prints, decides nothing."""
+"""The command line: parses and prints, decides nothing.
+
+Commands are imported when they are called, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from autoquant.cli.failures import report_failure
+
+COMMANDS = {
+    "search": "Find the best recipe for a model.",
+    "resume": "Go on with a study.",
+    "studies": "List the studies.",
+    "show": "Print a study's trials and its Pareto front.",
+    "export": "Write a recipe out of a study, also at another budget.",
+    "apply": "Write the quantized model that a recipe describes.",
+    "evaluate": "Measure a model, or a recipe on it.",
+    "demo": "Train a small model and search it, to see how it goes.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported only when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order in which a user meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"autoquant.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: autoquant search model.pt --task task.py --max-drop 1%   "
+    "Every command takes --debug, which shows the traceback of an error.",
+)
+@click.version_option(package_name="autoquant")
+def group() -> None:
+    """Find the best quantization recipe for a PyTorch model, layer by layer."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 the user's mistake, 130 interrupted, 1 a bug."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [w for w in words if w != "--debug"]
+    try:
+        result: Any = group(words, prog_name="autoquant", standalone_mode=False)
+    except BaseException as error:
+        sys.exit(report_failure(error, debug=debug))
+    sys.exit(result if isinstance(result, int) else 0)

@@ -88,4 +88,5 @@ def pickled_classes(path: Path) -> str:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:
         return ""
+    names = sorted(names, key=lambda name: (name.startswith("torch."), name))
     return f" (it names {', '.join(names[:3])})" if names else ""

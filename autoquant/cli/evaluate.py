@@ -1,0 +1,68 @@
+"""``autoquant evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from autoquant.cli.options import device_option, json_option, task_options
+
+
+@click.command(
+    epilog="Example: autoquant evaluate model.pt --task task.py --recipe recipe.yaml"
+)
+@click.argument("model", type=click.Path())
+@task_options
+@click.option("--recipe", metavar="FILE", type=click.Path(), help="Measure this recipe, too.")
+@click.option(
+    "--accept-changes", is_flag=True, help="Use the recipe although it is for another model file."
+)
+@device_option
+@json_option
+def command(
+    model: str,
+    task: str | None,
+    data: str | None,
+    metric: str | None,
+    trust_pickle: bool,
+    recipe: str | None,
+    accept_changes: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure MODEL on its task and, with --recipe, the quantized model beside it.
+
+    Both splits are measured: the one that a search looks at, and the one that it does not.
+    """
+    import json
+
+    from autoquant.spec.recipe_file import load
+
+    loaded_recipe = None if recipe is None else load(Path(recipe))
+    from autoquant.export.model import check_model
+    from autoquant.report.tables import megabytes, plain_number
+    from autoquant.search.run import Source, measure_recipe
+
+    source = Source(model, task, data, metric, trust_pickle)
+    loaded_task = source.load_task()
+    loaded = source.load(loaded_task)
+    if loaded_recipe is not None:
+        check_model(loaded_recipe, loaded, accept=accept_changes)
+    found = measure_recipe(loaded, loaded_task, loaded_recipe, device)
+    if as_json:
+        print(json.dumps(found.plain()))
+        return
+    for name, split in found.splits.items():
+        line = f"{name} ({split.samples} samples): float {found.metric} {plain_number(split.baseline)}"
+        if loaded_recipe is not None:
+            line += f", quantized {plain_number(split.quantized)}, drop {plain_number(split.drop)}"
+            if split.interval is not None:
+                low, high = split.interval
+                line += f", 95% interval {plain_number(low)} … {plain_number(high)}"
+        print(line)
+    if loaded_recipe is not None:
+        print(
+            f"{found.average_weight_bits:.3f} average weight bits, {megabytes(found.size_bytes)} "
+            f"of {megabytes(found.float_size_bytes)}"
+        )

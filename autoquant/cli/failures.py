@@ -1,0 +1,45 @@
+"""One line for everything that goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+
+import click
+
+from autoquant.errors import AutoquantError
+
+
+def report_failure(error: BaseException, *, debug: bool) -> int:
+    """Print one line about ``error`` on standard error and return the exit status."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, click.ClickException):
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.show()
+            return 2
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return _say(f"error: {error.format_message()}{hint}", 2)
+    if isinstance(error, AutoquantError):
+        return _say(f"error: {error}", 2)
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return _say(f"interrupted{f': {error}' if str(error) else ''}", 130)
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+        return 141
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return _say(f"error: the disk is full: {error.filename or 'cannot write'}", 2)
+    kind = type(error).__name__
+    again = "" if debug else "; run it again with --debug and report what it prints"
+    return _say(f"internal error: {kind}: {error}{again}", 1)
+
+
+def _say(line: str, status: int) -> int:
+    print(" ".join(line.split()), file=sys.stderr)
+    return status

@@ -1,0 +1,74 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def task_options(command: F) -> F:
+    """Add --task, --data, --metric and --trust-pickle."""
+    for option in (
+        click.option(
+            "--trust-pickle",
+            is_flag=True,
+            help="Load a pickled module, which runs the code in it. Only for files you trust.",
+        ),
+        click.option(
+            "--metric", metavar="NAME", help="Metric for --data (accuracy, mse, spearman, …)."
+        ),
+        click.option(
+            "--data",
+            metavar="FILE",
+            type=click.Path(),
+            help="Data instead of a task file: .npz, .safetensors or tensor-only .pt with "
+            "'inputs' and, for a metric, 'targets'.",
+        ),
+        click.option(
+            "--task",
+            metavar="TASK.py",
+            type=click.Path(),
+            help="Python file with the data and the metric.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def device_option(command: F) -> F:
+    """Add --device."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where candidates are evaluated.",
+    )(command)
+
+
+def storage_option(command: F) -> F:
+    """Add --storage."""
+    return click.option(
+        "--storage",
+        metavar="URL",
+        help="Where studies are kept: a database URL or a .journal file. "
+        "Default: a journal file for each study under .autoquant/.",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """Add --json."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+    )(command)
+
+
+def seconds(text: str | None) -> float | None:
+    """Return the seconds of a --timeout."""
+    from autoquant.search.options import parse_duration
+
+    return None if text is None else parse_duration(text)

@@ -1,0 +1,164 @@
+"""Progress of a search on standard error, and its result on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from autoquant.report.tables import layers_table, megabytes, plain_number, preflight_lines
+from autoquant.search.goal import Goal
+from autoquant.search.ledger import REASON
+from autoquant.search.loop import Stop
+from autoquant.search.preflight import Preflight
+from autoquant.search.run import SearchResult
+from autoquant.search.trials import measured
+
+
+class ConsoleReporter:
+    """Draws a bar with the best recipe so far, its drop, its size and the time left."""
+
+    def __init__(self, as_json: bool, storage: str | None) -> None:
+        self.as_json = as_json
+        self.storage = storage
+        self.study: str | None = None
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[best]}"),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.bar: Any = None
+        self.stop = Stop(None, None)
+        self.began = 0.0
+        self.done = self.before = 0
+
+    def say(self, text: str) -> None:
+        """Name the stage that began."""
+        self.console.print(Text(f"{text} …", style="dim"))
+
+    def preflight(self, found: Preflight) -> None:
+        """Print what the preflight found."""
+        for line in preflight_lines(found):
+            self.console.print(line, markup=False)
+
+    def begin(self, study: str, goal: Goal, done: Sequence[FrozenTrial], stop: Stop) -> None:
+        """Start the bar."""
+        self.study = study
+        self.stop = stop
+        self.began = time.monotonic()
+        self.done = self.before = len(done)
+        had = f", {len(done)} trials already" if done else ""
+        self.console.print(f"study {study}{had}", markup=False)
+        self.bar = self.progress.add_task(
+            "searching", total=stop.trials, completed=len(done), best="", left=""
+        )
+        self.progress.start()
+
+    def step(self, number: int, done: int, total: int) -> None:
+        """Show how far the trial in flight is."""
+        if self.bar is not None:
+            self.progress.update(self.bar, description=f"trial {number} {done}/{total}")
+
+    def trial(self, trial: FrozenTrial, best: FrozenTrial | None) -> None:
+        """Show a finished trial."""
+        self.done += 1
+        text = "no recipe yet"
+        m = None if best is None else measured(best)
+        if best is not None and m is not None:
+            text = (
+                f"best #{best.number}: drop {m['drop']:.4g}, {m['average_weight_bits']:.2f} bits, "
+                f"{megabytes(m['size_bytes'])}"
+            )
+        self.progress.update(self.bar, completed=self.done, best=text, left=self._left())
+        if trial.state == TrialState.FAIL:
+            self.console.print(f"trial {trial.number} failed: {trial.user_attrs[REASON]}", markup=False)
+        elif not self.console.is_terminal and self.done % 10 == 0:
+            self.console.print(f"{self.done} trials, {text}", markup=False)
+
+    def _left(self) -> str:
+        spent = time.monotonic() - self.began
+        found = []
+        if self.stop.seconds is not None:
+            found.append(self.stop.seconds - spent)
+        if self.stop.trials is not None and self.done > self.before:
+            found.append(spent / (self.done - self.before) * (self.stop.trials - self.done))
+        if not found:
+            return ""
+        left = max(min(found), 0.0)
+        return f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left"
+
+    def finish(self, result: SearchResult) -> None:
+        """Print the result: a table for people, or one JSON object."""
+        if self.as_json:
+            print(json.dumps(result.plain()))
+            return
+        out = Console(highlight=False, soft_wrap=True)
+        evidence = result.recipe.evidence
+        assert evidence is not None
+        out.print(layers_table(result.recipe))
+        reported = evidence.reported
+        split = "confirmed" if evidence.confirm else "measured on the data that the search saw"
+        interval = ""
+        if reported.interval is not None:
+            low, high = reported.interval
+            interval = f", 95% interval {plain_number(low)} … {plain_number(high)}"
+        out.print(
+            f"{evidence.metric}: float {plain_number(reported.baseline)}, quantized "
+            f"{plain_number(reported.quantized)}, drop {plain_number(reported.drop)} ({split} on "
+            f"{reported.samples} samples{interval})",
+            markup=False,
+        )
+        out.print(
+            f"{evidence.average_weight_bits:.3f} average weight bits, "
+            f"{megabytes(evidence.size_bytes)} of {megabytes(evidence.float_size_bytes)} "
+            f"({evidence.size_bytes / evidence.float_size_bytes:.1%})",
+            markup=False,
+        )
+        if not result.holds:
+            out.print(
+                f"no recipe kept the drop within {plain_number(result.max_drop)} on the confirm "
+                "data; this one comes nearest",
+                markup=False,
+            )
+        trials = ", ".join(f"{n} {state}" for state, n in result.trials.items())
+        out.print(f"study {result.study}: {trials}; {result.seconds:.1f} s on {result.device}")
+        out.print(f"recipe: {result.recipe_path}", markup=False)
+
+
+@contextlib.contextmanager
+def searching(as_json: bool, storage: str | None) -> Iterator[ConsoleReporter]:
+    """Give a reporter; on Ctrl-C or SIGTERM say how to go on, and exit with status 130."""
+    reporter = ConsoleReporter(as_json, storage)
+    old = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield reporter
+    except KeyboardInterrupt:
+        reporter.progress.stop()
+        if reporter.study is None:
+            raise KeyboardInterrupt("nothing was begun") from None
+        where = f" --storage {storage}" if storage else ""
+        raise KeyboardInterrupt(
+            f"{reporter.done} trials are kept; go on with: autoquant resume {reporter.study}{where}"
+        ) from None
+    finally:
+        reporter.progress.stop()
+        signal.signal(signal.SIGTERM, old)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+

@@ -1,0 +1,49 @@
+"""``autoquant resume``."""
+
+from __future__ import annotations
+
+import click
+
+from autoquant.cli.options import json_option, seconds, storage_option
+
+
+@click.command(epilog="Example: autoquant resume mobilenet --trials 200")
+@click.argument("study", required=False)
+@storage_option
+@click.option(
+    "--trials", type=int, metavar="N", help="Trials in all, instead of what the study was given."
+)
+@click.option("--timeout", metavar="TIME", help="Stop after this long (90s, 10m, 2h).")
+@click.option(
+    "--accept-changes",
+    is_flag=True,
+    help="Go on although the model, the task or the space has changed since the study began.",
+)
+@json_option
+def command(
+    study: str | None,
+    storage: str | None,
+    trials: int | None,
+    timeout: str | None,
+    accept_changes: bool,
+    as_json: bool,
+) -> None:
+    """Go on with STUDY (default: the newest) from its storage alone.
+
+    The study knows its model, task, space and options. It gives the same trials as a study that
+    was never interrupted.
+    """
+    from autoquant.cli.progress import searching
+    from autoquant.search.run import resume
+
+    limit = seconds(timeout)
+    with searching(as_json, storage) as reporter:
+        result = resume(
+            study,
+            storage=storage,
+            trials=trials,
+            timeout=limit,
+            accept_changes=accept_changes,
+            reporter=reporter,
+        )
+    reporter.finish(result)

@@ -1,0 +1,145 @@
+"""``autoquant search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autoquant.cli.options import (
+    device_option,
+    json_option,
+    seconds,
+    storage_option,
+    task_options,
+)
+
+
+@click.command(
+    epilog="Example: autoquant search model.pt --task task.py --max-drop 1% --timeout 10m"
+)
+@click.argument("model", type=click.Path())
+@task_options
+@click.option(
+    "--space",
+    metavar="NAME|FILE",
+    default="default",
+    show_default=True,
+    help="Search space: default, int8, weight_only, cnn, transformer, rnn, full, or a YAML file.",
+)
+@click.option(
+    "--max-drop",
+    metavar="DROP",
+    default="1%",
+    show_default=True,
+    help="Most that the metric may lose. 1% is one point of a fraction such as accuracy, and 1% of "
+    "the float value of any other metric; a plain number is in the metric's unit.",
+)
+@click.option(
+    "--bits", type=float, metavar="B", help="Budget: average weight bits; best metric within it."
+)
+@click.option(
+    "--size", metavar="N%", help="Budget: model size, as a share of the float one (25%) or 4MB."
+)
+@click.option(
+    "--trials", type=int, metavar="N", help="Trials in all. Default: 60, or as --timeout allows."
+)
+@click.option("--timeout", metavar="TIME", help="Stop after this long (90s, 10m, 2h).")
+@click.option(
+    "--sampler",
+    metavar="NAME",
+    default="knapsack",
+    show_default=True,
+    help="knapsack, tpe, nsga2, gp, cmaes, qmc or random.",
+)
+@click.option("--study", metavar="NAME", help="Name of the study. Default: the model's.")
+@storage_option
+@device_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
+@click.option(
+    "--out",
+    metavar="DIR",
+    default=".",
+    show_default=True,
+    type=click.Path(),
+    help="Where recipe.yaml goes.",
+)
+@json_option
+def command(
+    model: str,
+    task: str | None,
+    data: str | None,
+    metric: str | None,
+    trust_pickle: bool,
+    space: str,
+    max_drop: str,
+    bits: float | None,
+    size: str | None,
+    trials: int | None,
+    timeout: str | None,
+    sampler: str,
+    study: str | None,
+    storage: str | None,
+    device: str,
+    seed: int,
+    out: str,
+    as_json: bool,
+) -> None:
+    """Find the best recipe for MODEL and write it to DIR/recipe.yaml.
+
+    The best recipe is the smallest model whose metric drops no more than --max-drop or, with a
+    budget (--bits or --size), the best metric within it. The study is kept after every trial:
+    Ctrl-C, a crash or a kill lose at most the trial in flight, and `autoquant resume` goes on.
+    """
+    from autoquant.errors import UserError
+    from autoquant.search.options import Options, check
+    from autoquant.spec.space import SearchSpace
+
+    # All that is cheap to check comes before what takes seconds to import.
+    options = Options(max_drop, bits, size, trials, seconds(timeout), sampler, device, seed)
+    check(options)
+    chosen = SearchSpace.load(space)
+    if task is not None and data is not None:
+        raise UserError("--task and --data are two sources of data; give one")
+    if metric is not None and data is None:
+        raise UserError("--metric goes with --data; a task file names its own metric")
+    if not Path(model).exists():
+        raise UserError(f"{model}: no such file")
+    run(model, task, data, metric, trust_pickle, chosen, options, study, storage, out, as_json)
+
+
+def run(
+    model: str,
+    task: str | None,
+    data: str | None,
+    metric: str | None,
+    trust_pickle: bool,
+    space: Any,
+    options: Any,
+    study: str | None,
+    storage: str | None,
+    out: str,
+    as_json: bool,
+) -> None:
+    """Search, drawing progress on standard error and the result on standard output."""
+    from autoquant.cli.progress import searching
+    from autoquant.search.run import Source, start
+
+    source = Source(model, task, data, metric, trust_pickle)
+    with searching(as_json, storage) as reporter:
+        loaded_task = source.load_task()
+        loaded = source.load(loaded_task)
+        result = start(
+            loaded,
+            loaded_task,
+            source,
+            space,
+            options,
+            study,
+            storage,
+            Path(out),
+            None,
+            reporter,
+        )
+    reporter.finish(result)

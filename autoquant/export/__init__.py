@@ -1,0 +1,1 @@
+"""Ways out: what other tools can read."""

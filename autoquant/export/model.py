@@ -1,0 +1,162 @@
+"""``autoquant apply``: a recipe and a float model become a quantized model, and a file."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.errors import SpecError, TrialError, UserError
+from autoquant.export.pt2 import NotExportable, export_program, save_program
+from autoquant.methods.realize import Realizer
+from autoquant.models.data import make_splits
+from autoquant.models.files import LoadedModel
+from autoquant.models.task import Task, run_forward
+from autoquant.nn.archive import SUFFIX, save_archive
+from autoquant.nn.convert import prepare
+from autoquant.search.run import state_hash
+from autoquant.search.session import open_session
+from autoquant.spec.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: a ``.pt2``, or an archive and the reason why it is no ``.pt2``."""
+
+    path: Path
+    kind: str
+    reason: str | None
+
+
+def check_model(recipe: Recipe, loaded: LoadedModel, *, accept: bool) -> None:
+    """Raise SpecError where ``recipe`` is for another model file, unless ``accept``."""
+    known = recipe.model
+    if known is not None and known.sha256 != loaded.sha256 and not accept:
+        raise SpecError(
+            f"the recipe is for {known.name} (sha256 {known.sha256[:12]}…), not for {loaded.name} "
+            f"(sha256 {loaded.sha256[:12]}…); with --accept-changes it is applied all the same"
+        )
+
+
+def needs_data(recipe: Recipe) -> str | None:
+    """Return why ``recipe`` can't be applied without the task, or None."""
+    for name, site in recipe.sites.items():
+        if site.learning_rate is not None and site.weight is not None:
+            return f"{name}: learning_rate: learned rounding needs the task's calibration data"
+        a = site.activation
+        if a is not None and a.scale is None and not a.dynamic:
+            return f"{name}: activation: it has no scale, so it must be calibrated"
+    return None
+
+
+def quantize(loaded: LoadedModel, recipe: Recipe, task: Task | None) -> tuple[nn.Module, Recipe]:
+    """Return the quantized model, carrying packed integers, and its calibrated recipe.
+
+    Raises SpecError where the recipe does not fit, or needs a task that is not given.
+    """
+    if task is not None:
+        session = open_session(loaded, task, torch.device("cpu"), folded=recipe.folded)
+        return _deployed(session.realizer, recipe)
+    reason = needs_data(recipe)
+    if reason is not None:
+        raise SpecError(f"{reason}; give --task or --data")
+    prepared = prepare(loaded.module, folded=recipe.folded)
+    return _deployed(Realizer(prepared, {}), recipe)
+
+
+def _deployed(realizer: Realizer, recipe: Recipe) -> tuple[nn.Module, Recipe]:
+    try:
+        calibrated = realizer.apply(recipe.sites)
+        named = {name: calibrated[name] for name in recipe.sites}
+        return realizer.deploy(recipe.sites), recipe.with_sites(named)
+    except TrialError as error:
+        raise UserError(f"the recipe can't be applied: {error}") from error
+
+
+def apply(
+    recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = None
+) -> nn.Module:
+    """Return a quantized copy of ``model``; the model itself is left as it is.
+
+    ``task`` is needed where the recipe has an activation without a scale, or learns.
+    """
+    if isinstance(model, nn.Module):
+        digest = state_hash(model)
+        model = LoadedModel(copy.deepcopy(model).eval(), "module", type(model).__name__, digest)
+    return quantize(model, recipe, task)[0]
+
+
+def example_of(task: Task | None) -> Any:
+    """Return one batch of the task's inputs, or None."""
+    if task is None:
+        return None
+    splits = make_splits(task)
+    if splits.calibrate:
+        return splits.calibrate[0]
+    return splits.search[0][0] if splits.search else None
+
+
+def write(module: nn.Module, recipe: Recipe, task: Task | None, path: Path) -> Written:
+    """Write a quantized model to ``path``: a .pt2 where it can be one, else a safe archive.
+
+    The archive goes beside, with its own suffix, and its reason is returned.
+    """
+    reason = None
+    if path.suffix != SUFFIX:
+        reason = _try_program(module, task, path)
+        if reason is None:
+            return Written(path, "pt2", None)
+    target = path.with_suffix(SUFFIX)
+    save_archive(module, recipe, target)
+    return Written(target, "archive", reason)
+
+
+def _try_program(module: nn.Module, task: Task | None, path: Path) -> str | None:
+    """Write a .pt2 and return None, or return why it can't be one."""
+    inputs = example_of(task)
+    if inputs is None:
+        return "without a task there is no example input to export it with; give --task or --data"
+    calls = _calls(module, inputs, task)
+    if isinstance(calls, str):
+        return calls
+    try:
+        program = export_program(module, *calls)
+    except NotExportable as error:
+        return f"torch.export can't follow the model: {error}"
+    save_program(program, path)
+    return None
+
+
+def _calls(
+    module: nn.Module, inputs: Any, task: Task | None
+) -> tuple[tuple[Any, ...], dict[str, Any]] | str:
+    """Return how the task calls the model: one call, with its arguments; or why there is none.
+
+    A task with a ``forward`` of its own is watched: a .pt2 can only stand for the module's own
+    call, so it must make just one.
+    """
+    assert task is not None
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, dict(kwargs)))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            if task.evaluate is not None:
+                task.evaluate(module)
+            else:
+                run_forward(task, module, inputs)
+    finally:
+        handle.remove()
+    if not seen:
+        return "the task does not call the model itself, but parts of it"
+    if task.evaluate is None and len(seen) > 1:
+        return f"the task calls the model {len(seen)} times for one batch"
+    return seen[0]
+

@@ -1,0 +1,89 @@
+"""A quantized model as a .pt2: a program of plain aten operators that torch alone loads and runs."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from autoquant.errors import ModelFileError
+from autoquant.nn.fold import same_outputs
+
+TOLERANCE = 1e-4
+"""Largest difference of the program's outputs, relative to the largest: rounding only."""
+
+
+class NotExportable(Exception):
+    """The model can't be a .pt2; the message says why, in one line."""
+
+
+def export_program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return ``module`` as an exported program, with every dimension free that can be.
+
+    Raises NotExportable where torch.export can't follow the model, or gives other outputs.
+    """
+    wide = _at_least_two(args), _at_least_two(kwargs)
+    reason = "no example input"
+    for shapes in (_dims(wide, every=True), _dims(wide, every=False), None):
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = torch.export.export(
+                    module, wide[0], wide[1], dynamic_shapes=shapes, strict=False
+                )
+                expected = module(*args, **kwargs)
+                found = program.module()(*args, **kwargs)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        if same_outputs(expected, found, TOLERANCE):
+            return program
+        reason = "the exported program gives other outputs"
+    raise NotExportable(reason)
+
+
+def _at_least_two(tree: Any) -> Any:
+    """Return inputs with two samples or more: a single one would be taken for a constant."""
+
+    def widen(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == 1:
+            return torch.cat([leaf, leaf])
+        return leaf
+
+    return pytree.tree_map(widen, tree)
+
+
+def _dims(inputs: tuple[tuple[Any, ...], dict[str, Any]], *, every: bool) -> Any:
+    """Return dynamic shapes as torch.export takes them: all dimensions, or the first."""
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return None
+        free = range(value.dim()) if every else range(min(value.dim(), 1))
+        return {d: torch.export.Dim.AUTO for d in free}
+
+    args = pytree.tree_map(leaf, inputs[0])
+    kwargs = pytree.tree_map(leaf, inputs[1])
+    return (*args, *kwargs.values()) if not kwargs else _named(args, kwargs)
+
+
+def _named(args: Any, kwargs: dict[str, Any]) -> Any:
+    return kwargs if not args else (*args, kwargs)
+
+
+def save_program(program: Any, path: Path) -> None:
+    """Write an exported program, whole or not at all; ModelFileError where it fails."""
+    temporary = path.with_name(f".{path.stem}.part.pt2")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        program.example_inputs = None
+        torch.export.save(program, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        line = str(error).strip().splitlines()[0]
+        raise ModelFileError(f"{path}: cannot write: {line}") from error

@@ -1,0 +1,1 @@
+"""Tables for people: compute first, then draw."""

@@ -1,0 +1,86 @@
+"""Getting a recipe out of a study, with nothing but its storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant.errors import StudyError
+from autoquant.search.ledger import Ledger
+from autoquant.search.options import parse_size
+from autoquant.search.params import ParameterMap
+from autoquant.search.trials import best_trial, measured, trial_recipe
+from autoquant.spec.recipe import Recipe
+from autoquant.spec.recipe_file import loads
+from autoquant.spec.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """A site as a study's header keeps it: enough to resolve its space."""
+
+    name: str
+    layer: str
+    matrix: tuple[int, int]
+    activation: bool
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> StoredSite:
+        """Return the site that a header describes."""
+        rows, columns = plain["matrix"]
+        return cls(plain["name"], plain["layer"], (rows, columns), plain["activation"])
+
+
+def mapping_of(ledger: Ledger) -> ParameterMap:
+    """Return the parameters of a study, from its header."""
+    header = ledger.header
+    space = SearchSpace.parse(header["space"]["text"], header["space"]["name"])
+    return ParameterMap(space.resolve(StoredSite.read(s) for s in header["sites"]))
+
+
+def extract(
+    ledger: Ledger,
+    *,
+    trial: int | None = None,
+    bits: float | None = None,
+    size: str | None = None,
+) -> tuple[Recipe, int]:
+    """Return a recipe of a study and its trial's number.
+
+    The confirmed one; or that of ``trial``; or the least drop within ``bits`` or ``size``. Raises
+    StudyError where there is none, naming the tightest budget that there is.
+    """
+    header = ledger.header
+    trials = ledger.trials()
+    if trial is None and bits is None and size is None and "recipe" in header:
+        return loads(header["recipe"], f"study {ledger.name}"), header["best"]
+    if trial is not None:
+        if not 0 <= trial < len(trials):
+            raise StudyError(f"study {ledger.name} has no trial {trial}; it has {len(trials)}")
+        chosen = trials[trial]
+        if measured(chosen) is None:
+            raise StudyError(f"study {ledger.name}: trial {trial} is {chosen.state.name.lower()}")
+    elif bits is not None or size is not None:
+        key = "average_weight_bits" if bits is not None else "size_bytes"
+        limit = bits if bits is not None else parse_size(str(size), header["float"]["size_bytes"])
+        rows = [(t, m) for t in trials if (m := measured(t)) is not None]
+        within = [(t, m) for t, m in rows if m[key] <= limit + 1e-9]
+        if not within:
+            least = min((m[key] for _, m in rows), default=None)
+            raise StudyError(
+                f"study {ledger.name}: no trial within {limit:g}; the smallest has {least:g}"
+                if least is not None
+                else f"study {ledger.name} has no complete trial"
+            )
+        chosen = min(within, key=lambda r: (r[1]["drop"], r[1]["loss"], r[1][key]))[0]
+    else:
+        best = best_trial(trials)
+        if best is None:
+            raise StudyError(
+                f"study {ledger.name} has no feasible trial yet; go on with `autoquant resume "
+                f"{ledger.name}`, or choose one with --trial"
+            )
+        chosen = best
+    sites = mapping_of(ledger).decode(chosen.params)
+    return trial_recipe(chosen, sites, header), chosen.number

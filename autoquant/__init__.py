@@ -1,1 +1,41 @@
-"""Finds the best quantization recipe for a PyTorch model, layer by layer."""
+"""Finds the best quantization recipe for a PyTorch model, layer by layer.
+
+The names here are imported when they are first used, so that ``import autoquant`` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autoquant.export.model import apply as apply
+    from autoquant.models.task import Task as Task
+    from autoquant.nn.archive import load_archive as load
+    from autoquant.search.run import resume as resume
+    from autoquant.search.run import search as search
+    from autoquant.spec.recipe import Recipe as Recipe
+    from autoquant.spec.space import SearchSpace as SearchSpace
+
+__all__ = ["Recipe", "SearchSpace", "Task", "apply", "load", "resume", "search"]
+
+_PLACES = {
+    "Recipe": ("autoquant.spec.recipe", "Recipe"),
+    "SearchSpace": ("autoquant.spec.space", "SearchSpace"),
+    "Task": ("autoquant.models.task", "Task"),
+    "apply": ("autoquant.export.model", "apply"),
+    "load": ("autoquant.nn.archive", "load_archive"),
+    "resume": ("autoquant.search.run", "resume"),
+    "search": ("autoquant.search.run", "search"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'autoquant' has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

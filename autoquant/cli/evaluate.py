@@ -9,9 +9,7 @@ import click
 from autoquant.cli.options import device_option, json_option, task_options
 
 
-@click.command(
-    epilog="Example: autoquant evaluate model.pt --task task.py --recipe recipe.yaml"
-)
+@click.command(epilog="Example: autoquant evaluate model.pt --task task.py --recipe recipe.yaml")
 @click.argument("model", type=click.Path())
 @task_options
 @click.option("--recipe", metavar="FILE", type=click.Path(), help="Measure this recipe, too.")
@@ -54,7 +52,9 @@ def command(
         print(json.dumps(found.plain()))
         return
     for name, split in found.splits.items():
-        line = f"{name} ({split.samples} samples): float {found.metric} {plain_number(split.baseline)}"
+        line = (
+            f"{name} ({split.samples} samples): float {found.metric} {plain_number(split.baseline)}"
+        )
         if loaded_recipe is not None:
             line += f", quantized {plain_number(split.quantized)}, drop {plain_number(split.drop)}"
             if split.interval is not None:

@@ -85,7 +85,9 @@ class ConsoleReporter:
             )
         self.progress.update(self.bar, completed=self.done, best=text, left=self._left())
         if trial.state == TrialState.FAIL:
-            self.console.print(f"trial {trial.number} failed: {trial.user_attrs[REASON]}", markup=False)
+            self.console.print(
+                f"trial {trial.number} failed: {trial.user_attrs[REASON]}", markup=False
+            )
         elif not self.console.is_terminal and self.done % 10 == 0:
             self.console.print(f"{self.done} trials, {text}", markup=False)
 
@@ -161,4 +163,3 @@ def searching(as_json: bool, storage: str | None) -> Iterator[ConsoleReporter]:
 
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
-

@@ -77,9 +77,7 @@ def _deployed(realizer: Realizer, recipe: Recipe) -> tuple[nn.Module, Recipe]:
         raise UserError(f"the recipe can't be applied: {error}") from error
 
 
-def apply(
-    recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = None
-) -> nn.Module:
+def apply(recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = None) -> nn.Module:
     """Return a quantized copy of ``model``; the model itself is left as it is.
 
     ``task`` is needed where the recipe has an activation without a scale, or learns.
@@ -159,4 +157,3 @@ def _calls(
     if task.evaluate is None and len(seen) > 1:
         return f"the task calls the model {len(seen)} times for one batch"
     return seen[0]
-

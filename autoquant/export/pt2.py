@@ -1,4 +1,4 @@
-"""A quantized model as a .pt2: a program of plain aten operators that torch alone loads and runs."""
+"""A quantized model as a .pt2: a program of plain aten operators that torch alone can run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _dims(inputs: tuple[tuple[Any, ...], dict[str, Any]], *, every: bool) -> Any
         if not isinstance(value, torch.Tensor):
             return None
         free = range(value.dim()) if every else range(min(value.dim(), 1))
-        return {d: torch.export.Dim.AUTO for d in free}
+        return dict.fromkeys(free, torch.export.Dim.AUTO)
 
     args = pytree.tree_map(leaf, inputs[0])
     kwargs = pytree.tree_map(leaf, inputs[1])

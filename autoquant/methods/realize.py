@@ -58,7 +58,7 @@ class Realizer:
             self._current[name] = recipe
         return done
 
-    def float(self) -> None:
+    def to_float(self) -> None:
         """Switch the model back to float."""
         self.prepared.reset()
         self._current.clear()
@@ -141,7 +141,7 @@ class Realizer:
             name: (self.weight(self._sites[name], recipe), recipe.activation)
             for name, recipe in done.items()
         }
-        self.float()
+        self.to_float()
         return deploy(self.prepared, choices)
 
 

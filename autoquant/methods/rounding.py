@@ -80,7 +80,7 @@ def learn_rounding(
                 best = replace(nearest, q=q, qparams=qparams)
                 best_error = error.detach()
             optimizer.zero_grad()
-            error.backward()  # type: ignore[no-untyped-call]
+            error.backward()
             optimizer.step()
             with torch.no_grad():
                 offset.clamp_(-0.5, 0.5)

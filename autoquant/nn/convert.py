@@ -112,8 +112,8 @@ def _trace(
     order: dict[str, None] = {}
     observed: set[str] = set()
     for name, slot in slots.items():
-        slot.read = lambda name=name: order.setdefault(name)  # type: ignore[misc]
-        slot.observe = lambda _, name=name: observed.add(name)  # type: ignore[misc]
+        slot.read = lambda name=name: order.setdefault(name)
+        slot.observe = lambda _, name=name: observed.add(name)
     try:
         with torch.no_grad():
             run(model)

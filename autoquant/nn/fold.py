@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from autoquant.errors import SpecError
 from autoquant.nn.sites import layout_of
 
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TOLERANCE = 1e-3
 """Largest change of an output, relative to the largest output, that rounding may explain."""
@@ -94,20 +95,27 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> Callable[[], None]:
         if not isinstance(norm, NORMS) or not _foldable(layer):
             raise SpecError(f"folded: {norm_path} → {layer_path} is no BatchNorm after a layer")
         undo.append(_fold_one(model, norm, layer))
-    return lambda: [step() for step in reversed(undo)] and None
+
+    def undo_all() -> None:
+        for step in reversed(undo):
+            step()
+
+    return undo_all
 
 
-def _fold_one(model: nn.Module, norm: nn.Module, layer: nn.Module) -> Callable[[], None]:
+def _fold_one(model: nn.Module, norm: Norm, layer: Any) -> Callable[[], None]:
     layout = layout_of(layer)
     assert layout is not None
-    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-    bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
-    mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator, union-attr]
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    weight: nn.Parameter = layer.weight
+    bias: nn.Parameter | None = layer.bias
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
     gain = torch.rsqrt(variance + norm.eps)
     offset = torch.zeros_like(mean)
-    if norm.weight is not None:
-        gain = gain * norm.weight.detach().double()  # type: ignore[union-attr, operator]
-        offset = norm.bias.detach().double()  # type: ignore[union-attr, operator]
+    if norm.affine:
+        gain = gain * norm.weight.detach().double()
+        offset = norm.bias.detach().double()
     shape = [1] * weight.dim()
     shape[layout.channel_axis] = -1
     start = torch.zeros_like(mean) if bias is None else bias.detach().double()

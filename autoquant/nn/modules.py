@@ -4,6 +4,9 @@ A layer is converted by giving it one of these classes: it keeps its identity, a
 and parameters, so code that holds on to it, or reads ``layer.weight``, goes on working.
 """
 
+# The property ``weight`` stands before the parameter of that name, which mypy takes for a mistake.
+# mypy: disable-error-code="misc, override, no-any-return"
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -44,18 +47,18 @@ class _QuantizedCall(_SiteWeight):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output on its quantized input."""
         x = self.sites["weight"].quantize_input(x)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        return super().forward(x, *args, **kwargs)
 
 
-class QuantizedLinear(_QuantizedCall, nn.Linear):  # type: ignore[misc]
+class QuantizedLinear(_QuantizedCall, nn.Linear):
     """A linear layer with a quantized weight and input."""
 
 
-class QuantizedConv1d(_QuantizedCall, nn.Conv1d):  # type: ignore[misc]
+class QuantizedConv1d(_QuantizedCall, nn.Conv1d):
     """A 1-d convolution with a quantized weight and input."""
 
 
-class QuantizedConv2d(_QuantizedCall, nn.Conv2d):  # type: ignore[misc]
+class QuantizedConv2d(_QuantizedCall, nn.Conv2d):
     """A 2-d convolution with a quantized weight and input.
 
     ``channels_last`` makes it compute in that memory format, which is faster on most devices.
@@ -78,23 +81,23 @@ class QuantizedConv2d(_QuantizedCall, nn.Conv2d):  # type: ignore[misc]
         return super().forward(x, *args, **kwargs)
 
 
-class QuantizedConv3d(_QuantizedCall, nn.Conv3d):  # type: ignore[misc]
+class QuantizedConv3d(_QuantizedCall, nn.Conv3d):
     """A 3-d convolution with a quantized weight and input."""
 
 
-class QuantizedConvTranspose1d(_QuantizedCall, nn.ConvTranspose1d):  # type: ignore[misc]
+class QuantizedConvTranspose1d(_QuantizedCall, nn.ConvTranspose1d):
     """A transposed 1-d convolution with a quantized weight and input."""
 
 
-class QuantizedConvTranspose2d(_QuantizedCall, nn.ConvTranspose2d):  # type: ignore[misc]
+class QuantizedConvTranspose2d(_QuantizedCall, nn.ConvTranspose2d):
     """A transposed 2-d convolution with a quantized weight and input."""
 
 
-class QuantizedConvTranspose3d(_QuantizedCall, nn.ConvTranspose3d):  # type: ignore[misc]
+class QuantizedConvTranspose3d(_QuantizedCall, nn.ConvTranspose3d):
     """A transposed 3-d convolution with a quantized weight and input."""
 
 
-class QuantizedEmbedding(_SiteWeight, nn.Embedding):  # type: ignore[misc]
+class QuantizedEmbedding(_SiteWeight, nn.Embedding):
     """An embedding with a quantized table; only the rows that are looked up are dequantized."""
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ class QuantizedEmbedding(_SiteWeight, nn.Embedding):  # type: ignore[misc]
         site = self.sites["weight"]
         rows = getattr(site, "rows", None)
         if rows is not None:
-            return rows(indices)  # type: ignore[no-any-return]
+            return rows(indices)
         return super().forward(indices)
 
 

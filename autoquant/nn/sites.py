@@ -104,7 +104,7 @@ def layout_of(module: nn.Module) -> Layout | None:
     A subclass counts as its base as long as it has the base's ``forward``: it computes the same.
     """
     for layout in LAYOUTS:
-        if isinstance(module, layout.base) and type(module).forward is layout.base.forward:  # type: ignore[comparison-overlap]
+        if isinstance(module, layout.base) and type(module).forward is layout.base.forward:
             return layout
     return None
 

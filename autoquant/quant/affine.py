@@ -69,7 +69,11 @@ def _usable(scale: Tensor) -> Tensor:
 
 def quantize(x: Tensor, p: QParams) -> Tensor:
     """Return the integers of ``x`` as int8."""
-    q = (x.to(torch.float32) / p.scale).clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point).round_()
+    q = (
+        (x.to(torch.float32) / p.scale)
+        .clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point)
+        .round_()
+    )
     return q.add_(p.zero_point).to(torch.int8)
 
 
@@ -84,7 +88,11 @@ def fake_quantize(x: Tensor, p: QParams) -> Tensor:
     Clamping to integers before or after rounding is the same, so the zero point only moves the
     bounds and never touches the numbers. NaN stays NaN; ±Inf goes to the ends of the grid.
     """
-    y = (x.to(torch.float32) / p.scale).clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point).round_()
+    y = (
+        (x.to(torch.float32) / p.scale)
+        .clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point)
+        .round_()
+    )
     return y.mul_(p.scale).to(x.dtype)
 
 

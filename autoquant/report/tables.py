@@ -89,8 +89,10 @@ def studies_table(rows: Sequence[dict[str, Any]]) -> Table:
     for name in ("study", "model", "space", "trials", "best drop", "best bits", "begun"):
         table.add_column(name)
     for row in rows:
-        table.add_row(*(str(row[key]) for key in ("study", "model", "space", "trials")),
-                      *(str(row[key]) for key in ("drop", "bits", "created")))
+        table.add_row(
+            *(str(row[key]) for key in ("study", "model", "space", "trials")),
+            *(str(row[key]) for key in ("drop", "bits", "created")),
+        )
     return table
 
 

@@ -17,7 +17,7 @@ from autoquant.search.trials import measured
 from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult, choices_key
 
 FINALISTS = 5
-"""Most recipes that are measured on the confirm split: each further one is another chance of luck."""
+"""Most recipes that are measured on the confirm split: each one more is a chance of luck."""
 FALLBACKS = 2
 """Of these, how many are uniform recipes or the safest ones, in case the small ones do not hold."""
 
@@ -119,9 +119,7 @@ def confirm_one(
     return Finalist(number, recipe, m, holds)
 
 
-def _result(
-    session: Session, split: str, drop: float, reading: Reading, seed: int
-) -> SplitResult:
+def _result(session: Session, split: str, drop: float, reading: Reading, seed: int) -> SplitResult:
     baseline = session.evaluator.baseline(session.model, split)
     interval = None
     metric = session.evaluator.metric

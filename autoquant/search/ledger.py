@@ -76,9 +76,7 @@ class Ledger:
         with storage_errors(name):
             backend = open_storage(name, storage, create=True)
             try:
-                study = optuna.create_study(
-                    study_name=name, storage=backend, direction="minimize"
-                )
+                study = optuna.create_study(study_name=name, storage=backend, direction="minimize")
             except optuna.exceptions.DuplicatedStudyError:
                 raise StudyError(f"study {name} was just created by another process") from None
             study.set_user_attr(HEADER, dict(header))

@@ -7,6 +7,7 @@ smallest first (``layer.weight_bits_rank``). A dimension with one choice is no p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +62,7 @@ class ParameterMap:
             self._categorical(site, dimension, choices)
             return
         order = tuple(sorted(choices))
-        steps = {b - a for a, b in zip(order, order[1:], strict=False)}
+        steps = {b - a for a, b in itertools.pairwise(order)}
         if len(steps) == 1:
             name = f"{site}.{dimension}"
             self.distributions[name] = IntDistribution(order[0], order[-1], step=steps.pop())

@@ -110,7 +110,7 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             site.name: (session.realizer.weight(site, done[site.name]), done[site.name].activation)
             for site in session.prepared.sites
         }
-        session.realizer.float()
+        session.realizer.to_float()
         # The copy stands for the architecture that the user has: converted, then given back.
         skeleton = deploy(session.prepared, {})
         deployed = deploy(session.prepared, choices)
@@ -169,5 +169,3 @@ def _check_memory(session: Session, used: int) -> None:
             f"not enough memory: a search needs about {needed / 2**30:.1f} GiB more than the "
             f"{used / 2**30:.1f} GiB that evaluation took, and {free / 2**30:.1f} GiB are free"
         )
-
-

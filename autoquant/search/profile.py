@@ -62,7 +62,9 @@ class Profile:
         return total
 
 
-def _nearest(table: Mapping[WeightScheme, float] | Mapping[ActivationScheme, float], key: object) -> float:
+def _nearest(
+    table: Mapping[WeightScheme, float] | Mapping[ActivationScheme, float], key: object
+) -> float:
     """Return the entry of ``key``, or the least one of its width where it has none."""
     if key in table:
         return table[key]  # type: ignore[index]

@@ -130,11 +130,10 @@ class Source:
             return data_task(Path(self.data), self.metric)
         raise UserError("give a task: --task TASK.py, or --data FILE with inputs and targets")
 
-    def load(self, task: Task) -> LoadedModel:
+    def load(self, task: Task | None) -> LoadedModel:
         """Return the model."""
-        return load(
-            Path(self.model), load_model=task.load_model, trust_pickle=self.trust_pickle
-        )
+        build = None if task is None else task.load_model
+        return load(Path(self.model), load_model=build, trust_pickle=self.trust_pickle)
 
 
 def search(
@@ -421,7 +420,9 @@ def _proposer(
         sampler = KnapsackSampler(mapping, table, goal, rest, options.seed)
         then: samplers.Proposer = samplers.KnapsackProposer(sampler, ledger.trials)
     else:
-        make = (lambda _: own) if own is not None else samplers.seeded(options.sampler, options.seed)
+        make = (
+            (lambda _: own) if own is not None else samplers.seeded(options.sampler, options.seed)
+        )
         state = ledger.header.get(samplers.SAMPLER_STATE, {})
 
         def keep(new: dict[str, Any]) -> None:
@@ -447,7 +448,8 @@ def state_hash(model: nn.Module) -> str:
     for key, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            flat = value.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -457,7 +459,6 @@ def _sha256(text: str) -> str:
 
 def _absolute(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path else None
-
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ feasible one so far, the closer the more often it has failed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from autoquant.spec.space import SiteSpace
 NOISE = 0.3
 """Relative error that the additive model is taken to have on one trial."""
 SPREAD = 0.8
-"""Standard deviation, relative to the mean, of how much sites differ before anything is measured."""
+"""Standard deviation, relative to the mean, of how much sites are taken to differ at first."""
 MUTATIONS = 0.5
 """Chance that a proposal also changes a dimension other than the bits of a few sites."""
 TRIES = 8
@@ -75,7 +75,10 @@ class KnapsackSampler(BaseSampler):
         self._seen: dict[int, Seen | None] = {}
         options = [profile.options[n] for n in self.names]
         self._damage = [np.array([o.damage for o in row]) for row in options]
-        self._cost = [np.array([self._price(n, o.recipe) for o in row]) for n, row in zip(self.names, options, strict=True)]
+        self._cost = [
+            np.array([self._price(name, o.recipe) for o in row])
+            for name, row in zip(self.names, options, strict=True)
+        ]
 
     def _price(self, name: str, recipe: SiteRecipe) -> float:
         """Return what a choice costs of the budget: bits, or bytes where size is what counts."""
@@ -198,9 +201,7 @@ class KnapsackSampler(BaseSampler):
         step = (incumbent.cost - low) * 0.5 * 0.8**failed
         return incumbent.cost - step * (0.5 + rng.random())
 
-    def _solve(
-        self, weights: np.ndarray, budget: float, incumbent: Seen | None
-    ) -> Sites:
+    def _solve(self, weights: np.ndarray, budget: float, incumbent: Seen | None) -> Sites:
         damage = [w * d for w, d in zip(weights, self._damage, strict=True)]
         chosen = solve(damage, self._cost, budget)
         if chosen is None:
@@ -228,7 +229,7 @@ def _rank(seen: Seen) -> tuple[float, int]:
 
 
 def _inherit(recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
-    """Return ``known`` where it has the same weight width, else its activation with the new width."""
+    """Return ``known`` where its weight is as wide, else the new weight with its activation."""
     if recipe.weight is None or known.weight is None:
         return recipe
     if recipe.weight.bits == known.weight.bits:
@@ -236,20 +237,21 @@ def _inherit(recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
     return replace(recipe, activation=known.activation)
 
 
-def _mutate_site(
-    recipe: SiteRecipe, space: SiteSpace, rng: np.random.Generator
-) -> SiteRecipe:
+def _mutate_site(recipe: SiteRecipe, space: SiteSpace, rng: np.random.Generator) -> SiteRecipe:
     c = space.choices
     moves: list[SiteRecipe] = []
     if recipe.weight is not None:
         for field in ("granularity", "scheme", "calibration"):
-            for value in c[f"weight_{field}"]:
-                moves.append(replace(recipe, weight=replace(recipe.weight, **{field: value})))
+            moves += [
+                replace(recipe, weight=replace(recipe.weight, **{field: value}))
+                for value in c[f"weight_{field}"]
+            ]
     if recipe.activation is not None:
         for field in ("granularity", "scheme", "calibration"):
-            for value in c[f"activation_{field}"]:
-                changed = replace(recipe.activation, **{field: value})
-                moves.append(replace(recipe, activation=changed))
+            moves += [
+                replace(recipe, activation=replace(recipe.activation, **{field: value}))
+                for value in c[f"activation_{field}"]
+            ]
     rate = space.learning_rate
     if rate is not None and recipe.weight is not None:
         drawn = float(np.exp(rng.uniform(np.log(rate.low), np.log(rate.high))))
@@ -258,5 +260,3 @@ def _mutate_site(
             moves.append(replace(recipe, learning_rate=None))
     others = [m for m in (move.canonical() for move in moves) if m != recipe]
     return others[int(rng.integers(len(others)))] if others else recipe
-
-

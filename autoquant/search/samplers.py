@@ -94,7 +94,9 @@ class Proposer(Protocol):
 class KnapsackProposer:
     """Proposes what the default sampler does, straight from the ledger's study."""
 
-    def __init__(self, sampler: KnapsackSampler, trials: Callable[[], Sequence[FrozenTrial]]) -> None:
+    def __init__(
+        self, sampler: KnapsackSampler, trials: Callable[[], Sequence[FrozenTrial]]
+    ) -> None:
         self._sampler = sampler
         self._trials = trials
 
@@ -161,7 +163,7 @@ class StockProposer:
             self._study.tell(asked, state=trial.state)
         known = self._storage.get_trial(asked._trial_id)
         for key, value in known.system_attrs.items():
-            trial.set_system_attr(key, value)
+            trial.system_attrs[key] = value
         state = self._storage.get_study_system_attrs(self._study._study_id)
         if state != self._state:
             self._state = dict(state)

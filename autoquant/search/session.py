@@ -77,7 +77,7 @@ class Session:
 
     def baseline(self, split: str) -> Reading:
         """Return the float model's reading on ``split``, measured once."""
-        self.realizer.float()
+        self.realizer.to_float()
         return self.evaluator.baseline(self.model, split)
 
     def recipe(self, sites: Mapping[str, SiteRecipe]) -> Recipe:

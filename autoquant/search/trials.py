@@ -96,4 +96,3 @@ def front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
             kept.append(trial)
             lowest = m["drop"]
     return kept
-

@@ -14,9 +14,7 @@ from autoquant.spec.space import SiteSpace
 Sites = dict[str, SiteRecipe]
 
 
-def uniform(
-    spaces: Mapping[str, SiteSpace], bits: int, calibration: str | None = None
-) -> Sites:
+def uniform(spaces: Mapping[str, SiteSpace], bits: int, calibration: str | None = None) -> Sites:
     """Return the recipe that gives each site ``bits``-bit weights, or the next width it may take.
 
     Every other dimension takes its first choice, and ``calibration``, where a site offers it, is

@@ -215,9 +215,7 @@ def dumps(recipe: Recipe) -> str:
             "name": evidence.metric,
             "higher_is_better": evidence.higher_is_better,
             "search": _split_to_plain(evidence.search),
-            "confirm": NOT_SPLIT
-            if evidence.confirm is None
-            else _split_to_plain(evidence.confirm),
+            "confirm": NOT_SPLIT if evidence.confirm is None else _split_to_plain(evidence.confirm),
         }
         head["average_weight_bits"] = evidence.average_weight_bits
         head["size_bytes"] = evidence.size_bytes

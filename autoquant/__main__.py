@@ -1,0 +1,5 @@
+"""``python -m autoquant``."""
+
+from autoquant.cli import main
+
+main()

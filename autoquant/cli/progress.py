@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from autoquant.report.tables import layers_table, megabytes, plain_number, preflight_lines
+from autoquant.report.tables import console, layers_table, megabytes, plain_number, preflight_lines
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import REASON
 from autoquant.search.loop import Stop
@@ -108,7 +108,7 @@ class ConsoleReporter:
         if self.as_json:
             print(json.dumps(result.plain()))
             return
-        out = Console(highlight=False, soft_wrap=True)
+        out = console()
         evidence = result.recipe.evidence
         assert evidence is not None
         out.print(layers_table(result.recipe))

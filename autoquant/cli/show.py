@@ -18,9 +18,7 @@ def command(study: str | None, storage: str | None, as_json: bool) -> None:
     """
     import json
 
-    from rich.console import Console
-
-    from autoquant.report.tables import layers_table, trials_table
+    from autoquant.report.tables import console, layers_table, trials_table
     from autoquant.search.ledger import MEASURED, REASON, Ledger
     from autoquant.search.trials import best_trial, front
     from autoquant.spec.recipe_file import loads
@@ -47,7 +45,7 @@ def command(study: str | None, storage: str | None, as_json: bool) -> None:
         }
         print(json.dumps(found))
         return
-    out = Console(highlight=False, soft_wrap=True)
+    out = console()
     out.print(trials_table(trials, f"study {ledger.name}: {len(trials)} trials"))
     out.print(trials_table(edge, "Pareto front, smallest first"))
     if "recipe" in ledger.header:

@@ -14,10 +14,8 @@ def command(storage: str | None, as_json: bool) -> None:
     """List the studies, the newest first."""
     import json
 
-    from rich.console import Console
-
     from autoquant.errors import StudyError
-    from autoquant.report.tables import best_columns, studies_table
+    from autoquant.report.tables import best_columns, console, studies_table
     from autoquant.search.ledger import FOLDER, Ledger, names
     from autoquant.search.trials import best_trial
 
@@ -43,4 +41,4 @@ def command(storage: str | None, as_json: bool) -> None:
     elif not rows:
         print(f"no study in {storage or FOLDER}; start one: autoquant search")
     else:
-        Console(highlight=False, soft_wrap=True).print(studies_table(rows))
+        console().print(studies_table(rows))

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from autoquant.search.ledger import REASON
@@ -19,6 +21,25 @@ FEWEST_SHARE = 0.0005
 """Float parts below this share of the parameters are summed up in one line."""
 
 
+WIDTH = 160
+"""Columns of a table that goes to a file or a pipe, where nothing tells the width."""
+
+
+def console() -> Console:
+    """Return where tables are printed: standard output, wide where it is no terminal."""
+    found = Console(highlight=False, soft_wrap=True)
+    return found if found.is_terminal else Console(highlight=False, soft_wrap=True, width=WIDTH)
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), show_edge=False
+    )
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
 def megabytes(size: float) -> str:
     """Return a size in MB or kB."""
     return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
@@ -29,40 +50,37 @@ def plain_number(value: float) -> str:
     return f"{value:.4f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.4g}"
 
 
-def describe_weight(site: SiteRecipe) -> tuple[str, str]:
-    """Return (bits, how) of a weight."""
+def describe_weight(site: SiteRecipe) -> str:
+    """Return the bits and the scheme of a weight, in a few words."""
     w = site.weight
     if w is None:
-        return "16", "float"
-    return str(w.bits), f"{w.granularity} {w.scheme} {w.calibration}"
+        return "float"
+    return f"{w.bits} bits {w.granularity} {w.scheme} {w.calibration}"
 
 
-def describe_activation(site: SiteRecipe) -> tuple[str, str]:
-    """Return (bits, how) of an activation."""
+def describe_activation(site: SiteRecipe) -> str:
+    """Return the bits and the scheme of an activation, in a few words."""
     a = site.activation
     if a is None:
-        return "16", "float"
-    if a.dynamic:
-        return str(a.bits), f"{a.granularity} {a.scheme}"
-    return str(a.bits), f"{a.granularity} {a.scheme} {a.calibration}"
+        return "float"
+    how = "" if a.dynamic else f" {a.calibration}"
+    return f"{a.bits} bits {a.granularity} {a.scheme}{how}"
 
 
 def layers_table(recipe: Recipe) -> Table:
     """Return what was chosen for each layer."""
-    table = Table(title="recipe", title_justify="left")
-    for name in ("layer", "W", "weight", "A", "activation", "learning rate"):
-        table.add_column(name, no_wrap=name == "layer")
+    learns = any(site.learning_rate is not None for site in recipe.sites.values())
+    table = _table("recipe", "layer", "weight", "activation", *["learning rate"] * learns)
     for name, site in recipe.sites.items():
         rate = "" if site.learning_rate is None else f"{site.learning_rate:.3g}"
-        table.add_row(name, *describe_weight(site), *describe_activation(site), rate)
+        table.add_row(name, describe_weight(site), describe_activation(site), *[rate] * learns)
     return table
 
 
 def trials_table(trials: Sequence[FrozenTrial], title: str) -> Table:
     """Return a table of trials: what each measured, or why it failed."""
-    table = Table(title=title, title_justify="left")
-    for name in ("trial", "state", "metric", "drop", "bits", "size", "feasible", "seconds"):
-        table.add_column(name, justify="left" if name == "state" else "right")
+    columns = ("trial", "state", "metric", "drop", "bits", "size", "feasible", "seconds")
+    table = _table(title, *columns)
     for trial in trials:
         m = trial.user_attrs.get("measured")
         state = trial.state.name.lower()
@@ -85,14 +103,11 @@ def trials_table(trials: Sequence[FrozenTrial], title: str) -> Table:
 
 def studies_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the list of studies."""
-    table = Table()
-    for name in ("study", "model", "space", "trials", "best drop", "best bits", "begun"):
-        table.add_column(name)
+    columns = ("study", "model", "space", "trials", "best drop", "best bits", "begun")
+    table = _table(None, *columns)
     for row in rows:
-        table.add_row(
-            *(str(row[key]) for key in ("study", "model", "space", "trials")),
-            *(str(row[key]) for key in ("drop", "bits", "created")),
-        )
+        keys = ("study", "model", "space", "trials", "drop", "bits", "created")
+        table.add_row(*(str(row[key]) for key in keys))
     return table
 
 

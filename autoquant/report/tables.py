@@ -15,12 +15,12 @@ from autoquant.search.trials import measured
 from autoquant.spec.recipe import Recipe, SiteRecipe
 
 if TYPE_CHECKING:
+    from autoquant.nn.sites import FloatPart
     from autoquant.search.preflight import Preflight
 
-FEWEST_SHARE = 0.0005
-"""Float parts below this share of the parameters are summed up in one line."""
 
-
+BIAS = "biases are added in float"
+"""The reason that needs no list of names: every layer has one."""
 WIDTH = 160
 """Columns of a table that goes to a file or a pipe, where nothing tells the width."""
 
@@ -132,17 +132,13 @@ def preflight_lines(found: Preflight) -> Iterator[str]:
         f"{len(found.sites)} layers to quantize ({listed}): {weights:,} of {found.parameters:,} "
         f"parameters, {weights / max(found.parameters, 1):.1%}"
     )
-    small: list[Any] = []
+    reasons: dict[str, list[FloatPart]] = {}
     for part in found.float_parts:
-        if found.share(part) < FEWEST_SHARE:
-            small.append(part)
-            continue
-        yield f"  stays in float: {part.name}: {part.reason} ({found.share(part):.2%})"
-    reasons: dict[str, list[Any]] = {}
-    for part in small:
         reasons.setdefault(part.reason, []).append(part)
     for reason, parts in reasons.items():
-        share = sum(p.parameters for p in parts) / max(found.parameters, 1)
-        named = ", ".join(p.name for p in parts[:3]) + (", …" if len(parts) > 3 else "")
-        yield f"  stays in float: {len(parts)}× {reason} ({share:.3%} in all): {named}"
+        share = sum(part.parameters for part in parts) / max(found.parameters, 1)
+        named = ", ".join(part.name for part in parts)
+        if reason == BIAS:
+            named = f"the biases of {len(parts)} layers"
+        yield f"  stays in float, {share:.2%} of the parameters: {named}: {reason}"
     yield from (f"note: {note}" for note in found.notes)

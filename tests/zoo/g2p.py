@@ -6,6 +6,7 @@ tables are repeated here. Architecture: Cho et al. 2014, arXiv 1406.1078, withou
 
 import functools
 import importlib.util
+import random
 import re
 from pathlib import Path
 
@@ -73,16 +74,16 @@ def weights():
 
 
 def load_model(path):
-    names = {"emb": "{0}_emb.weight"}
-    for kind in ("w_ih", "w_hh", "b_ih", "b_hh"):
-        names[kind] = f"{{0}}oder.{kind.replace('w_', 'weight_').replace('b_', 'bias_')}_l0"
-    with np.load(path, allow_pickle=False) as arrays:
-        state = {"fc.weight": arrays["fc_w"], "fc.bias": arrays["fc_b"]}
-        for side in ("enc", "dec"):
-            for kind, name in names.items():
-                state[name.format(side)] = arrays[f"{side}_{kind}"]
+    names = {"fc.weight": "fc_w", "fc.bias": "fc_b"}
+    for side in ("enc", "dec"):
+        names[f"{side}_emb.weight"] = f"{side}_emb"
+        for part in ("ih", "hh"):
+            names[f"{side}oder.weight_{part}_l0"] = f"{side}_w_{part}"
+            names[f"{side}oder.bias_{part}_l0"] = f"{side}_b_{part}"
     model = Speller()
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    with np.load(path, allow_pickle=False) as arrays:
+        state = {name: torch.from_numpy(arrays[array]) for name, array in names.items()}
+    model.load_state_dict(state)
     return model
 
 
@@ -103,10 +104,9 @@ def dictionary():
 @functools.cache
 def words():
     """Return the words for tests and those to calibrate with, drawn with a fixed seed."""
-    all_words = sorted(dictionary())
-    order = torch.randperm(len(all_words), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = [all_words[i] for i in order[: TEST + CALIBRATION]]
-    return chosen[:TEST], chosen[TEST:]
+    shuffled = sorted(dictionary())
+    random.Random(0).shuffle(shuffled)
+    return shuffled[:TEST], shuffled[TEST : TEST + CALIBRATION]
 
 
 def encode(batch):

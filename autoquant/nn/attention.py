@@ -105,12 +105,10 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         return q, F.linear(k_in, w_k, b_k), F.linear(v_in, w_v, b_v)
 
     def _weight(self, name: str) -> Tensor:
-        site = self.sites.get(name)
-        return getattr(self, name) if site is None else site.weight
+        return self.sites[name].weight if name in self.sites else getattr(self, name)
 
     def _input(self, name: str, x: Tensor) -> Tensor:
-        site = self.sites.get(name)
-        return x if site is None else site.quantize_input(x)
+        return self.sites[name].quantize_input(x) if name in self.sites else x
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         """Return a projection, laid out as the inputs are, as [batch, heads, length, head_dim]."""

@@ -43,9 +43,9 @@ class _Sited(nn.Module):
 
     def _operand(self, name: str) -> tuple[Tensor, Quantize]:
         """Return the weight ``name`` to compute with, and the quantizer of what it multiplies."""
-        site = self.sites.get(name)
-        if site is None:
+        if name not in self.sites:
             return getattr(self, name), _unchanged
+        site = self.sites[name]
         return site.weight, site.quantize_input
 
 

@@ -24,7 +24,7 @@ CALIBRATION = 256  # pairs: one half of words, the other of sentences
 BATCH = 64
 
 
-# The attributes of these classes are Hugging Face's, since the keys of the weights are made of them.
+# Attributes are named as Hugging Face's are, since they make up the keys of the weights.
 class Embeddings(nn.Module):
     def __init__(self):
         super().__init__()
@@ -136,8 +136,8 @@ class PairSimilarity(nn.Module):
     def forward(self, ids_a, mask_a, ids_b, mask_b):
         # Both texts in one batch, so that each layer runs once.
         vectors = self.embed(torch.cat([ids_a, ids_b]), torch.cat([mask_a, mask_b]))
-        a, b = vectors.chunk(2)
-        return (a * b).sum(-1)
+        n = ids_a.shape[0]
+        return (vectors[:n] * vectors[n:]).sum(-1)
 
 
 def _package(name):
@@ -184,15 +184,18 @@ def word_pairs():
 
 
 def calibration_pairs():
-    """Return pairs of words and of sentences, evenly; no word pair shares a word with a test's."""
+    """Return pairs of words and pairs of sentences, as many; no word is one of WordSim353's."""
     tested = {word.lower() for a, b, _ in word_pairs() for word in (a, b)}
     words = [(a, b) for a, b, _ in _rated_pairs("simlex999.txt") if not tested & {a, b}]
     sentences = []
-    for document in _corpus("lee_background.cor").read_text(encoding="utf-8").splitlines():
+    documents = _corpus("lee_background.cor").read_text(encoding="utf-8").splitlines()
+    for document in dict.fromkeys(documents):  # some are there twice
         parts = re.split(r"(?<=[.?!]) +(?=[A-Z])", document)
         if len(parts) > 1:
             sentences.append((parts[0], parts[1]))
-    return words[: CALIBRATION // 2], sentences[: CALIBRATION // 2]
+    # Evenly spaced, since the word pairs are sorted by part of speech.
+    half = CALIBRATION // 2
+    return tuple(part[:: len(part) // half][:half] for part in (words, sentences))
 
 
 @functools.cache

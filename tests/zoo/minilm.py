@@ -188,13 +188,13 @@ def calibration_pairs():
     tested = {word.lower() for a, b, _ in word_pairs() for word in (a, b)}
     words = [(a, b) for a, b, _ in _rated_pairs("simlex999.txt") if not tested & {a, b}]
     sentences = []
-    documents = _corpus("lee_background.cor").read_text(encoding="utf-8").splitlines()
-    for document in dict.fromkeys(documents):  # some are there twice
+    for document in _corpus("lee_background.cor").read_text(encoding="utf-8").splitlines():
         parts = re.split(r"(?<=[.?!]) +(?=[A-Z])", document)
         if len(parts) > 1:
             sentences.append((parts[0], parts[1]))
     # Evenly spaced, since the word pairs are sorted by part of speech.
     half = CALIBRATION // 2
+    sentences = list(dict.fromkeys(sentences))  # some documents are there twice
     return tuple(part[:: len(part) // half][:half] for part in (words, sentences))
 
 

@@ -6,6 +6,7 @@ Commands are imported when they are called, so that ``--help`` is instant.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -59,6 +60,9 @@ def group() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the user's mistake, 130 interrupted, 1 a bug."""
+    # Idle threads that spin, as OpenMP's do unless told otherwise, make a machine with other work
+    # several times slower; it must be said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,9 @@ def export_program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """
     wide = _at_least_two(args), _at_least_two(kwargs)
     reason = "no example input"
-    for shapes in (_dims(wide, every=True), _dims(wide, every=False), None):
+    for shapes in (_dims(wide, tokens=True), _dims(wide, tokens=False), None):
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with torch.no_grad(), _quiet():
                 program = torch.export.export(
                     module, wide[0], wide[1], dynamic_shapes=shapes, strict=False
                 )
@@ -46,6 +49,20 @@ def export_program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     raise NotExportable(reason)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch.export says on its way (warnings, logs, whole graphs) off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                yield
+    finally:
+        logging.disable(before)
+
+
 def _at_least_two(tree: Any) -> Any:
     """Return inputs with two samples or more: a single one would be taken for a constant."""
 
@@ -57,13 +74,16 @@ def _at_least_two(tree: Any) -> Any:
     return pytree.tree_map(widen, tree)
 
 
-def _dims(inputs: tuple[tuple[Any, ...], dict[str, Any]], *, every: bool) -> Any:
-    """Return dynamic shapes as torch.export takes them: all dimensions, or the first."""
+def _dims(inputs: tuple[tuple[Any, ...], dict[str, Any]], *, tokens: bool) -> Any:
+    """Return dynamic shapes as torch.export takes them: the first dimension and, for ``tokens``,
+    every one of integer inputs. A free image size would take minutes to reason about.
+    """
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return None
-        free = range(value.dim()) if every else range(min(value.dim(), 1))
+        every = tokens and not value.is_floating_point()
+        free = range(value.dim() if every else min(value.dim(), 1))
         return dict.fromkeys(free, torch.export.Dim.AUTO)
 
     args = pytree.tree_map(leaf, inputs[0])
@@ -80,10 +100,21 @@ def save_program(program: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.stem}.part.pt2")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        program.example_inputs = None
-        torch.export.save(program, temporary)
+        _strip(program)
+        with _quiet():
+            torch.export.save(program, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         line = str(error).strip().splitlines()[0]
         raise ModelFileError(f"{path}: cannot write: {line}") from error
+
+
+def _strip(program: Any) -> None:
+    """Drop the example inputs and where each operator came from: most of a small file."""
+    program.example_inputs = None
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
+                    node.meta.pop(key, None)

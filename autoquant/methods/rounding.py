@@ -76,7 +76,7 @@ def learn_rounding(
             error = output_error(real - matrix, moments, site.groups) / signal
             if error.item() < best_error.item():
                 scale = (start.scale * log_scale.detach().exp()).clone()
-                qparams = QParams(scale, start.zero_point, start.bits)
+                qparams = QParams(scale, start.zero_point, start.bits, start.symmetric)
                 best = replace(nearest, q=q, qparams=qparams)
                 best_error = error.detach()
             optimizer.zero_grad()

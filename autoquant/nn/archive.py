@@ -95,6 +95,6 @@ def _empty(site: Site, recipe: SiteRecipe = FLOAT_SITE) -> QuantizedWeight | Non
         return None
     rows, columns = site.matrix
     blocks = rows * columns // math.prod(block_size(scheme.granularity, site.matrix))
-    qparams = QParams(torch.ones(blocks, 1), torch.zeros(blocks, 1), scheme.bits)
+    qparams = QParams(torch.ones(blocks, 1), torch.zeros(blocks, 1), scheme.bits, scheme.symmetric)
     q = torch.zeros(rows, columns, dtype=torch.int8)
     return QuantizedWeight(q, qparams, scheme, site.shape, site.channel_axis)

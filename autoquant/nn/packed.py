@@ -72,16 +72,20 @@ class PackedSite(nn.Module):
 
     def _dequantize(self, q: Tensor, rows: Tensor | None) -> Tensor:
         """Return the real numbers of integers ``q`` [n, columns]: all rows, or those named."""
-        scale = self.scale
-        zero_point = torch.zeros_like(scale) if self.scheme.symmetric else self.zero_point.float()
+        symmetric = self.scheme.symmetric
+        scale = self._of_rows(self.scale, rows)
+        zero_point = scale if symmetric else self._of_rows(self.zero_point, rows).float()
         if scale.shape[0] > 1:
-            if rows is not None:
-                per_row = scale.shape[0] // self.packed.shape[0]
-                scale = scale.reshape(-1, per_row).index_select(0, rows).reshape(-1, 1)
-                zero_point = zero_point.reshape(-1, per_row).index_select(0, rows).reshape(-1, 1)
             q = to_blocks(q, self.scheme.granularity)
-        real = dequantize(q, QParams(scale, zero_point, self.scheme.bits))
+        real = dequantize(q, QParams(scale, zero_point, self.scheme.bits, symmetric))
         return from_blocks(real, (-1, self.columns))
+
+    def _of_rows(self, numbers: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the block parameters [blocks, 1] of ``rows``; all of them for None."""
+        if rows is None or numbers.shape[0] == 1:
+            return numbers
+        per_row = numbers.shape[0] // self.packed.shape[0]
+        return numbers.reshape(-1, per_row).index_select(0, rows).reshape(-1, 1)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the activation as the quantized model sees it."""

@@ -133,7 +133,9 @@ def _squared_error(blocks: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric:
     rows, columns = max(_CHUNK // k, 1), min(k, _CHUNK)
     errors = torch.zeros(n, dtype=torch.float64, device=blocks.device)
     for i in range(0, n, rows):
-        part = QParams(p.scale[i : i + rows, None], p.zero_point[i : i + rows, None], bits)
+        part = QParams(
+            p.scale[i : i + rows, None], p.zero_point[i : i + rows, None], bits, p.symmetric
+        )
         for j in range(0, k, columns):
             x = blocks[i : i + rows, j : j + columns]
             errors[i : i + rows] += fake_quantize(x, part).sub_(x).square_().sum(1)

@@ -25,12 +25,14 @@ class QParams:
     """Scale and zero point of one tensor or of each of its blocks.
 
     ``scale`` is float32 and ``zero_point`` an integer-valued float32, of one shape that broadcasts
-    against the tensor (or against its blocks); ``bits`` gives the grid.
+    against the tensor (or against its blocks); ``bits`` gives the grid. ``symmetric`` says that
+    every zero point is 0.
     """
 
     scale: Tensor
     zero_point: Tensor
     bits: int
+    symmetric: bool = False
 
     @property
     def qmin(self) -> int:
@@ -41,6 +43,12 @@ class QParams:
     def qmax(self) -> int:
         """Largest integer of the grid."""
         return FORMATS[self.bits].qmax
+
+    def clamp_(self, x: Tensor) -> Tensor:
+        """Clamp ``x``, in units of the scale, to the grid; in place."""
+        if self.symmetric:  # bounds that are plain numbers are much faster
+            return x.clamp_(self.qmin, self.qmax)
+        return x.clamp_(self.qmin - self.zero_point, self.qmax - self.zero_point)
 
 
 def choose_qparams(lo: Tensor, hi: Tensor, bits: int, *, symmetric: bool) -> QParams:
@@ -54,7 +62,7 @@ def choose_qparams(lo: Tensor, hi: Tensor, bits: int, *, symmetric: bool) -> QPa
     if symmetric:
         scale = torch.maximum(-lo, hi) / grid.qmax
         scale = _usable(scale)
-        return QParams(scale, torch.zeros_like(scale), bits)
+        return QParams(scale, torch.zeros_like(scale), bits, symmetric=True)
     # Divided before subtracting: hi − lo of two huge numbers would overflow.
     levels = grid.qmax - grid.qmin
     scale = _usable(hi / levels - lo / levels)
@@ -79,7 +87,8 @@ def quantize(x: Tensor, p: QParams) -> Tensor:
 
 def dequantize(q: Tensor, p: QParams) -> Tensor:
     """Return the real numbers, float32, that the integers ``q`` stand for."""
-    return (q.to(torch.float32) - p.zero_point) * p.scale
+    real = q.to(torch.float32)
+    return real * p.scale if p.symmetric else (real - p.zero_point) * p.scale
 
 
 def fake_quantize(x: Tensor, p: QParams) -> Tensor:
@@ -88,11 +97,7 @@ def fake_quantize(x: Tensor, p: QParams) -> Tensor:
     Clamping to integers before or after rounding is the same, so the zero point only moves the
     bounds and never touches the numbers. NaN stays NaN; ±Inf goes to the ends of the grid.
     """
-    y = (
-        (x.to(torch.float32) / p.scale)
-        .clamp_(p.qmin - p.zero_point, p.qmax - p.zero_point)
-        .round_()
-    )
+    y = p.clamp_(x.to(torch.float32) / p.scale).round_()
     return y.mul_(p.scale).to(x.dtype)
 
 

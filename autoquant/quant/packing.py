@@ -60,11 +60,12 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         start += size
         shift += width
     assert q is not None
-    return (q.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    # Unsigned arithmetic wraps around, so the bits are those of the signed difference.
+    return (q - (1 << (bits - 1))).view(torch.int8)
 
 
 def _unpack_field(packed: Tensor, width: int) -> Tensor:
     if width == 8:
         return packed
-    lanes = [(packed >> shift) & ((1 << width) - 1) for shift in range(0, 8, width)]
-    return torch.stack(lanes, dim=-1).flatten(-2)
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & ((1 << width) - 1)).flatten(-2)

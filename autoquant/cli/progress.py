@@ -47,8 +47,9 @@ class ConsoleReporter:
         self.done = self.before = 0
 
     def say(self, text: str) -> None:
-        """Name the stage that began."""
-        self.console.print(Text(f"{text} …", style="dim"))
+        """Name the stage that began, to a person who watches: a log wants results."""
+        if self.console.is_terminal:
+            self.console.print(Text(f"{text} …", style="dim"))
 
     def preflight(self, found: Preflight) -> None:
         """Print what the preflight found."""

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from autoquant.errors import TrialError
 from autoquant.measure.evaluator import Reading
 from autoquant.models.intervals import paired_bootstrap
+from autoquant.search.estimate import fit_drops
 from autoquant.search.goal import Goal, Measurement
 from autoquant.search.params import ParameterMap
 from autoquant.search.session import Session
 from autoquant.search.trials import measured
 from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult, choices_key
 
+Row = tuple[FrozenTrial, dict[str, Any]]
+
 FINALISTS = 5
 """Most recipes that are measured on the confirm split: each one more is a chance of luck."""
-FALLBACKS = 2
-"""Of these, how many are uniform recipes or the safest ones, in case the small ones do not hold."""
+CAUTION = (1.0, 0.6, 0.3)
+"""Shares of the maximum drop within which a finalist's estimated drop lies, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +47,36 @@ def finalists(
 ) -> list[FrozenTrial]:
     """Return the trials to confirm, best first: at most FINALISTS, no recipe twice.
 
-    The best feasible ones by objective, then the best of the first ``uniforms`` trials (the
-    uniform recipes), then the one of least loss: the safe ways out.
+    With a maximum drop: the smallest recipes whose drop, estimated from all trials, is within
+    ever smaller shares of it; with a budget: the best ones. Then the best of the first
+    ``uniforms`` trials (the uniform recipes) and the one of least loss: the safe ways out.
     """
     rows = [(t, m) for t in trials if (m := measured(t)) is not None]
     if not rows:
         return []
-    feasible = sorted((r for r in rows if r[1]["feasible"]), key=lambda r: r[1]["objective"])
-    plain = [r for r in feasible if r[0].number < uniforms]
-    budget_kept = [r for r in rows if not goal.budgeted or r[1]["feasible"]] or rows
-    safest = min(budget_kept, key=lambda r: (r[1]["loss"], r[0].number))
-    order = [*feasible[: FINALISTS - FALLBACKS], *plain[:1], safest]
+    losses = [m["loss"] for _, m in rows]
+    curve = fit_drops(losses, [m["drop"] for _, m in rows])
+    expected = {t.number: e for (t, _), e in zip(rows, curve.drops(losses), strict=True)}
+
+    def within(share: float) -> list[Row]:
+        if goal.budgeted:
+            kept = [r for r in rows if r[1]["feasible"]]
+        else:
+            kept = [r for r in rows if expected[r[0].number] <= share * goal.max_drop]
+        return sorted(kept, key=lambda r: (r[1]["objective"], r[0].number))
+
+    plain = [r for r in within(1.0) if r[0].number < uniforms]
+    affordable = (within(1.0) if goal.budgeted else rows) or rows
+    safest = min(affordable, key=lambda r: (r[1]["loss"], r[0].number))
+    if goal.budgeted:
+        order = [*within(1.0)[: len(CAUTION)], *plain[:1], safest]
+    else:
+        order = [*(r for share in CAUTION for r in within(share)[:1]), *plain[:1], safest]
+        order.sort(key=lambda r: (r[1]["objective"], r[0].number))
     chosen: dict[str, FrozenTrial] = {}
     for trial, _ in order:
         chosen.setdefault(choices_key(mapping.decode(trial.params)), trial)
-    return list(chosen.values())
+    return list(chosen.values())[:FINALISTS]
 
 
 def confirm(

@@ -21,25 +21,47 @@ def solve(damage: Sequence[Array], cost: Sequence[Array], budget: float) -> list
     ``damage[s]`` and ``cost[s]`` hold the options of site s.
     """
     hulls = [_hull(d, c) for d, c in zip(damage, cost, strict=True)]
-    chosen = [hull[0] for hull in hulls]
-    left = budget - sum(float(c[i]) for c, i in zip(cost, chosen, strict=True))
+    left = budget - sum(float(c[hull[0]]) for c, hull in zip(cost, hulls, strict=True))
     if left < -1e-9 * max(abs(budget), 1.0):
         return None
+    at = [0] * len(hulls)
+    for _, site, k, price, _ in _steps(damage, cost, hulls):
+        # Hull steps of one site come in order; one that does not fit ends that site's climb.
+        if at[site] == k - 1 and price <= left + 1e-9:
+            at[site] = k
+            left -= price
+    return [hull[k] for hull, k in zip(hulls, at, strict=True)]
+
+
+def cheapest(damage: Sequence[Array], cost: Sequence[Array], limit: float) -> list[int]:
+    """Return the options of least cost whose damage is at most ``limit`` in all.
+
+    Where even the options of least damage exceed it, those are returned.
+    """
+    hulls = [_hull(d, c) for d, c in zip(damage, cost, strict=True)]
+    total = sum(float(d[hull[0]]) for d, hull in zip(damage, hulls, strict=True))
+    at = [0] * len(hulls)
+    for _, site, k, _, gain in _steps(damage, cost, hulls):
+        if total <= limit:
+            break
+        at[site] = k
+        total -= gain
+    return [hull[k] for hull, k in zip(hulls, at, strict=True)]
+
+
+def _steps(
+    damage: Sequence[Array], cost: Sequence[Array], hulls: Sequence[list[int]]
+) -> list[tuple[float, int, int, float, float]]:
+    """Return all hull steps (−gain/price, site, k, price, gain), the best bargains first."""
     steps = []
     for site, hull in enumerate(hulls):
         for k in range(1, len(hull)):
             a, b = hull[k - 1], hull[k]
             gain = float(damage[site][a] - damage[site][b])
             price = float(cost[site][b] - cost[site][a])
-            steps.append((-gain / price, site, k, price))
+            steps.append((-gain / price, site, k, price, gain))
     steps.sort()
-    at = [0] * len(hulls)
-    for _, site, k, price in steps:
-        # Hull steps of one site come in order; one that does not fit ends that site's climb.
-        if at[site] == k - 1 and price <= left + 1e-9:
-            at[site] = k
-            left -= price
-    return [hull[k] for hull, k in zip(hulls, at, strict=True)]
+    return steps
 
 
 def _hull(damage: Array, cost: Array) -> list[int]:

@@ -4,14 +4,14 @@ The loss of a recipe is modelled as a sum over sites of (how much the site's noi
 (the noise that its choice makes, from the profile). The first factor is the unknown; its posterior
 given all measured trials, a Bayesian linear regression, is sampled for each proposal (Thompson
 sampling: Thompson 1933; Russo et al. 2018, arXiv 1707.02038) and the knapsack solved for it. With
-a budget, the budget is spent; with a maximum drop, the size is aimed just below the smallest
-feasible one so far, the closer the more often it has failed. Leaving a layer in float is proposed
-only as long as no recipe without it keeps the drop: it costs speed, which size does not show.
+a budget, the budget is spent; with a maximum drop, the cheapest recipe is taken whose predicted
+loss is about the one at which all trials together say that the drop is reached. A layer that could
+be quantized and stays in float must pay for the speed that it costs: it is priced above its size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,9 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from autoquant.search.estimate import fit_drops
 from autoquant.search.goal import Goal
-from autoquant.search.knapsack import solve
+from autoquant.search.knapsack import cheapest, solve
 from autoquant.search.ledger import MEASURED
 from autoquant.search.params import ParameterMap
 from autoquant.search.profile import Profile
@@ -35,6 +36,12 @@ SPREAD = 0.8
 """Standard deviation, relative to the mean, of how much sites are taken to differ at first."""
 MUTATIONS = 0.5
 """Chance that a proposal also changes a dimension other than the bits of a few sites."""
+AIM = 0.25
+"""Standard deviation of the logarithm of the loss that is aimed at, around the estimated limit."""
+FLOAT_SURCHARGE = 0.005
+"""What a layer that stays in float costs above its size, as a share of all layers in float."""
+FARTHEST = 3.0
+"""How many times the largest loss that keeps the drop is aimed at, at most."""
 TRIES = 8
 """Proposals drawn before a recipe that was measured already is proposed again."""
 
@@ -50,10 +57,10 @@ class Seen:
     key: str
     damage: np.ndarray
     loss: float
-    cost: float
     objective: float
+    drop: float
     feasible: bool
-    keeps: bool
+    complete: bool
 
 
 class KnapsackSampler(BaseSampler):
@@ -77,18 +84,15 @@ class KnapsackSampler(BaseSampler):
         self._seen: dict[int, Seen | None] = {}
         options = [profile.options[n] for n in self.names]
         self._damage = [np.array([o.damage for o in row]) for row in options]
-        self._integer = [np.array([o.recipe.weight is not None for o in row]) for row in options]
         self._cost = [
             np.array([self._price(name, o.recipe) for o in row])
             for name, row in zip(self.names, options, strict=True)
         ]
-
-    def _all_quantized(self, sites: Mapping[str, SiteRecipe]) -> bool:
-        """Return whether no site is in float that could be quantized."""
-        return all(
-            sites[name].weight is not None or not mask.any()
-            for name, mask in zip(self.names, self._integer, strict=True)
-        )
+        surcharge = FLOAT_SURCHARGE * sum(float(cost.max()) for cost in self._cost)
+        for row, cost in zip(options, self._cost, strict=True):
+            floats = np.array([o.recipe.weight is None for o in row])
+            if not floats.all():
+                cost[floats] += surcharge
 
     def _price(self, name: str, recipe: SiteRecipe) -> float:
         """Return what a choice costs of the budget: bits, or bytes where size is what counts."""
@@ -131,17 +135,23 @@ class KnapsackSampler(BaseSampler):
         rng = np.random.default_rng((self.seed, number))
         seen = [s for s in map(self._read, trials) if s is not None]
         taken = {s.key for s in seen}
-        incumbent = min((s for s in seen if s.feasible), key=_rank, default=None)
-        mean, root = self._posterior(seen)
+        curve = fit_drops([s.loss for s in seen], [s.drop for s in seen])
+        expected = curve.drops([s.loss for s in seen])
+        keep = [s for s, e in zip(seen, expected, strict=True) if e <= self.goal.max_drop]
+        good = [s for s in seen if s.feasible] if self.goal.budgeted else keep
+        incumbent = min((s for s in good if s.complete), key=_rank, default=None)
+        target = curve.loss_at(self.goal.max_drop)
+        if keep:  # one step at a time beyond what was measured
+            target = min(target, FARTHEST * max(s.loss for s in keep))
+        typical, mean, root = self._posterior(seen)
         sites: Sites = {}
         for attempt in range(TRIES):
-            if attempt == 0 and number % 3 == 0:
-                weights = mean
-            else:
-                weights = mean + (1.0 + attempt / 4) * (root @ rng.standard_normal(len(mean)))
-            weights = np.maximum(weights, 0.05 * mean.mean())
-            budget = self._budget(seen, incumbent, rng)
-            sites = self._solve(weights, budget, incumbent, floats=not any(s.keeps for s in seen))
+            noise = rng.standard_normal(len(mean))
+            spread = 0.0 if attempt == 0 and number % 3 == 0 else 1.0 + attempt / 4
+            weights = np.maximum(mean + spread * (root @ noise), 0.05 * mean.mean())
+            # In units of the typical weight, as the weights are.
+            limit = target / typical * float(np.exp(AIM * rng.standard_normal()))
+            sites = self._solve(weights, limit, incumbent)
             if attempt or rng.random() < MUTATIONS:
                 sites = self._mutate(sites, rng)
             if choices_key(sites) not in taken:
@@ -159,30 +169,29 @@ class KnapsackSampler(BaseSampler):
             return None
         sites = self.mapping.decode(trial.params)
         damage = np.array([self.profile.damage(n, sites[n]) for n in self.names])
-        cost = sum(self._price(n, sites[n]) for n in self.names)
-        complete = trial.state == TrialState.COMPLETE
         return Seen(
             trial.number,
             sites,
             choices_key(sites),
             damage,
             float(measured["loss"]),
-            cost,
             float(measured["objective"]),
-            complete and bool(measured["feasible"]),
-            complete and measured["drop"] <= self.goal.max_drop and self._all_quantized(sites),
+            float(measured["drop"]),
+            bool(measured["feasible"]),
+            trial.state == TrialState.COMPLETE,
         )
 
-    def _posterior(self, seen: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and a root of the covariance of how much each site's noise matters.
+    def _posterior(self, seen: Sequence[Seen]) -> tuple[float, np.ndarray, np.ndarray]:
+        """Return the typical weight of a site's noise and, in its units, the posterior of all.
 
+        The posterior is given as its mean [sites] and a root of its covariance [sites, sites].
         Rows are divided by their loss, so the error is relative: a trial with a loss a hundred
         times larger does not drown the others.
         """
         size = len(self.names)
         usable = [s for s in seen if s.loss > 0 and s.damage.sum() > 0 and np.isfinite(s.loss)]
         if not usable:
-            return np.ones(size), SPREAD * np.eye(size)
+            return 1.0, np.ones(size), SPREAD * np.eye(size)
         ratios = np.array([s.loss / s.damage.sum() for s in usable])
         typical = float(np.exp(np.median(np.log(ratios))))
         rows = np.stack([s.damage / s.loss for s in usable]) * typical
@@ -192,39 +201,24 @@ class KnapsackSampler(BaseSampler):
         lower = np.linalg.cholesky(precision)
         mean = np.linalg.solve(precision, target)
         root = np.linalg.inv(lower).T
-        return np.maximum(mean, 0.05), root
+        return typical, np.maximum(mean, 0.05), root
 
-    def _budget(
-        self, seen: Sequence[Seen], incumbent: Seen | None, rng: np.random.Generator
-    ) -> float:
-        """Return the cost to stay within: the given budget, or one just below the best feasible."""
-        low = sum(float(c.min()) for c in self._cost)
-        high = sum(float(c.max()) for c in self._cost)
-        total = sum(self.profile.numel[n] for n in self.names)
+    def _size_budget(self) -> float | None:
+        """Return the cost that the goal allows, or None where it is the drop that is limited."""
         if self.goal.bits is not None:
-            return self.goal.bits * total
+            return self.goal.bits * sum(self.profile.numel[n] for n in self.names)
         if self.goal.size_bytes is not None:
             return float(self.goal.size_bytes - self.rest_bytes)
-        if incumbent is None:
-            tried = [s.cost for s in seen]
-            start = max(tried) if tried else low
-            return start + (high - start) * rng.random()
-        failed = sum(1 for s in seen if s.number > incumbent.number and not s.feasible)
-        step = (incumbent.cost - low) * 0.5 * 0.8**failed
-        return incumbent.cost - step * (0.5 + rng.random())
+        return None
 
-    def _solve(
-        self, weights: np.ndarray, budget: float, incumbent: Seen | None, *, floats: bool
-    ) -> Sites:
+    def _solve(self, weights: np.ndarray, limit: float, incumbent: Seen | None) -> Sites:
+        """Return the least damage within the budget, or the least cost with damage ``limit``."""
         damage = [w * d for w, d in zip(weights, self._damage, strict=True)]
-        if not floats:
-            damage = [
-                np.where(mask, d, np.inf) if mask.any() else d
-                for d, mask in zip(damage, self._integer, strict=True)
-            ]
-        chosen = solve(damage, self._cost, budget)
-        if chosen is None:
-            chosen = [int(np.argmin(c)) for c in self._cost]
+        budget = self._size_budget()
+        if budget is None:
+            chosen = cheapest(damage, self._cost, limit)
+        else:
+            chosen = solve(damage, self._cost, budget) or [int(np.argmin(c)) for c in self._cost]
         sites = {}
         for name, index in zip(self.names, chosen, strict=True):
             recipe = self.profile.options[name][index].recipe

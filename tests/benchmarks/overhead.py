@@ -1,0 +1,174 @@
+"""What a trial costs beside its evaluation: ``python -m tests.benchmarks.overhead``.
+
+A study of 50 layers × 4 parameters whose candidates are "measured" by a formula, so that all of the
+time is overhead: suggest, record durably, read back. The default sampler and Optuna's TPE through
+autoquant's one write a trial, beside TPE as Optuna runs it, one write a parameter; all on a journal
+file. Writes ``reports/overhead.md``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from autoquant.search import samplers
+from autoquant.search.goal import Goal, Measurement
+from autoquant.search.ledger import Ledger
+from autoquant.search.loop import Outcome, Stop, run_trials
+from autoquant.search.params import ParameterMap
+from autoquant.search.profile import Option, Profile
+from autoquant.search.sampler import KnapsackSampler
+from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.spec.space import DEFAULTS, SiteSpace
+from tests.benchmarks.machine import describe_machine
+
+LAYERS = 50
+TRIALS = 150
+SLOW_TRIALS = 30
+REPORT = Path(__file__).resolve().parents[2] / "reports" / "overhead.md"
+CHOICES = {
+    **DEFAULTS,
+    "weight_bits": (8, 6, 4),
+    "weight_calibration": ("mse", "max"),
+    "activation_bits": (8, 16),
+    "activation_calibration": ("mse", "max", "percentile_99.99"),
+}
+
+
+def made_up_profile(names: list[str]) -> Profile:
+    """Return a profile in which two bits more quarter the noise twice."""
+    weights = {
+        WeightScheme(bits, calibration=c): 4.0**-bits
+        for bits in CHOICES["weight_bits"]
+        for c in CHOICES["weight_calibration"]
+    }
+    activations = {
+        ActivationScheme(8, calibration=c): 1e-5 for c in CHOICES["activation_calibration"]
+    }
+    activation = ActivationScheme(8, calibration="mse")
+    options = tuple(
+        Option(SiteRecipe(WeightScheme(b, calibration="mse"), activation), 4.0**-b, b, 125 * b)
+        for b in CHOICES["weight_bits"]
+    )
+    return Profile(
+        dict.fromkeys(names, options),
+        dict.fromkeys(names, weights),
+        dict.fromkeys(names, activations),
+        dict.fromkeys(names, 1000),
+    )
+
+
+class Clock:
+    """Notes the time between trials."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.last = time.perf_counter()
+
+    def trial(self, *_: object) -> None:
+        """Note one trial."""
+        now = time.perf_counter()
+        self.times.append(now - self.last)
+        self.last = now
+
+    def step(self, *_: object) -> None:
+        """Do nothing."""
+
+
+def through_autoquant(
+    name: str, make: Callable[[Ledger, ParameterMap, Profile, Goal], samplers.Proposer], trials: int
+) -> list[float]:
+    """Run a study through the trial loop; return the seconds of each trial."""
+    names = [f"layer{i}" for i in range(LAYERS)]
+    mapping = ParameterMap({n: SiteSpace(CHOICES) for n in names})
+    assert len(mapping.distributions) == 4 * LAYERS
+    profile = made_up_profile(names)
+    importance = np.random.default_rng(0).lognormal(0, 1, LAYERS)
+    goal = Goal(0.02, 4000 * LAYERS)
+
+    def measure(sites: dict[str, SiteRecipe], _: object) -> Outcome:
+        noise = [profile.damage(n, sites[n]) for n in names]
+        loss = float(importance @ noise)
+        bits = sum(sites[n].weight_bits for n in names) / LAYERS
+        size = int(1000 * LAYERS * bits / 8)
+        return Outcome(Measurement(0.9, 3 * loss, loss, bits, size, 0.0), sites, False)
+
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger.create(name, f"{folder}/study.journal", {"made": "up"})
+        clock = Clock()
+        proposer = make(ledger, mapping, profile, goal)
+        run_trials(ledger, mapping, proposer, goal, measure, Stop(trials, None), clock)
+    return clock.times
+
+
+def knapsack(
+    ledger: Ledger, mapping: ParameterMap, profile: Profile, goal: Goal
+) -> samplers.Proposer:
+    """Return the default sampler."""
+    sampler = KnapsackSampler(mapping, profile, goal, 0, 0)
+    return samplers.KnapsackProposer(sampler, ledger.trials)
+
+
+def stock_tpe(
+    ledger: Ledger, mapping: ParameterMap, profile: Profile, goal: Goal
+) -> samplers.Proposer:
+    """Return TPE through autoquant's one write a trial."""
+    return samplers.StockProposer(samplers.seeded("tpe", 0), mapping, [], {}, lambda _: None)
+
+
+def plain_tpe(trials: int) -> list[float]:
+    """Run TPE as Optuna does: each suggestion is a write."""
+    mapping = ParameterMap({f"layer{i}": SiteSpace(CHOICES) for i in range(LAYERS)})
+    clock = Clock()
+
+    def objective(trial: optuna.Trial) -> float:
+        total = 0.0
+        for name, d in mapping.distributions.items():
+            if isinstance(d, optuna.distributions.CategoricalDistribution):
+                total += len(str(trial.suggest_categorical(name, d.choices)))
+            else:
+                total += trial.suggest_int(name, d.low, d.high, step=d.step)
+        return total
+
+    with tempfile.TemporaryDirectory() as folder:
+        storage = JournalStorage(JournalFileBackend(f"{folder}/study.journal"))
+        sampler = optuna.samplers.TPESampler(seed=0)
+        study = optuna.create_study(storage=storage, sampler=sampler)
+        study.optimize(objective, n_trials=trials, callbacks=[clock.trial])
+    return clock.times
+
+
+def main() -> None:
+    """Measure, print the table, write the report."""
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    rows = {
+        "autoquant, default sampler": through_autoquant("knapsack", knapsack, TRIALS),
+        "autoquant, TPE": through_autoquant("tpe", stock_tpe, SLOW_TRIALS),
+        "Optuna, TPE, one write a parameter": plain_tpe(SLOW_TRIALS),
+    }
+    lines = ["| | trials | median ms a trial | 95th percentile |", "|---|---|---|---|"]
+    for name, seconds in rows.items():
+        ms = 1000 * np.array(seconds[len(seconds) // 3 :])
+        lines.append(
+            f"| {name} | {len(seconds)} | {np.median(ms):.1f} | {np.percentile(ms, 95):.1f} |"
+        )
+    table = "\n".join(lines)
+    REPORT.write_text(
+        f"# Overhead of a trial\n\n`python -m tests.benchmarks.overhead`: {LAYERS} layers × 4 "
+        "parameters; suggest, record durably (fsync), read back; no evaluation. Medians over the "
+        f"last two thirds of the trials.\n\n{table}\n\n{describe_machine()}\n",
+        encoding="utf-8",
+    )
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -50,8 +50,9 @@ def command(
 
     loaded_recipe = load(Path(recipe))
     from autoquant.export.model import check_model, quantize, write
-    from autoquant.search.run import Source
+    from autoquant.search.run import Source, check_folder
 
+    check_folder(Path(output).parent)
     source = Source(model, task, data, metric, trust_pickle)
     loaded_task = source.load_task() if task or data else None
     loaded = source.load(loaded_task)

@@ -84,7 +84,6 @@ def command(directory: str, as_json: bool) -> None:
     from autoquant.search.ledger import names
     from autoquant.search.options import Options
     from autoquant.spec.recipe_file import write_text
-    from autoquant.spec.space import SearchSpace
 
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
@@ -100,8 +99,19 @@ def command(directory: str, as_json: bool) -> None:
     line += ["--study", study, "--out", str(folder)]
     click.echo(f"$ {shlex.join(line)}", err=True)
     options = Options(trials=TRIALS)
-    space = SearchSpace.load("default")
-    run(str(model), str(task), None, None, False, space, options, study, None, str(folder), as_json)
+    run(
+        str(model),
+        str(task),
+        None,
+        None,
+        False,
+        "default",
+        options,
+        study,
+        None,
+        str(folder),
+        as_json,
+    )
 
 
 def train(task_file: Path, path: Path) -> None:

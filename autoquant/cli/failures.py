@@ -11,6 +11,10 @@ import click
 from autoquant.errors import AutoquantError
 
 
+class Interrupted(Exception):
+    """A search was interrupted; says how to go on. (Click drops what a KeyboardInterrupt says.)"""
+
+
 def report_failure(error: BaseException, *, debug: bool) -> int:
     """Print one line about ``error`` on standard error and return the exit status."""
     if isinstance(error, click.exceptions.Exit):
@@ -28,13 +32,15 @@ def report_failure(error: BaseException, *, debug: bool) -> int:
         return _say(f"error: {error.format_message()}{hint}", 2)
     if isinstance(error, AutoquantError):
         return _say(f"error: {error}", 2)
-    if isinstance(error, KeyboardInterrupt | click.Abort):
+    if isinstance(error, Interrupted | KeyboardInterrupt | click.Abort):
         return _say(f"interrupted{f': {error}' if str(error) else ''}", 130)
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         return 141
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return _say(f"error: the disk is full: {error.filename or 'cannot write'}", 2)
+    if isinstance(error, OSError) and error.filename is not None:
+        return _say(f"error: {error.filename}: {error.strerror}", 2)
     kind = type(error).__name__
     again = "" if debug else "; run it again with --debug and report what it prints"
     return _say(f"internal error: {kind}: {error}{again}", 1)

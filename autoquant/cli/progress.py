@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from autoquant.cli.failures import Interrupted
 from autoquant.report.tables import console, layers_table, megabytes, plain_number, preflight_lines
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import REASON
@@ -152,10 +154,11 @@ def searching(as_json: bool, storage: str | None) -> Iterator[ConsoleReporter]:
     except KeyboardInterrupt:
         reporter.progress.stop()
         if reporter.study is None:
-            raise KeyboardInterrupt("nothing was begun") from None
-        where = f" --storage {storage}" if storage else ""
-        raise KeyboardInterrupt(
-            f"{reporter.done} trials are kept; go on with: autoquant resume {reporter.study}{where}"
+            raise Interrupted("nothing was begun") from None
+        words = ["autoquant", "resume", reporter.study]
+        words += [] if storage is None else ["--storage", storage]
+        raise Interrupted(
+            f"every finished trial is kept; go on with: {shlex.join(words)}"
         ) from None
     finally:
         reporter.progress.stop()

@@ -94,19 +94,17 @@ def command(
     """
     from autoquant.errors import UserError
     from autoquant.search.options import Options, check
-    from autoquant.spec.space import SearchSpace
 
     # All that is cheap to check comes before what takes seconds to import.
     options = Options(max_drop, bits, size, trials, seconds(timeout), sampler, device, seed)
     check(options)
-    chosen = SearchSpace.load(space)
     if task is not None and data is not None:
         raise UserError("--task and --data are two sources of data; give one")
     if metric is not None and data is None:
         raise UserError("--metric goes with --data; a task file names its own metric")
     if not Path(model).exists():
         raise UserError(f"{model}: no such file")
-    run(model, task, data, metric, trust_pickle, chosen, options, study, storage, out, as_json)
+    run(model, task, data, metric, trust_pickle, space, options, study, storage, out, as_json)
 
 
 def run(
@@ -115,7 +113,7 @@ def run(
     data: str | None,
     metric: str | None,
     trust_pickle: bool,
-    space: Any,
+    space: str,
     options: Any,
     study: str | None,
     storage: str | None,
@@ -123,10 +121,13 @@ def run(
     as_json: bool,
 ) -> None:
     """Search, drawing progress on standard error and the result on standard output."""
-    from autoquant.cli.progress import searching
-    from autoquant.search.run import Source, start
+    from autoquant.spec.space import SearchSpace
 
-    source = Source(model, task, data, metric, trust_pickle)
+    chosen = SearchSpace.load(space)
+    from autoquant.cli.progress import searching
+    from autoquant.search.run import Source, space_file, start
+
+    source = Source(model, task, data, metric, trust_pickle, space_file(space))
     with searching(as_json, storage) as reporter:
         loaded_task = source.load_task()
         loaded = source.load(loaded_task)
@@ -134,7 +135,7 @@ def run(
             loaded,
             loaded_task,
             source,
-            space,
+            chosen,
             options,
             study,
             storage,

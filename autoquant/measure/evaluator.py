@@ -171,7 +171,8 @@ class Evaluator:
         if len(kept) != index:
             return
         used = sum(_bytes(o) for o in kept) + _bytes(outputs)
-        needed = self.task.metric is None
+        named = self.task.metric
+        needed = named is None or (isinstance(named, str) and METRICS.get(named).reference)
         if used <= KEEP_BYTES or needed:
             kept.append(outputs)
 
@@ -193,6 +194,8 @@ class Evaluator:
             return None
         classes = self.metric is not None and self.metric.name in ("accuracy", "top5", "f1", "kl")
         name = "kl" if classes and shared[0][0].dim() == 2 else "noise_to_signal"
+        if name != "kl" and not all(bool(f.isfinite().all()) for _, f in shared):
+            return None  # masked with −∞: no signal to compare the noise with
         return METRICS.get(name).evidence(shared).score()
 
     def _hopeless(self, split: str, pairs: list[tuple[Any, Any]], limit: float) -> bool:

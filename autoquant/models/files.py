@@ -133,7 +133,9 @@ def _call_load_model(path: Path, load_model: LoadModel | None, contents: str) ->
     except UserError:
         raise
     except Exception as e:
-        raise TaskError(f"{where} raised {describe(e, file_of(load_model))} for {path}") from e
+        raise TaskError(
+            f"{where} raised {describe(e, file_of(load_model))} for {path}, which holds {contents}"
+        ) from e
     if isinstance(module, ExportedProgram):
         return lift(module)
     if isinstance(module, torch.jit.ScriptModule):

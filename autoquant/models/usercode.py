@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 LONGEST_MESSAGE = 300
@@ -19,8 +20,10 @@ def describe(error: BaseException, file: str | None = None) -> str:
     if len(message) > LONGEST_MESSAGE:
         message = message[: LONGEST_MESSAGE - 1] + "…"
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    # A task file runs under its absolute path, however the user wrote it.
+    known = () if file is None else (file, str(Path(file).resolve()))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if file is not None and frame.filename == file:
+        if frame.filename in known:
             return f"{text} ({frame.filename}:{frame.lineno})"
     return text
 

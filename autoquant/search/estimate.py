@@ -21,6 +21,8 @@ RELATIVE = 0.3
 """Relative error that the curve is taken to have where drops are large."""
 ROUNDS = 6
 """Rounds of reweighting."""
+TINY = 1e-12
+"""A loss below this is none: its powers would vanish."""
 HUBER = 1.5
 """Standard errors from which a residual counts less."""
 
@@ -44,10 +46,10 @@ class DropCurve:
 
 
 def fit_drops(losses: Sequence[float], drops: Sequence[float]) -> DropCurve:
-    """Return the curve through trials of ``losses`` (> 0) and ``drops``; flat without any."""
+    """Return the curve through trials of ``losses`` (> TINY) and ``drops``; flat without any."""
     x = np.asarray(losses, dtype=np.float64)
     y = np.asarray(drops, dtype=np.float64)
-    usable = np.isfinite(x) & np.isfinite(y) & (x > 0)
+    usable = np.isfinite(x) & np.isfinite(y) & (x > TINY)
     x, y = x[usable], y[usable]
     if not len(x):
         return DropCurve(0.0, 1.0)

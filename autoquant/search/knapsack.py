@@ -55,11 +55,13 @@ def _steps(
     """Return all hull steps (−gain/price, site, k, price, gain), the best bargains first."""
     steps = []
     for site, hull in enumerate(hulls):
+        last = -np.inf
         for k in range(1, len(hull)):
             a, b = hull[k - 1], hull[k]
             gain = float(damage[site][a] - damage[site][b])
             price = float(cost[site][b] - cost[site][a])
-            steps.append((-gain / price, site, k, price, gain))
+            last = max(last, -gain / price)  # rounding must not put a step before the one below it
+            steps.append((last, site, k, price, gain))
     steps.sort()
     return steps
 
@@ -72,8 +74,6 @@ def _hull(damage: Array, cost: Array) -> list[int]:
         if hull and damage[i] >= damage[hull[-1]]:
             continue
         while len(hull) > 1 and _above(damage, cost, hull[-2], hull[-1], i):
-            hull.pop()
-        if hull and cost[i] == cost[hull[-1]]:
             hull.pop()
         hull.append(i)
     return hull

@@ -48,7 +48,7 @@ class Options:
         return self.trials
 
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)?")
+_DURATION = re.compile(r"(\d{1,12}(?:\.\d+)?)\s*(s|m|h|d)?")
 _SECONDS = {None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -60,7 +60,7 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmg]i?b|b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(%|[kmg]i?b|b)?", re.IGNORECASE)
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -81,6 +81,8 @@ def check(options: Options) -> None:
         raise UserError(f"--bits {options.bits:g}: average weight bits lie between 2 and 16")
     if options.bits is not None and options.size is not None:
         raise UserError("--bits and --size are two budgets; give one")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed {options.seed}: give an integer from 0 to {2**32 - 1}")
     if options.trials is not None and options.trials < 1:
         raise UserError(f"--trials {options.trials}: give at least 1")
 

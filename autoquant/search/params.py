@@ -145,10 +145,12 @@ class ParameterMap:
             if code is not None:
                 name, order = code
                 params[name] = order.index(value) if order else value
-        rate = space.learning_rate
+        rate, learned = space.learning_rate, recipe.learning_rate
+        if learned is not None and (rate is None or not rate.low <= learned <= rate.high):
+            raise StudyError(f"{site}: learning_rate: {learned} is not in the search space")
         if rate is None:
             return
         if rate.optional:
-            params[f"{site}.learning"] = "none" if recipe.learning_rate is None else "learned"
+            params[f"{site}.learning"] = "none" if learned is None else "learned"
         if rate.low < rate.high:
-            params[f"{site}.learning_rate"] = recipe.learning_rate or rate.low
+            params[f"{site}.learning_rate"] = rate.low if learned is None else learned

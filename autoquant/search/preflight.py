@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from autoquant.errors import TaskError, TrialError, UserError
 from autoquant.methods.realize import CACHE_BYTES
+from autoquant.models.usercode import describe
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.convert import deploy
 from autoquant.nn.fold import same_outputs
@@ -54,11 +55,9 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     before = process.memory_info().rss
     try:
         reading = session.baseline("search")
+        _check_repeats(session, reading.value)
     except TrialError as error:
         raise TaskError(f"{session.task.source}: on the float model: {error}") from error
-    if not math.isfinite(reading.value):
-        raise TaskError(f"{session.task.source}: the float metric is {reading.value}")
-    _check_repeats(session, reading.value)
     _check_round_trip(session, spaces)
     _check_memory(session, max(process.memory_info().rss - before, 0))
     assert session.evaluator.metric is not None
@@ -75,20 +74,30 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     )
 
 
+def _run(session: Session, model: torch.nn.Module, inputs: Any) -> Any:
+    """Return the outputs of one batch; TrialError where the user's code fails."""
+    try:
+        with torch.no_grad():
+            return session.evaluator.run(model, inputs)
+    except UserError:
+        raise
+    except Exception as error:
+        raise TrialError(f"forward failed: {describe(error, session.task.source)}") from error
+
+
 def _check_repeats(session: Session, value: float) -> None:
     source = session.task.source
     example = session.evaluator.example()
     if session.task.evaluate is not None:
-        again = float(session.task.evaluate(session.model))
+        again = session.evaluator.read(session.model, "search").value
         if abs(again - value) > REPEATS * max(abs(value), 1e-12):
             raise TaskError(
                 f"{source}: evaluate(model) returned {value:g} and then {again:g} on the same "
                 "float model; seed what it draws at random"
             )
         return
-    with torch.no_grad():
-        first = session.evaluator.run(session.model, example)
-        second = session.evaluator.run(session.model, example)
+    first = _run(session, session.model, example)
+    second = _run(session, session.model, example)
     if not same_outputs(first, second, REPEATS):
         raise TaskError(
             f"{source}: the float model gives different outputs for the same inputs; is something "
@@ -102,10 +111,7 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
     try:
         done = session.realizer.apply(sites)
         example = session.evaluator.example()
-        expected = None
-        if example is not None:
-            with torch.no_grad():
-                expected = session.evaluator.run(session.model, example)
+        expected = None if example is None else _run(session, session.model, example)
         choices = {
             site.name: (session.realizer.weight(site, done[site.name]), done[site.name].activation)
             for site in session.prepared.sites
@@ -121,8 +127,7 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
         if example is None:
             return
-        with torch.no_grad():
-            found = session.evaluator.run(loaded.to(session.device), example)
+        found = _run(session, loaded.to(session.device), example)
     except TrialError as error:
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import os
@@ -18,6 +19,7 @@ from torch import nn
 
 from autoquant.errors import StudyError, TrialError, UserError
 from autoquant.measure.evaluator import Watch
+from autoquant.measure.size import weight_bytes
 from autoquant.models.files import LoadedModel, load, sha256_of
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task, data_task, load_task
@@ -29,13 +31,14 @@ from autoquant.search.loop import Listener, Outcome, Stop, run_trials
 from autoquant.search.options import Options, check, check_budget, parse_size
 from autoquant.search.params import ParameterMap
 from autoquant.search.preflight import Preflight, preflight
-from autoquant.search.profile import profile
+from autoquant.search.profile import profile, weight_schemes
 from autoquant.search.sampler import KnapsackSampler
 from autoquant.search.session import Session, choose_device, open_session
+from autoquant.search.trials import best_trial, measured
 from autoquant.search.uniform import baselines
 from autoquant.spec.recipe import Recipe, SiteRecipe, SplitResult
 from autoquant.spec.recipe_file import dumps, save
-from autoquant.spec.space import SearchSpace, SiteSpace
+from autoquant.spec.space import SearchSpace, SiteSpace, shipped
 
 FORMAT = 1
 """Version of a study's header."""
@@ -114,13 +117,17 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Source:
-    """Where model and task come from; what a study keeps to find them again."""
+    """Where model, task and search space come from; what a study keeps to find them again.
+
+    ``space`` is the space's file, None for one that ships with the package.
+    """
 
     model: str
     task: str | None = None
     data: str | None = None
     metric: str | None = None
     trust_pickle: bool = False
+    space: str | None = None
 
     def load_task(self) -> Task:
         """Return the task; UserError where none is given."""
@@ -140,7 +147,7 @@ def search(
     model: nn.Module | str | os.PathLike[str],
     task: Task | str | os.PathLike[str],
     *,
-    space: SearchSpace | str = "default",
+    space: SearchSpace | str | Path = "default",
     max_drop: str | float = "1%",
     bits: float | None = None,
     size: str | None = None,
@@ -157,23 +164,26 @@ def search(
 ) -> SearchResult:
     """Find the best recipe for ``model`` and write it to ``out``/recipe.yaml.
 
-    ``model`` is a module or a model file, ``task`` a Task or a task file. Without a budget the
-    answer is the smallest model that loses at most ``max_drop``; with ``bits`` or ``size``, the
-    best metric within it. ``timeout`` is in seconds. Raises UserError, in one line, on anything
-    the user can mend.
+    ``model`` is a module, which is left as it is, or a model file; ``task`` a Task or a task file;
+    ``space`` a search space, the name of one, or its file. Without a budget the answer is the
+    smallest model that loses at most ``max_drop``; with ``bits`` or ``size``, the best metric
+    within it. ``timeout`` is in seconds. Raises UserError, in one line, on anything the user can
+    mend.
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
     options = Options(str(max_drop), bits, size, trials, timeout, name, device, seed)
+    file = None if isinstance(task, Task) else str(task)
     if not isinstance(task, Task):
         task = load_task(Path(task))
+    chosen = space if isinstance(space, SearchSpace) else SearchSpace.load(space)
+    kept = None if isinstance(space, SearchSpace) else space_file(space)
     if isinstance(model, nn.Module):
-        loaded = LoadedModel(model.eval(), "module", type(model).__name__, state_hash(model))
-        source = Source(model="")
+        source = Source("", file, space=kept)
+        loaded = _of_module(model)
     else:
-        source = Source(str(model), task.source or None, trust_pickle=trust_pickle)
+        source = Source(str(model), file, trust_pickle=trust_pickle, space=kept)
         loaded = source.load(task)
-    chosen = SearchSpace.load(space) if isinstance(space, str) else space
     return start(
         loaded, task, source, chosen, options, study, storage, Path(out), own, reporter or Silent()
     )
@@ -195,13 +205,17 @@ def start(
     began = time.monotonic()
     check(options)
     parse_max_drop(options.max_drop)
+    if options.size is not None:
+        parse_size(options.size, 1)
     if own is None:
         samplers.check(options.sampler)
+    check_folder(out)
     study = study or new_name(loaded.name, storage)
     Ledger.check_free(study, storage)
     session = open_session(loaded, task, choose_device(options.device), say=reporter.say)
     spaces = space.resolve(session.prepared.sites)
     check_budget(options.bits, spaces, {s.name: s.numel for s in session.prepared.sites})
+    _check_size(options.size, session, spaces)
     reporter.say("preflight")
     found = preflight(session, spaces)
     reporter.preflight(found)
@@ -221,7 +235,7 @@ def start(
             "metric": source.metric,
             "sha256": task.sha256,
         },
-        "space": {"name": space.name, "text": space.text, "sha256": _sha256(space.text)},
+        "space": _space_header(space, source),
         "options": options.plain(),
         "out": str(out.resolve()),
         "sites": [
@@ -240,6 +254,33 @@ def start(
     }
     ledger = Ledger.create(study, storage, header)
     return _run(ledger, session, spaces, goal, options, out, own, reporter, began)
+
+
+def _check_size(size: str | None, session: Session, spaces: Mapping[str, SiteSpace]) -> None:
+    """Raise UserError where the smallest recipe of the space is larger than ``size``."""
+    if size is None:
+        return
+    narrow = {}
+    for site in session.prepared.sites:
+        sizes = {w: weight_bytes(site, w) for w in weight_schemes(site, spaces[site.name])}
+        narrow[site.name] = SiteRecipe(min(sizes, key=sizes.__getitem__, default=None))
+    whole, least = session.sizes.float_size_bytes, session.sizes.bytes(narrow)
+    if least > parse_size(size, whole):
+        raise UserError(
+            f"--size {size}: the space's smallest recipe has {least:,} bytes, {least / whole:.1%} "
+            "of the float model; give that or more, or a space with fewer bits"
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where nothing could be written to ``folder`` after long work."""
+    path = folder.absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"{folder}: nothing can be written there: {path} is no folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: nothing can be written there: {path} is not writable")
 
 
 def resume(
@@ -271,12 +312,17 @@ def resume(
     options = Options.read(header["options"])
     if trials is not None or timeout is not None:
         options = replace(options, trials=trials, timeout=timeout)
+    if sampler is None and options.sampler not in samplers.names():
+        raise StudyError(
+            f"study {ledger.name} was begun with a sampler of one's own ({options.sampler}): "
+            "go on with autoquant.resume(sampler=…)"
+        )
     source = source_of(header)
     task = task or _saved_task(ledger.name, source)
     _compare(ledger.name, "task", header["task"]["sha256"], task.sha256, accept_changes)
     if model is not None:
-        loaded = LoadedModel(model.eval(), "module", type(model).__name__, state_hash(model))
-        found = loaded.sha256
+        loaded = _of_module(model)
+        _compare(ledger.name, "model", header["model"]["sha256"], loaded.sha256, accept_changes)
     elif source.model:
         if not Path(source.model).exists():
             raise StudyError(f"study {ledger.name}: its model is gone: {source.model}")
@@ -284,8 +330,9 @@ def resume(
         _compare(ledger.name, "model", header["model"]["sha256"], found, accept_changes)
         loaded = source.load(task)
     else:
-        raise StudyError(f"study {ledger.name} is of a module in Python: pass model and task")
-    _compare(ledger.name, "model", header["model"]["sha256"], found, accept_changes)
+        raise StudyError(
+            f"study {ledger.name} is of a module in Python: go on with autoquant.resume(model=…)"
+        )
     space = _saved_space(ledger.name, header, accept_changes)
     session = open_session(loaded, task, choose_device(options.device), say=reporter.say)
     if [s.name for s in session.prepared.sites] != [s["name"] for s in header["sites"]]:
@@ -312,18 +359,39 @@ def _compare(study: str, what: str, then: str, now: str, accept: bool) -> None:
 
 def _saved_task(study: str, source: Source) -> Task:
     if source.task is None and source.data is None:
-        raise StudyError(f"study {study} is of a Task in Python: pass model and task")
+        raise StudyError(
+            f"study {study} is of a Task in Python: go on with autoquant.resume(task=…)"
+        )
     return source.load_task()
 
 
 def _saved_space(study: str, header: Mapping[str, Any], accept: bool) -> SearchSpace:
-    """Return the space as the study keeps it; a shipped or edited file of its name must agree."""
+    """Return the space as the study keeps it, which its trials are of, accepted changes or not.
+
+    Where it came from a file that is still there, or ships, that must hold the same text.
+    """
     saved = header["space"]
-    _compare(study, "space in the storage", saved["sha256"], _sha256(saved["text"]), accept)
-    path = saved.get("path")
-    if path and Path(path).exists():
-        _compare(study, "space", saved["sha256"], _sha256(Path(path).read_text("utf-8")), accept)
+    if saved["shipped"] or (saved["path"] and Path(saved["path"]).exists()):
+        now = SearchSpace.load(saved["name"] if saved["shipped"] else Path(saved["path"]))
+        _compare(study, "space", saved["sha256"], _sha256(now.text), accept)
     return SearchSpace.parse(saved["text"], saved["name"])
+
+
+def space_file(space: str | Path) -> str | None:
+    """Return the file that a --space names, None where it is the name of one that ships."""
+    return None if space in shipped() else str(space)
+
+
+def _space_header(space: SearchSpace, source: Source) -> dict[str, Any]:
+    """Return what a study keeps of its space; one made in Python has no place to be compared."""
+    ships = source.space is None and space.name in shipped()
+    return {
+        "name": space.name,
+        "path": _absolute(source.space),
+        "shipped": ships and SearchSpace.load(space.name).text == space.text,
+        "text": space.text,
+        "sha256": _sha256(space.text),
+    }
 
 
 def source_of(header: Mapping[str, Any]) -> Source:
@@ -364,16 +432,21 @@ def _run(
 ) -> SearchResult:
     mapping = ParameterMap(spaces)
     plain = list(baselines(spaces))
-    proposer = _proposer(ledger, session, mapping, plain, goal, options, own, reporter)
-    limit = None if goal.budgeted else goal.max_drop
-
-    def measure(sites: Mapping[str, SiteRecipe], watch: Watch) -> Outcome:
-        m, reading, done = session.measure(sites, "search", limit=limit, watch=watch)
-        return Outcome(m, done, reading.stopped)
-
     most = 1 if not mapping.distributions else options.most_trials
     stop = Stop(most, options.timeout)
+    # From here on whoever interrupts the search is told which study to resume.
     reporter.begin(ledger.name, goal, ledger.trials(), stop)
+    proposer = _proposer(ledger, session, mapping, plain, goal, options, own, reporter)
+    answered = any(measured(trial) is not None for trial in ledger.trials())
+
+    def measure(sites: Mapping[str, SiteRecipe], watch: Watch) -> Outcome:
+        nonlocal answered
+        # However bad, one candidate is measured to its end: there must be an answer.
+        limit = None if goal.budgeted or not answered else goal.max_drop
+        m, reading, done = session.measure(sites, "search", limit=limit, watch=watch)
+        answered = answered or not reading.stopped
+        return Outcome(m, done, reading.stopped)
+
     run_trials(ledger, mapping, proposer, goal, measure, stop, reporter)
     reporter.say("confirming")
     trials = ledger.trials()
@@ -383,13 +456,19 @@ def _run(
             f"study {ledger.name}: no trial was completed, so there is no recipe; give more "
             "--trials or --timeout"
         )
+    if goal.budgeted and best_trial(trials) is None:
+        raise StudyError(
+            f"study {ledger.name}: none of its {len(trials)} trials is within the budget; go on "
+            f"with `autoquant resume {ledger.name}` and more --trials"
+        )
     try:
-        chosen, measured = confirm(session, mapping, goal, candidates, options.seed)
+        chosen, confirmed = confirm(session, mapping, goal, candidates, options.seed)
     except TrialError as error:
         raise StudyError(f"study {ledger.name}: {error}") from error
     path = out / "recipe.yaml"
-    save(chosen.recipe, path)
+    # The study first: `autoquant export` then has the recipe even where ``path`` can't be written.
     ledger.note(recipe=dumps(chosen.recipe), best=chosen.trial)
+    save(chosen.recipe, path)
     return SearchResult(
         ledger.name,
         chosen.recipe,
@@ -397,7 +476,7 @@ def _run(
         chosen.holds,
         goal.max_drop,
         count(trials),
-        tuple(measured),
+        tuple(confirmed),
         round(time.monotonic() - began, 3),
         session.device.type,
     )
@@ -434,12 +513,18 @@ def _proposer(
 
 def new_name(model: str, storage: str | None) -> str:
     """Return a study name that is not taken: the model's, with a number where needed."""
-    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(model).stem).strip(".-_")
-    stem = stem[:80] or "study"
+    plain = (c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in model)
+    stem = "".join(plain).strip(".-_")[:80] or "study"
     taken = set(names(storage)) if storage is None or Ledger.exists(storage) else set()
     if stem not in taken:
         return stem
     return next(f"{stem}-{i}" for i in range(2, len(taken) + 3) if f"{stem}-{i}" not in taken)
+
+
+def _of_module(model: nn.Module) -> LoadedModel:
+    """Return a copy of the user's own module to work on: it is folded and converted in place."""
+    name, digest = type(model).__name__, state_hash(model)
+    return LoadedModel(copy.deepcopy(model).eval(), "module", name, digest)
 
 
 def state_hash(model: nn.Module) -> str:

@@ -250,6 +250,14 @@ def _inherit(recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
     return replace(recipe, activation=known.activation)
 
 
+def _offered(recipe: SiteRecipe, space: SiteSpace) -> SiteRecipe:
+    """Return ``recipe`` with a calibration that the space has, where it just became static."""
+    a, offered = recipe.activation, space.choices["activation_calibration"]
+    if a is None or a.dynamic or a.calibration in offered:
+        return recipe
+    return replace(recipe, activation=replace(a, calibration=offered[0]))
+
+
 def _mutate_site(recipe: SiteRecipe, space: SiteSpace, rng: np.random.Generator) -> SiteRecipe:
     c = space.choices
     moves: list[SiteRecipe] = []
@@ -271,5 +279,5 @@ def _mutate_site(recipe: SiteRecipe, space: SiteSpace, rng: np.random.Generator)
         moves += [replace(recipe, learning_rate=min(max(drawn, rate.low), rate.high))] * 2
         if rate.optional:
             moves.append(replace(recipe, learning_rate=None))
-    others = [m for m in (move.canonical() for move in moves) if m != recipe]
+    others = [m for m in (_offered(move.canonical(), space) for move in moves) if m != recipe]
     return others[int(rng.integers(len(others)))] if others else recipe

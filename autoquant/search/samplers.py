@@ -7,8 +7,9 @@ in memory, because they write one parameter at a time; the finished trial is wri
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,7 +129,8 @@ class StockProposer:
         self._mapping = mapping
         self._keep = keep
         self._state = dict(state)
-        self._study = optuna.create_study(direction="minimize", sampler=make(0))
+        with _quiet():
+            self._study = optuna.create_study(direction="minimize", sampler=make(0))
         for key, value in state.items():
             self._storage.set_study_system_attr(self._study._study_id, key, value)
         for trial in trials:
@@ -141,9 +143,8 @@ class StockProposer:
 
     def propose(self, number: int) -> Proposal:
         """Return the proposal for trial ``number``."""
-        self._study.sampler = self._make(number)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with _quiet():
+            self._study.sampler = self._make(number)
             self._asked = self._study.ask(self._mapping.distributions)
         return Proposal(dict(self._asked.params))
 
@@ -157,10 +158,11 @@ class StockProposer:
             asked.set_user_attr(key, value)
         for key, value in trial.constraints.items():
             asked.set_constraint(key, value)
-        if trial.state == TrialState.COMPLETE:
-            self._study.tell(asked, trial.value)
-        else:
-            self._study.tell(asked, state=trial.state)
+        with _quiet():
+            if trial.state == TrialState.COMPLETE:
+                self._study.tell(asked, trial.value)
+            else:
+                self._study.tell(asked, state=trial.state)
         known = self._storage.get_trial(asked._trial_id)
         for key, value in known.system_attrs.items():
             trial.system_attrs[key] = value
@@ -169,6 +171,15 @@ class StockProposer:
             self._state = dict(state)
             self._keep(self._state)
         return trial
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Optuna's remarks on its own samplers (experimental, blind to constraints) to itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", message="Constraints have been set")
+        yield
 
 
 def derive(seed: int, number: int) -> int:

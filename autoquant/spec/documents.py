@@ -29,13 +29,16 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):  # a tag such as !!map on something else
+            return super().construct_mapping(node, deep)
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool):
                 raise SpecError(f"line {key_node.start_mark.line + 1}: a key must be plain text")
             if key in seen:
-                raise SpecError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
+                line = key_node.start_mark.line + 1
+                raise SpecError(f"line {line}: {show(key)} is given twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -70,8 +73,9 @@ def parse_yaml(text: str, what: str, where: str) -> dict[str, Any]:
         raise SpecError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise SpecError(f"{where}: nested too deeply for a {what}") from None
-    except (ValueError, OverflowError) as error:
-        raise SpecError(f"{where}: not valid YAML: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # What the library's own constructors raise on !!bool maybe, 2020-99-99 and the like.
+        raise SpecError(f"{where}: not valid YAML: a value that does not fit its type") from error
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
         raise SpecError(f"{where}: not a {what}: expected fields, found {found}")
@@ -89,9 +93,10 @@ class Fields:
             raise SpecError(f"{where}: expected fields, found {show(data)}")
         self.where = where
         self._data = dict(data)
-        self._known: list[str] = []
+        self._known: dict[str, None] = {}
 
     def __contains__(self, name: str) -> bool:
+        self._known[name] = None
         return name in self._data
 
     def fail(self, name: str, found: Any, allowed: str) -> SpecError:
@@ -100,7 +105,7 @@ class Fields:
 
     def take(self, name: str, default: Any = ...) -> Any:
         """Return field ``name``; raise where it is missing and has no default."""
-        self._known.append(name)
+        self._known[name] = None
         if name in self._data:
             return self._data.pop(name)
         if default is ...:
@@ -128,7 +133,8 @@ class Fields:
     def integer(self, name: str, default: Any = ..., *, low: int | None = None) -> int:
         """Return field ``name`` as an integer."""
         value = self.take(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or (low or value) > value:
+        plain = isinstance(value, int) and not isinstance(value, bool)
+        if not plain or (low is not None and value < low):
             raise self.fail(name, value, "an integer" + ("" if low is None else f" ≥ {low}"))
         return value
 
@@ -146,7 +152,10 @@ class Fields:
     def close(self) -> None:
         """Raise SpecError on the first field that was not taken, with the nearest name."""
         for name in self._data:
-            raise SpecError(f"{self.where}: {unknown('field', name, self._known)}")
+            if not isinstance(name, str) or show(name) != repr(name):
+                allowed = ", ".join(self._known)
+                raise SpecError(f"{self.where}: {show(name)} is no field, allowed: {allowed}")
+            raise SpecError(f"{self.where}: {unknown('field', name, list(self._known))}")
 
 
 def is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
@@ -172,5 +181,13 @@ def as_number(value: Any) -> float | None:
 
 def show(value: Any) -> str:
     """Return ``value`` as one short line."""
-    text = repr(value).replace("\n", " ")
+    try:
+        text = repr(value).replace("\n", " ")
+    except ValueError:  # Python refuses to write integers of thousands of digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def label(name: str) -> str:
+    """Return the name of a layer as a message has it: as it is, unless that is not one line."""
+    return name if name.isprintable() and 0 < len(name) <= 200 else show(name)

@@ -11,7 +11,15 @@ import yaml
 
 from autoquant.errors import SpecError
 from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS, WEIGHT_CALIBRATIONS, percentile_of
-from autoquant.spec.documents import Fields, parse_yaml, read_yaml
+from autoquant.spec.documents import (
+    Fields,
+    as_number,
+    is_one_of,
+    label,
+    parse_yaml,
+    read_yaml,
+    show,
+)
 from autoquant.spec.formats import FLOAT_BITS, FORMATS
 from autoquant.spec.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES
 from autoquant.spec.recipe import (
@@ -44,17 +52,17 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     if "autoquant_recipe" not in fields:
         raise SpecError(f"{where}: not a recipe: it has no autoquant_recipe field")
     version = fields.take("autoquant_recipe")
-    if version != VERSION:
+    if not is_one_of(version, (VERSION,)):
         raise SpecError(
-            f"{where}: autoquant_recipe: found version {version!r}, this release reads {VERSION}; "
-            "use the release that wrote it"
+            f"{where}: autoquant_recipe: found version {show(version)}, this release reads "
+            f"{VERSION}; use the release that wrote it"
         )
     model = fields.take("model", None)
     metric = fields.take("metric", None)
     bits = fields.number("average_weight_bits", 0.0, low=0)
     size = fields.integer("size_bytes", 0, low=0)
     float_size = fields.integer("float_size_bytes", 0, low=0)
-    seed = fields.integer("seed", 0)
+    seed = fields.integer("seed", 0, low=0)
     folded = fields.take("folded", None) or {}
     if not isinstance(folded, dict) or not all(
         isinstance(k, str) and isinstance(v, str) for k, v in folded.items()
@@ -63,12 +71,12 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     layers = fields.take("layers")
     fields.close()
     if not isinstance(layers, dict) or not layers:
-        raise SpecError(f"{where}: layers: found {layers!r}, allowed: one entry or more")
+        raise fields.fail("layers", layers, "one entry or more")
     sites = {}
     for name, site in layers.items():
         if not isinstance(name, str):
-            raise SpecError(f"{where}: layers: {name!r} is not a layer name; put it in quotes")
-        sites[name] = site_from_plain(site, f"{where}: {name}")
+            raise SpecError(f"{where}: layers: {show(name)} is not a layer name; put it in quotes")
+        sites[name] = site_from_plain(site, f"{where}: {label(name)}")
     evidence = None
     if metric is not None:
         evidence = _evidence(Fields(metric, f"{where}: metric"), bits, size, float_size)
@@ -91,10 +99,10 @@ def site_from_plain(data: Any, where: str) -> SiteRecipe:
     activation = _activation(
         Fields(fields.take("activation", {"bits": FLOAT_BITS}), f"{where}: activation")
     )
-    rate = None
-    if fields.take("learning_rate", None) is not None:
-        again = Fields(data, where)
-        rate = again.number("learning_rate", low=0, above=True)
+    found = fields.take("learning_rate", None)
+    rate = None if found is None else as_number(found)
+    if found is not None and (rate is None or rate <= 0):
+        raise fields.fail("learning_rate", found, "a number > 0, or null")
     fields.close()
     return SiteRecipe(weight, activation, rate)
 
@@ -122,19 +130,30 @@ def _activation(fields: Fields) -> ActivationScheme | None:
     granularity = fields.choice("granularity", ACTIVATION_GRANULARITIES, "per_tensor")
     kind = fields.choice("scheme", SCHEMES, "asymmetric")
     calibration = _calibration(fields, ACTIVATION_CALIBRATIONS)
-    scale = zero_point = None
-    if "scale" in fields:
-        scale = fields.number("scale", low=0, above=True)
-        zero_point = fields.integer("zero_point", 0)
-        grid = FORMATS[bits]
-        if not grid.qmin <= zero_point <= grid.qmax:
-            raise fields.fail("zero_point", zero_point, f"{grid.qmin} … {grid.qmax}")
-        if granularity == "per_token":
-            raise fields.fail("scale", scale, "none: a per_token scale is found at run time")
-        if kind == "symmetric" and zero_point != 0:
-            raise fields.fail("zero_point", zero_point, "0, as the scheme is symmetric")
+    scheme = ActivationScheme(bits, granularity, kind, calibration, *_static(fields, bits))
     fields.close()
-    return ActivationScheme(bits, granularity, kind, calibration, scale, zero_point)
+    if scheme.dynamic and scheme.scale is not None:
+        raise fields.fail("scale", scheme.scale, "none: a per_token scale is found at run time")
+    if scheme.symmetric and scheme.zero_point:
+        raise fields.fail("zero_point", scheme.zero_point, "0, as the scheme is symmetric")
+    return scheme
+
+
+def _static(fields: Fields, bits: int) -> tuple[float | None, int | None]:
+    """Return the calibrated scale and zero point, both None where there are none."""
+    found, zero_point = fields.take("scale", None), fields.take("zero_point", None)
+    if found is None:
+        if zero_point is not None:
+            raise fields.fail("zero_point", zero_point, "none without a scale")
+        return None, None
+    scale = as_number(found)
+    if scale is None or scale <= 0:
+        raise fields.fail("scale", found, "a number > 0")
+    zero_point = 0 if zero_point is None else zero_point
+    grid = FORMATS[bits]
+    if type(zero_point) is not int or not grid.qmin <= zero_point <= grid.qmax:
+        raise fields.fail("zero_point", zero_point, f"an integer, {grid.qmin} … {grid.qmax}")
+    return scale, zero_point
 
 
 def _calibration(fields: Fields, names: tuple[str, ...]) -> str:
@@ -149,28 +168,27 @@ def _evidence(fields: Fields, bits: float, size: int, float_size: int) -> Eviden
     higher = fields.flag("higher_is_better")
     search = _split(Fields(fields.take("search"), f"{fields.where}: search"))
     confirm = fields.take("confirm", None)
-    if isinstance(confirm, dict):
-        result: SplitResult | None = _split(Fields(confirm, f"{fields.where}: confirm"))
-    else:
-        result = None
+    result = None
+    if confirm is not None and not isinstance(confirm, str):  # text says why there is none
+        result = _split(Fields(confirm, f"{fields.where}: confirm"))
     fields.close()
     return Evidence(name, higher, search, result, bits, size, float_size)
 
 
 def _split(fields: Fields) -> SplitResult:
-    interval = fields.take("interval", None)
-    if interval is not None and not (
-        isinstance(interval, list)
-        and len(interval) == 2
-        and all(isinstance(x, int | float) for x in interval)
-    ):
-        raise fields.fail("interval", interval, "two numbers or null")
+    found = fields.take("interval", None)
+    ends = [as_number(x) for x in found] if isinstance(found, list) else []
+    interval = None
+    if found is not None:
+        if len(ends) != 2 or ends[0] is None or ends[1] is None:
+            raise fields.fail("interval", found, "two numbers or null")
+        interval = (ends[0], ends[1])
     result = SplitResult(
         fields.integer("samples", 0, low=0),
         fields.number("float"),
         fields.number("quantized"),
         fields.number("drop"),
-        (float(interval[0]), float(interval[1])) if interval else None,
+        interval,
     )
     fields.close()
     return result
@@ -197,7 +215,7 @@ def site_to_plain(site: SiteRecipe) -> dict[str, Any]:
             "calibration": a.calibration,
         }
         if a.scale is not None:
-            activation |= {"scale": a.scale, "zero_point": a.zero_point}
+            activation |= {"scale": a.scale, "zero_point": a.zero_point or 0}
     return {"weight": weight, "activation": activation, "learning_rate": site.learning_rate}
 
 

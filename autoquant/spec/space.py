@@ -1,8 +1,9 @@
 """Search spaces: which choices each layer may take, from a YAML file of rules.
 
 Rules are read from top to bottom; each names layer types or layer names (with * and ?) and gives
-the choices of some dimensions; a later rule overrides an earlier one, dimension by dimension.
-The first choice of a dimension is the one that uniform recipes use.
+the choices of some dimensions; a later rule overrides an earlier one, dimension by dimension, and
+ends what an earlier one locked or skipped. The first choice of a dimension is the one that uniform
+recipes use.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from typing import Any, Protocol
 from autoquant.errors import SpecError
 from autoquant.registry import unknown
 from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS, WEIGHT_CALIBRATIONS, percentile_of
-from autoquant.spec.documents import Fields, as_number, is_one_of, parse_yaml, read_yaml, show
+from autoquant.spec.documents import (
+    Fields,
+    as_number,
+    is_one_of,
+    label,
+    parse_yaml,
+    read_yaml,
+    show,
+)
 from autoquant.spec.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, divides
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.recipe_file import BITS, SCHEMES, site_from_plain
@@ -128,8 +137,8 @@ class SearchSpace:
         """Return the space that ``text`` (YAML) describes."""
         fields = Fields(parse_yaml(text, "search space", where), where)
         version = fields.take("autoquant_space", None)
-        if version != VERSION:
-            raise SpecError(f"{where}: autoquant_space: found {version!r}, allowed: {VERSION}")
+        if not is_one_of(version, (VERSION,)):
+            raise SpecError(f"{where}: autoquant_space: found {show(version)}, allowed: {VERSION}")
         name = fields.text("name", Path(where).stem)
         fields.text("description", "")
         rows = fields.take("rules")
@@ -176,6 +185,12 @@ class SearchSpace:
             choices["activation_bits"] = (16,)
             if fixed is not None:
                 fixed = replace(fixed, activation=None)
+        lock = None if fixed is None else fixed.weight
+        if lock is not None and not divides(lock.granularity, site.matrix):
+            raise SpecError(
+                f"space {self.name}: {label(site.name)}: lock: {lock.granularity} does not divide "
+                f"the {site.matrix[1]} inputs of a channel"
+            )
         return SiteSpace(choices, learning_rate, fixed)
 
 
@@ -204,6 +219,8 @@ def _rule(data: Any, where: str) -> Rule:
         fixed = SiteRecipe()
     lock = fields.take("lock", None)
     if lock is not None:
+        if fixed is not None:
+            raise fields.fail("lock", lock, "lock or skip, not both")
         fixed = site_from_plain(lock, f"{where}: lock")
     choices = {}
     for dimension, allowed in DIMENSIONS.items():
@@ -218,9 +235,11 @@ def _rule(data: Any, where: str) -> Rule:
 
 
 def _texts(fields: Fields, name: str) -> tuple[str, ...]:
-    value = fields.take(name, [])
+    value = fields.take(name, ())
+    if value == ():
+        return ()
     value = [value] if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise fields.fail(name, value, "a list of names, with * and ?")
     return tuple(value)
 
@@ -243,6 +262,9 @@ def _learning_rate(value: Any, where: str) -> LearningRates | None:
     single = as_number(value)
     if single is not None and single > 0:
         return LearningRates(single, single, optional=False)
+    if not isinstance(value, dict):
+        allowed = "a number > 0, or low, high and optional"
+        raise SpecError(f"{where}: learning_rate: found {show(value)}, allowed: {allowed}")
     fields = Fields(value, f"{where}: learning_rate")
     low = fields.number("low", low=0, above=True)
     high = fields.number("high", low=low)

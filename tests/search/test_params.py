@@ -1,0 +1,79 @@
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoquant.errors import StudyError
+from autoquant.search.params import ParameterMap
+from autoquant.search.uniform import baselines, uniform
+from autoquant.spec.recipe import SiteRecipe, WeightScheme
+from autoquant.spec.space import DIMENSIONS, LearningRates, SiteSpace
+
+
+@st.composite
+def spaces(draw):
+    choices = {
+        name: tuple(draw(st.lists(st.sampled_from(allowed), min_size=1, unique=True)))
+        for name, allowed in DIMENSIONS.items()
+    }
+    rate = draw(
+        st.none()
+        | st.sampled_from([LearningRates(1e-3, 0.1), LearningRates(0.01, 0.01, optional=False)])
+    )
+    return SiteSpace(choices, rate)
+
+
+@given(st.lists(spaces(), min_size=1, max_size=3), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_a_recipe_survives_the_way_through_parameters(found, seed):
+    mapping = ParameterMap({f"l{i}": space for i, space in enumerate(found)})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    params = study.ask(mapping.distributions).params
+    sites = mapping.decode(params)
+    again = mapping.encode(sites)
+    assert mapping.decode(again) == sites
+    for name, value in again.items():
+        distribution = mapping.distributions[name]
+        assert distribution._contains(distribution.to_internal_repr(value))
+
+
+@given(st.lists(spaces(), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_uniform_recipes_are_in_the_space_and_none_comes_twice(found):
+    resolved = {f"l{i}": space for i, space in enumerate(found)}
+    mapping = ParameterMap(resolved)
+    recipes = list(baselines(resolved))
+    assert recipes
+    assert all(a != b for i, a in enumerate(recipes) for b in recipes[:i])
+    for sites in recipes:
+        assert mapping.decode(mapping.encode(sites)) == sites
+
+
+def test_widths_are_ordered_integers_and_single_choices_no_parameters():
+    choices = {k: v[:1] for k, v in DIMENSIONS.items()}
+    even = SiteSpace({**choices, "weight_bits": (8, 4, 6)})
+    uneven = SiteSpace({**choices, "weight_bits": (16, 8, 4)})
+    mapping = ParameterMap({"a": even, "b": uneven})
+    assert set(mapping.distributions) == {"a.weight_bits", "b.weight_bits_rank"}
+    d = mapping.distributions["a.weight_bits"]
+    assert (d.low, d.high, d.step) == (4, 8, 2)
+    sites = mapping.decode({"a.weight_bits": 6, "b.weight_bits_rank": 2})
+    assert sites["a"].weight.bits == 6
+    assert sites["b"].weight is None
+
+
+def test_what_the_space_does_not_offer_is_refused():
+    choices = {k: v[:1] for k, v in DIMENSIONS.items()} | {"weight_bits": (8, 4)}
+    mapping = ParameterMap({"a": SiteSpace(choices)})
+    with pytest.raises(StudyError, match="not in the search space"):
+        mapping.encode({"a": SiteRecipe(WeightScheme(3))})
+    with pytest.raises(StudyError, match="no parameter"):
+        mapping.decode({})
+
+
+def test_a_locked_site_is_what_it_is_locked_to():
+    fixed = SiteRecipe(WeightScheme(6))
+    mapping = ParameterMap({"a": SiteSpace({}, None, fixed)})
+    assert mapping.distributions == {}
+    assert mapping.decode({})["a"] == fixed
+    assert uniform(mapping.spaces, 8)["a"] == fixed

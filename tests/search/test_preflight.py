@@ -1,0 +1,261 @@
+"""What would fail after hours is found before the first trial, in one line."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoquant.errors import ModelFileError, TaskError, UserError
+from autoquant.models.files import LoadedModel
+from autoquant.models.task import Task
+from autoquant.search import preflight as module
+from autoquant.search.preflight import Preflight, preflight
+from autoquant.search.session import Session, open_session
+from autoquant.spec.space import SearchSpace
+
+CPU = torch.device("cpu")
+
+
+def net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(4 * 36, 5),
+            nn.PReLU(),
+        )
+
+
+def batches(n: int = 120) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, 8, 8, generator=generator)
+    return list(zip(x.split(40), x.flatten(1)[:, :5].argmax(1).split(40), strict=True))
+
+
+def task_of(**parts: Any) -> Task:
+    return Task(**({"evaluation_data": batches, "metric": "accuracy", "source": "t.py"} | parts))
+
+
+def session_of(model: nn.Module, task: Task | None = None) -> Session:
+    return open_session(LoadedModel(model.eval(), "module", "m", "0"), task or task_of(), CPU)
+
+
+def check(model: nn.Module, task: Task | None = None, space: str = "default") -> Preflight:
+    session = session_of(model, task)
+    return preflight(session, SearchSpace.load(space).resolve(session.prepared.sites))
+
+
+def test_what_is_found():
+    found = check(net())
+    assert found.metric == "accuracy"
+    assert 0 <= found.value <= 1
+    assert found.samples == {"calibrate": 30, "search": 45, "confirm": 45}
+    assert [(s.name, s.layer) for s in found.sites] == [("0", "Conv2d"), ("4", "Linear")]
+    # The BatchNorm went into the convolution, which has a bias now.
+    assert found.parameters == 4 * 9 + 4 + 4 * 36 * 5 + 5 + 1
+    held = {part.name: part.parameters for part in found.float_parts}
+    assert sum(held.values()) == 4 + 5 + 1
+    assert held["5"] == 1
+    prelu = next(part for part in found.float_parts if part.name == "5")
+    assert "PReLU" in prelu.reason
+    assert found.share(prelu) == 1 / found.parameters
+    assert found.seconds > 0
+
+
+def test_the_session_is_left_in_float():
+    session = session_of(net())
+    preflight(session, SearchSpace.load("default").resolve(session.prepared.sites))
+    x = batches()[0][0]
+    with torch.no_grad():
+        assert torch.allclose(session.model(x), net().eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("space", ["default", "int8", "weight_only", "cnn", "full"])
+def test_every_shipped_space_passes(space):
+    assert check(net(), space=space).metric == "accuracy"
+
+
+@pytest.mark.parametrize(
+    "metric", [lambda o, t: float("nan"), lambda o, t: float("inf"), lambda o, t: o.mean() / 0]
+)
+def test_a_metric_that_is_not_finite(metric):
+    with pytest.raises(TaskError, match=r"t\.py: on the float model: metric \S+ is (nan|inf|-inf)"):
+        check(net(), task_of(metric=metric))
+
+
+class Wrapped(nn.Module):
+    """A network whose outputs something is done to."""
+
+    def __init__(self, change: Callable[[Wrapped, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net = net()
+        self.change = change
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.change(self, self.net(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, y: y + 0.01 * torch.randn_like(y),
+        lambda m, y: y * (1 + 0.01 * m.calls),
+        lambda m, y: nn.functional.dropout(y, 0.5, training=True),
+    ],
+    ids=["random", "stateful", "dropout"],
+)
+def test_outputs_that_do_not_repeat(change):
+    with pytest.raises(TaskError, match=r"t\.py: the float model gives different outputs"):
+        check(Wrapped(change))
+
+
+def test_noise_of_the_size_of_rounding_is_no_matter():
+    assert check(Wrapped(lambda m, y: y * (1 + 1e-7 * (m.calls % 2)))).metric == "accuracy"
+
+
+def test_an_evaluate_that_does_not_repeat():
+    values = iter(range(100))
+    task = Task(
+        evaluate=lambda m: next(values) + 0 * float(m(batches()[0][0]).sum()),
+        calibration_data=lambda: [x for x, _ in batches()],
+        source="t.py",
+    )
+    with pytest.raises(TaskError, match=r"t\.py: evaluate\(model\) returned \d+ and then \d+"):
+        check(net(), task)
+
+
+def test_an_evaluate_that_fails_the_second_time():
+    calls = []
+
+    def evaluate(model: nn.Module) -> float:
+        calls.append(float(model(batches()[0][0]).sum()))
+        if len(calls) == 2:
+            raise OSError("the file was closed")
+        return 1.0
+
+    task = Task(evaluate=evaluate, calibration_data=lambda: [batches()[0][0]], source="t.py")
+    with pytest.raises(TaskError, match=r"t\.py: on the float model: evaluate failed: OSError"):
+        check(net(), task)
+
+
+def test_a_forward_that_fails_now_and_then():
+    def change(model: Wrapped, y: Tensor) -> Tensor:
+        if model.calls > last:
+            raise RuntimeError("that was too often")
+        return y
+
+    last = 10**9
+    whole = Wrapped(change)
+    check(whole)
+    first = whole.calls
+    for last in range(1, first):  # noqa: B007 (the closure reads it)
+        with pytest.raises(UserError) as raised:
+            check(Wrapped(change))
+        assert "RuntimeError: that was too often" in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_model_in_training_mode_is_measured_in_eval_mode(tmp_path):
+    from autoquant.models.files import load
+
+    def build(path: Path) -> nn.Module:
+        model = nn.Sequential(net(), nn.Dropout(0.5), nn.Linear(5, 5))
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.train()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(net(), nn.Dropout(0.5), nn.Linear(5, 5))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = load(tmp_path / "model.pt", load_model=build)
+    session = open_session(loaded, task_of(), CPU)
+    found = preflight(session, SearchSpace.load("default").resolve(session.prepared.sites))
+    assert [s.name for s in found.sites] == ["0.0", "0.4", "2"]
+    assert not any(m.training for m in session.model.modules() if isinstance(m, nn.Dropout))
+
+
+def test_nothing_to_quantize():
+    with pytest.raises(ModelFileError, match="nothing to quantize: the model holds 1× PReLU"):
+        check(nn.Sequential(nn.PReLU(), nn.Flatten()))
+
+
+def test_layers_that_are_never_used():
+    class Bypass(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :5]
+
+    with pytest.raises(ModelFileError, match="none of the 1 quantizable layers is used"):
+        check(Bypass())
+
+
+def test_a_uniform_recipe_that_fails():
+    class Picky(nn.Module):
+        """Refuses every weight but its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 5)
+            self.total = self.layer.weight.sum().item()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if abs(self.layer.weight.sum().item() - self.total) > 1e-12:
+                raise RuntimeError("who touched my weights")
+            return self.layer(x.flatten(1))
+
+    with pytest.raises(UserError) as raised:
+        check(Picky())
+    message = "a uniform 8-bit recipe fails: forward failed: RuntimeError: who touched my weights"
+    assert str(raised.value) == message
+
+
+def test_a_model_that_comes_back_different(monkeypatch):
+    restored = module.load_archive
+
+    def load(path: Path, model: nn.Module) -> nn.Module:
+        found = restored(path, model)
+        with torch.no_grad():
+            next(p for n, p in found.named_parameters() if n.endswith("bias")).add_(0.5)
+        return found
+
+    monkeypatch.setattr(module, "load_archive", load)
+    with pytest.raises(UserError, match="other outputs after it was written and loaded back"):
+        check(net())
+
+
+def test_no_room_to_write(monkeypatch):
+    def save(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_archive", save)
+    with pytest.raises(UserError, match=r"can't be written: .*No space left on device"):
+        check(net())
+
+
+def test_not_enough_memory(monkeypatch):
+    session = session_of(net())
+    spaces = SearchSpace.load("default").resolve(session.prepared.sites)
+    size = session.sizes.float_size_bytes
+    for free, enough in ((12 * size, True), (5 * size, False), (0, False)):
+        memory = types.SimpleNamespace(available=free)
+        monkeypatch.setattr(module.psutil, "virtual_memory", lambda memory=memory: memory)
+        if enough:
+            preflight(session, spaces)
+            continue
+        with pytest.raises(
+            UserError, match=r"not enough memory: a search needs about \d.* GiB are free"
+        ):
+            preflight(session, spaces)

@@ -1,0 +1,215 @@
+"""Samplers: the same seed gives the same trials, however often a study is interrupted."""
+
+from __future__ import annotations
+
+import numpy as np
+import optuna
+import pytest
+
+from autoquant.errors import StudyError, TrialError, UserError
+from autoquant.search import samplers
+from autoquant.search.goal import Goal, Measurement
+from autoquant.search.ledger import Ledger
+from autoquant.search.loop import Outcome, Stop, best_trial, run_trials
+from autoquant.search.params import ParameterMap
+from autoquant.search.profile import Option, Profile
+from autoquant.search.sampler import KnapsackSampler
+from autoquant.search.trials import front, measured
+from autoquant.search.uniform import baselines
+from autoquant.spec.recipe import SiteRecipe, WeightScheme
+from autoquant.spec.space import DEFAULTS, SiteSpace
+
+LAYERS = 12
+NAMES = [f"layer{i}" for i in range(LAYERS)]
+BITS = (8, 6, 4)
+SPACE = SiteSpace({**DEFAULTS, "weight_bits": BITS, "activation_bits": (16,)})
+MAPPING = ParameterMap(dict.fromkeys(NAMES, SPACE))
+IMPORTANCE = np.random.default_rng(3).lognormal(0, 1.5, LAYERS)
+SIZE = 4000 * LAYERS
+
+
+class Quiet:
+    def trial(self, trial, best):
+        pass
+
+    def step(self, number, done, total):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def made_up_profile():
+    weights = {WeightScheme(b): 4.0**-b for b in BITS}
+    options = tuple(Option(SiteRecipe(w), d, w.bits, 125 * w.bits) for w, d in weights.items())
+    return Profile(
+        dict.fromkeys(NAMES, options),
+        dict.fromkeys(NAMES, weights),
+        {name: {} for name in NAMES},
+        dict.fromkeys(NAMES, 1000),
+    )
+
+
+PROFILE = made_up_profile()
+
+
+def loss_of(sites):
+    return sum(w * 4.0 ** -sites[n].weight.bits for w, n in zip(IMPORTANCE, NAMES, strict=True))
+
+
+def measure(sites, _):
+    loss = loss_of(sites)
+    bits = sum(sites[n].weight.bits for n in NAMES) / LAYERS
+    m = Measurement(0.9, 10 * loss, loss, bits, int(1000 * LAYERS * bits / 8), 0.0)
+    return Outcome(m, sites, False)
+
+
+def proposer(name, ledger, goal, seed=0):
+    plain = list(baselines(MAPPING.spaces))
+    if name == "knapsack":
+        sampler = KnapsackSampler(MAPPING, PROFILE, goal, 0, seed)
+        then = samplers.KnapsackProposer(sampler, ledger.trials)
+    else:
+        state = ledger.header.get(samplers.SAMPLER_STATE, {})
+        make = samplers.seeded(name, seed)
+
+        def keep(new):
+            ledger.note(**{samplers.SAMPLER_STATE: new})
+
+        then = samplers.StockProposer(make, MAPPING, ledger.trials(), state, keep)
+    return samplers.Baselines(plain, MAPPING, then)
+
+
+def run(name, study, trials, goal, *, pieces=1, seed=0):
+    ledger = Ledger.create(study, None, {"x": 1})
+    for piece in range(1, pieces + 1):
+        ledger = Ledger.open(study, None)
+        stop = Stop(trials * piece // pieces, None)
+        run_trials(
+            ledger, MAPPING, proposer(name, ledger, goal, seed), goal, measure, stop, Quiet()
+        )
+    return ledger.trials()
+
+
+DROP = Goal(0.05, SIZE)
+BUDGET = Goal(0.05, SIZE, bits=5.5)
+
+
+@pytest.mark.parametrize("name", samplers.names())
+@pytest.mark.parametrize("goal", [DROP, BUDGET])
+def test_an_interrupted_study_gives_the_trials_of_an_uninterrupted_one(name, goal):
+    trials = 16
+    whole = run(name, "whole", trials, goal)
+    pieces = run(name, "pieces", trials, goal, pieces=trials)
+    assert [t.params for t in pieces] == [t.params for t in whole]
+    assert [t.value for t in pieces] == [t.value for t in whole]
+    other = run(name, "other", trials, goal, seed=1)
+    assert [t.params for t in other] != [t.params for t in whole]
+
+
+def test_the_uniform_recipes_come_first():
+    trials = run("random", "s", 5, DROP)
+    first = [MAPPING.decode(t.params) for t in trials[:3]]
+    assert first == list(baselines(MAPPING.spaces))
+    assert [s["layer0"].weight.bits for s in first] == [8, 6, 4]
+
+
+def test_every_proposal_of_the_default_sampler_keeps_a_budget():
+    for trial in run("knapsack", "s", 25, BUDGET)[3:]:
+        assert trial.user_attrs["measured"]["average_weight_bits"] <= 5.5 + 1e-9
+
+
+@pytest.mark.parametrize("goal", [DROP, BUDGET])
+def test_the_default_sampler_beats_random_with_far_fewer_trials(goal):
+    ours = best_trial(run("knapsack", "ours", 25, goal))
+    theirs = best_trial(run("random", "theirs", 150, goal))
+    plain = best_trial(run("knapsack", "plain", 3, goal))
+    assert ours.value < theirs.value
+    assert ours.value < 0.9 * plain.value
+
+
+def test_ones_own_sampler_proposes():
+    class Smallest(optuna.samplers.BaseSampler):
+        def infer_relative_search_space(self, study, trial):
+            return {}
+
+        def sample_relative(self, study, trial, search_space):
+            return {}
+
+        def sample_independent(self, study, trial, param_name, param_distribution):
+            return param_distribution.low
+
+    ledger = Ledger.create("s", None, {"x": 1})
+    own = samplers.StockProposer(lambda _: Smallest(), MAPPING, [], {}, lambda _: None)
+    run_trials(ledger, MAPPING, own, DROP, measure, Stop(2, None), Quiet())
+    assert set(ledger.trials()[1].params.values()) == {4}
+
+
+def test_a_failed_candidate_is_recorded_and_ten_in_a_row_end_the_search():
+    ledger = Ledger.create("s", None, {"x": 1})
+    calls = []
+
+    def sometimes(sites, watch):
+        calls.append(1)
+        if len(calls) in (2, 5) or len(calls) > 8:
+            raise TrialError("out of memory")
+        return measure(sites, watch)
+
+    with pytest.raises(StudyError, match=r"10 trials in a row failed.*out of memory"):
+        run_trials(
+            ledger,
+            MAPPING,
+            proposer("knapsack", ledger, DROP),
+            DROP,
+            sometimes,
+            Stop(50, None),
+            Quiet(),
+        )
+    states = [t.state.name for t in ledger.trials()]
+    assert states == [
+        "COMPLETE",
+        "FAIL",
+        *["COMPLETE"] * 2,
+        "FAIL",
+        *["COMPLETE"] * 3,
+        *["FAIL"] * 10,
+    ]
+    assert ledger.trials()[1].user_attrs["reason"] == "out of memory"
+
+
+def test_an_interruption_keeps_what_is_finished():
+    ledger = Ledger.create("s", None, {"x": 1})
+
+    def third(sites, watch):
+        if len(ledger.trials()) == 2:
+            raise KeyboardInterrupt
+        return measure(sites, watch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(
+            ledger, MAPPING, proposer("knapsack", ledger, DROP), DROP, third, Stop(9, None), Quiet()
+        )
+    assert len(Ledger.open("s", None).trials()) == 2
+
+
+def test_the_front_is_what_no_other_trial_beats():
+    trials = run("random", "s", 40, DROP)
+    rows = {t.number: measured(t) for t in trials}
+    kept = {t.number for t in front(trials)}
+    for number, m in rows.items():
+        beaten = any(
+            o["size_bytes"] <= m["size_bytes"]
+            and o["drop"] <= m["drop"]
+            and (o["size_bytes"] < m["size_bytes"] or o["drop"] < m["drop"])
+            for o in rows.values()
+        )
+        assert beaten == (number not in kept) or any(
+            rows[k]["size_bytes"] == m["size_bytes"] and rows[k]["drop"] == m["drop"] for k in kept
+        )
+
+
+def test_an_unknown_sampler_lists_the_known_ones():
+    with pytest.raises(UserError, match="did you mean 'tpe'"):
+        samplers.check("tpee")

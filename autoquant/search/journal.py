@@ -23,6 +23,10 @@ except ImportError:  # not a POSIX system: Optuna's own lock serves
     fcntl = None  # type: ignore[assignment]
 
 
+START = b'{"op_code":'
+"""How every line of Optuna's journal begins."""
+
+
 class ProcessLock:
     """An exclusive lock beside the journal that the system releases when its holder ends."""
 
@@ -70,15 +74,20 @@ class Journal(JournalFileBackend):
                     except ValueError:
                         sound = False
                     if not sound:
-                        raise StudyError(
-                            f"{self._path}: line {number} is damaged or this is no study journal; "
-                            "restore the file from a copy, or delete it and search again"
-                        )
+                        raise self._damaged(number)
+                if end == 0 and not data[: len(START)] == START[: len(data)]:
+                    raise self._damaged(1)  # some other file: nothing of it is cut off
                 if end < len(data):
                     file.truncate(end)
         finally:
             if self._held is not None:
                 self._held.release()
+
+    def _damaged(self, number: int) -> StudyError:
+        return StudyError(
+            f"{self._path}: line {number} is damaged or this is no study journal; "
+            "restore the file from a copy, or delete it and search again"
+        )
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append ``logs``, all or none; OSError where they can't be written."""

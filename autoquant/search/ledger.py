@@ -170,8 +170,8 @@ def names(storage: str | None) -> list[str]:
         return [path.name.removesuffix(".journal") for path in found]
     with storage_errors("all"):
         studies = optuna.get_all_study_summaries(open_storage("", storage, create=False))
-    epoch = datetime.datetime.min
-    ordered = sorted(studies, key=lambda s: s.datetime_start or epoch, reverse=True)
+    # In the order of creation: a study that was killed before its first trial has no date.
+    ordered = sorted(studies, key=lambda s: s._study_id, reverse=True)
     return [s.study_name for s in ordered if HEADER in s.user_attrs]
 
 
@@ -208,9 +208,11 @@ def storage_errors(name: str) -> Iterator[None]:
                 f"study {name}: the disk is full; every finished trial is kept; free some space, "
                 f"then `autoquant resume {name}`"
             ) from error
-        raise StudyError(f"study {name}: {error.strerror or error}: {error.filename}") from error
-    except SQLAlchemyError as error:
-        line = str(getattr(error, "orig", None) or error).splitlines()[0]
+        where = f": {error.filename}" if error.filename else ""
+        raise StudyError(f"study {name}: {error.strerror or error}{where}") from error
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = error if isinstance(error, SQLAlchemyError) else error.__cause__ or error
+        line = str(getattr(cause, "orig", None) or cause).splitlines()[0]
         raise StudyError(f"study {name}: the database says: {line}") from error
     except ModuleNotFoundError as error:
         raise StudyError(f"study {name}: the database needs `pip install {error.name}`") from error

@@ -26,6 +26,7 @@ from autoquant.spec.recipe import SiteRecipe
 STOCK: Registry[Callable[[int], BaseSampler]] = Registry("sampler")
 DEFAULT = "knapsack"
 SAMPLER_STATE = "sampler_state"
+"""System attribute of a trial: what the sampler keeps with the study, as it was after the trial."""
 
 
 @STOCK.register("tpe")
@@ -114,7 +115,9 @@ class KnapsackProposer:
 class StockProposer:
     """Proposes what an Optuna sampler does, on a copy of the study in memory.
 
-    ``make`` gives the sampler for one trial from a seed.
+    ``make`` gives the sampler for one trial from its number. What the sampler keeps with the study
+    (quasi-random sequences count there) is written with the trial, in the one write, so that it is
+    never ahead of the trials; ``state`` is where it starts if no trial has it.
     """
 
     def __init__(
@@ -122,16 +125,16 @@ class StockProposer:
         make: Callable[[int], BaseSampler],
         mapping: ParameterMap,
         trials: Sequence[FrozenTrial],
-        state: Mapping[str, Any],
-        keep: Callable[[dict[str, Any]], None],
+        state: Mapping[str, Any] | None = None,
+        keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self._make = make
         self._mapping = mapping
-        self._keep = keep
-        self._state = dict(state)
+        known = (t.system_attrs[SAMPLER_STATE] for t in reversed(trials) if _has_state(t))
+        self._state = dict(next(known, state or {}))
         with _quiet():
             self._study = optuna.create_study(direction="minimize", sampler=make(0))
-        for key, value in state.items():
+        for key, value in self._state.items():
             self._storage.set_study_system_attr(self._study._study_id, key, value)
         for trial in trials:
             self._study.add_trial(trial)
@@ -169,8 +172,12 @@ class StockProposer:
         state = self._storage.get_study_system_attrs(self._study._study_id)
         if state != self._state:
             self._state = dict(state)
-            self._keep(self._state)
+            trial.system_attrs[SAMPLER_STATE] = dict(state)
         return trial
+
+
+def _has_state(trial: FrozenTrial) -> bool:
+    return isinstance(trial.system_attrs.get(SAMPLER_STATE), dict)
 
 
 @contextlib.contextmanager

@@ -394,7 +394,7 @@ RECIPE_EDITS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
     "aliases": (lambda t: ALIASES, ("aliases",)),
     "zero point off the grid": (
         lambda t: t.replace("zero_point: ", "zero_point: 9", 1),
-        ("zero_point: found", "allowed: -128 … 127"),
+        ("zero_point: found", "-128 … 127"),
     ),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,9 @@ def apply(recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = No
     ``task`` is needed where the recipe has an activation without a scale, or learns.
     """
     if isinstance(model, nn.Module):
-        digest = state_hash(model)
-        model = LoadedModel(copy.deepcopy(model).eval(), "module", type(model).__name__, digest)
-    return quantize(model, recipe, task)[0]
+        model = LoadedModel(model, "module", type(model).__name__, state_hash(model))
+    mine = replace(model, module=copy.deepcopy(model.module).eval())
+    return quantize(mine, recipe, task)[0]
 
 
 def example_of(task: Task | None) -> Any:

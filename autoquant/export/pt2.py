@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def export_program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
     Raises NotExportable where torch.export can't follow the model, or gives other outputs.
     """
-    wide = _at_least_two(args), _at_least_two(kwargs)
+    wide = _at_least_two((args, kwargs))
     reason = "no example input"
     for shapes in (_dims(wide, tokens=True), _dims(wide, tokens=False), None):
         try:
@@ -65,6 +66,10 @@ def _quiet() -> Iterator[None]:
 
 def _at_least_two(tree: Any) -> Any:
     """Return inputs with two samples or more: a single one would be taken for a constant."""
+    if any(
+        isinstance(x, torch.Tensor) and x.dim() and x.shape[0] > 1 for x in pytree.tree_leaves(tree)
+    ):
+        return tree
 
     def widen(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == 1:
@@ -97,17 +102,33 @@ def _named(args: Any, kwargs: dict[str, Any]) -> Any:
 
 def save_program(program: Any, path: Path) -> None:
     """Write an exported program, whole or not at all; ModelFileError where it fails."""
-    temporary = path.with_name(f".{path.stem}.part.pt2")
+    whole, small = path.with_name(f".{path.stem}.part.pt2"), path.with_name(f".{path.stem}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _strip(program)
         with _quiet():
-            torch.export.save(program, temporary)
-        temporary.replace(path)
+            torch.export.save(program, whole)
+        _compress(whole, small, path.stem)
+        small.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         line = str(error).strip().splitlines()[0]
         raise ModelFileError(f"{path}: cannot write: {line}") from error
+    finally:
+        whole.unlink(missing_ok=True)
+        small.unlink(missing_ok=True)
+
+
+def _compress(source: Path, target: Path, folder: str) -> None:
+    """Copy a .pt2, all in one ``folder``, with its texts deflated: most of a small file.
+
+    torch reads either; weights stay as they are, for they are dense already.
+    """
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            name = f"{folder}/{entry.filename.partition('/')[2]}"
+            text = entry.filename.endswith(".json")
+            kind = zipfile.ZIP_DEFLATED if text else zipfile.ZIP_STORED
+            new.writestr(zipfile.ZipInfo(name), old.read(entry), kind)
 
 
 def _strip(program: Any) -> None:

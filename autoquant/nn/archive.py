@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_model
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from autoquant.errors import ModelFileError
+from autoquant.errors import ModelFileError, SpecError
 from autoquant.nn.convert import deploy, prepare
 from autoquant.nn.sites import Site
 from autoquant.nn.weights import QuantizedWeight
 from autoquant.quant.affine import QParams
 from autoquant.spec.granularity import block_size
-from autoquant.spec.recipe import FLOAT_SITE, Recipe, SiteRecipe, WeightScheme
+from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import dumps, loads
 
 RECIPE_KEY = "autoquant_recipe"
@@ -32,11 +32,23 @@ def save_archive(module: nn.Module, recipe: Recipe, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_model(module, str(temporary), metadata={RECIPE_KEY: dumps(recipe)})
+        save_file(_tensors(module), str(temporary), metadata={RECIPE_KEY: dumps(recipe)})
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise ModelFileError(f"{path}: cannot write: {error}") from error
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module, each once and with memory of its own."""
+    once: dict[int, tuple[str, Tensor]] = {}
+    for key, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):  # the architecture brings what else a module keeps
+            once.setdefault(id(value), (key, value))
+    return {
+        key: value.detach().clone(memory_format=torch.contiguous_format)
+        for key, value in once.values()
+    }
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -58,39 +70,42 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
     where it is another architecture.
     """
     recipe = read_recipe(path)
-    prepared = prepare(model.eval(), folded=recipe.folded)
-    known = {site.name: site for site in prepared.sites}
-    missing = [name for name in recipe.sites if name not in known]
-    if missing:
-        raise ModelFileError(f"{path}: is of another architecture: no layer {missing[0]!r} here")
-    choices = {}
-    for name, site in recipe.sites.items():
-        choices[name] = (_empty(known[name], site), site.activation)
+    other = f"{path}: is of another architecture"
+    try:
+        prepared = prepare(model.eval(), folded=recipe.folded)
+        known = {site.name: site for site in prepared.sites}
+        missing = [name for name in recipe.sites if name not in known]
+        if missing:
+            raise ModelFileError(f"no layer {missing[0]!r} here")
+        choices = {
+            name: (_empty(known[name], site), site.activation)
+            for name, site in recipe.sites.items()
+        }
+    except (ModelFileError, SpecError) as error:
+        raise ModelFileError(f"{other}: {error}") from error
     deployed = deploy(prepared, choices)
-    tensors = {}
     with safe_open(str(path), "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            tensors[key] = file.get_tensor(key)
-    absent, unexpected = deployed.load_state_dict(tensors, strict=False)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    everything = deployed.state_dict(keep_vars=True)
+    expected = {key: value for key, value in everything.items() if isinstance(value, Tensor)}
+    for key, tensor in tensors.items():
+        if key not in expected:
+            raise ModelFileError(f"{other}: no {key!r} here")
+        if tensor.shape != expected[key].shape:
+            here, found = tuple(expected[key].shape), tuple(tensor.shape)
+            raise ModelFileError(f"{other}: {key!r} is {found}, here it is {here}")
     # A tensor that several layers share is stored once, under one of its names.
-    aliases = _aliases(deployed)
-    absent = [k for k in absent if not any(a in tensors for a in aliases.get(k, ()))]
-    if absent or unexpected:
-        name = (absent or unexpected)[0]
-        raise ModelFileError(f"{path}: is of another architecture: {name!r} does not fit")
+    stored = {id(expected[key]) for key in tensors}
+    absent = [key for key, value in expected.items() if id(value) not in stored]
+    if absent:
+        raise ModelFileError(f"{other}: {absent[0]!r} is not in it")
+    deployed.load_state_dict(tensors, strict=False)
     return deployed
 
 
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    groups: dict[int, list[str]] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(value), []).append(key)
-    return {key: keys for keys in groups.values() for key in keys}
-
-
-def _empty(site: Site, recipe: SiteRecipe = FLOAT_SITE) -> QuantizedWeight | None:
+def _empty(site: Site, recipe: SiteRecipe) -> QuantizedWeight | None:
     """Return a quantized weight of the right shapes, to be filled."""
-    scheme: WeightScheme | None = recipe.weight
+    scheme = recipe.weight
     if scheme is None:
         return None
     rows, columns = site.matrix

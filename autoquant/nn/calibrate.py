@@ -46,13 +46,14 @@ class _Recorder:
         self.total: Tensor | None = None
         self.rows = 0
 
+    @torch.inference_mode(False)  # the user's code may be in it, but sums must stay writable
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> None:
         if x.numel() == 0:
             return
-        x = x.detach()
         dims = token_dims(self.site.kind, x.dim())
         # Tokens are rows: the collector takes its last axis for the features of one.
-        self.collector.update(x.flatten(1) if len(dims) > 1 else x)
+        self.collector.update(x.flatten(-len(dims)))
         rows = input_rows(x, self.site, self.module)
         if rows is None:
             return
@@ -61,11 +62,11 @@ class _Recorder:
         self.total = part if self.total is None else self.total.add_(part)
 
     def finish(self) -> SiteStatistics:
-        if self.collector.empty:
-            return SiteStatistics(None, None)
         inputs = self.collector.finish()
         if not inputs.finite:
             raise TrialError(f"{self.site.name}: its input holds NaN or Inf on calibration data")
+        if self.collector.empty:
+            return SiteStatistics(None, None)
         moments = None if self.total is None else (self.total / max(self.rows, 1)).cpu()
         return SiteStatistics(inputs, moments)
 

@@ -17,14 +17,12 @@ from torch import nn
 from autoquant.errors import ModelFileError
 from autoquant.nn.attention import disable_fast_path
 from autoquant.nn.fold import fold, fold_checked
-from autoquant.nn.modules import QUANTIZED, QuantizedConv2d
+from autoquant.nn.modules import QUANTIZED, QuantizedConv2d, quantized_class
 from autoquant.nn.packed import PackedSite
 from autoquant.nn.sites import FloatPart, Site, find_sites, layout_of
 from autoquant.nn.slots import ActivationQuantizer, SiteSlot
 from autoquant.nn.weights import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
-
-_ORIGINAL = {quantized: original for original, quantized in QUANTIZED.items()}
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,12 @@ def prepare(
 
 
 def _convert(module: nn.Module, name: str, slot: SiteSlot) -> None:
-    layout = layout_of(module)
-    if layout is not None:
-        module.__class__ = QUANTIZED[layout.base]
-        module.__dict__["sites"] = {}
-    module.__dict__["sites"][name] = slot
+    if "sites" not in vars(module):
+        layout = layout_of(module)
+        assert layout is not None
+        vars(module).update(sites={}, float_class=type(module))
+        module.__class__ = quantized_class(type(module), layout.base)
+    vars(module)["sites"][name] = slot
 
 
 def _trace(
@@ -161,7 +160,7 @@ def deploy(
         for path, name in site.users:
             _pack(model.get_submodule(path), name, packed)
     for module in model.modules():
-        if type(module) in _ORIGINAL:
+        if "float_class" in vars(module):
             _settle(module)
     return model
 
@@ -187,12 +186,20 @@ def _pack(module: nn.Module, name: str, packed: PackedSite | None) -> None:
 def _settle(module: nn.Module) -> None:
     """Register the packed sites of a module as its submodules, or make it the original layer."""
     del module.__dict__["sites"]
+    float_class = module.__dict__.pop("float_class")
     packed = module.__dict__.pop("packed_sites", None)
-    # Attention reads the weight of its out_proj unless it is converted itself.
-    if packed is None and not isinstance(module, nn.MultiheadAttention):
-        module.__class__ = _ORIGINAL[type(module)]
+    # Attention in float would read the weight of its out_proj instead of calling it.
+    calls = isinstance(module, nn.MultiheadAttention) and _is_packed(module.out_proj)
+    if packed is None and not calls:
+        module.__class__ = float_class
     else:
         module.sites = nn.ModuleDict(packed or {})
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return "packed_sites" in vars(module) or isinstance(
+        getattr(module, "sites", None), nn.ModuleDict
+    )
 
 
 def use_channels_last(model: nn.Module, *, on: bool = True) -> None:

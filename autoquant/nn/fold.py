@@ -33,9 +33,11 @@ def find_folds(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, s
     hooks = []
 
     def after_layer(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+        def hook(layer: Any, _: Any, output: Tensor) -> None:
             calls[path] += 1
-            produced[id(output)] = (weakref.ref(output), path, output._version)
+            # Without a batch, or from a linear layer on sequences, channels lie elsewhere.
+            if output.dim() == layer.weight.dim():
+                produced[id(output)] = (weakref.ref(output), path, _version(output))
 
         return hook
 
@@ -45,18 +47,18 @@ def find_folds(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, s
             x = args[0] if args else None
             known = produced.get(id(x))
             # The version tells a tensor that an in-place operator changed in between.
-            if known and isinstance(x, Tensor) and known[0]() is x and known[2] == x._version:
+            if known and isinstance(x, Tensor) and known[0]() is x and known[2] == _version(x):
                 pairs[path] = known[1]
 
         return hook
 
     for path, module in model.named_modules():
-        if isinstance(module, NORMS) and not module.training and module.running_mean is not None:
+        if _is_fixed_norm(module) and not module.training:
             hooks.append(module.register_forward_pre_hook(before_norm(path)))
         elif _foldable(module):
             hooks.append(module.register_forward_hook(after_layer(path)))
     try:
-        with torch.no_grad():  # inference tensors would have no version
+        with torch.no_grad():
             run(model)
     finally:
         for hook in hooks:
@@ -71,9 +73,25 @@ def find_folds(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, s
     }
 
 
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version  # an inference tensor has none
+
+
+def _is_fixed_norm(module: nn.Module) -> bool:
+    """Return whether ``module`` is a BatchNorm with statistics, and nothing more."""
+    return (
+        isinstance(module, NORMS)
+        and module.running_mean is not None
+        and type(module).forward is nn.modules.batchnorm._BatchNorm.forward
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
 def _foldable(module: nn.Module) -> bool:
     layout = layout_of(module)
     if layout is None or layout.kind not in ("linear", "conv", "conv_transpose"):
+        return False
+    if module._parameters.get("weight") is None:  # computed from others
         return False
     return layout.kind != "conv_transpose" or getattr(module, "groups", 1) == 1
 
@@ -92,7 +110,7 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> Callable[[], None]:
             raise SpecError(
                 f"folded: {norm_path} → {layer_path} is not in the model; is it another model's?"
             ) from None
-        if not isinstance(norm, NORMS) or not _foldable(layer):
+        if not isinstance(norm, NORMS) or not _fits(norm, layer):
             raise SpecError(f"folded: {norm_path} → {layer_path} is no BatchNorm after a layer")
         undo.append(_fold_one(model, norm, layer))
 
@@ -101,6 +119,13 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> Callable[[], None]:
             step()
 
     return undo_all
+
+
+def _fits(norm: Norm, layer: nn.Module) -> bool:
+    layout = layout_of(layer)
+    if layout is None or not _is_fixed_norm(norm) or not _foldable(layer):
+        return False
+    return norm.num_features == layer.get_parameter("weight").shape[layout.channel_axis]
 
 
 def _fold_one(model: nn.Module, norm: Norm, layer: Any) -> Callable[[], None]:

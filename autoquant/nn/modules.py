@@ -44,10 +44,10 @@ class _QuantizedCall(_SiteWeight):
 
         def __call__(self, *args: Any) -> Any: ...
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output on its quantized input."""
-        x = self.sites["weight"].quantize_input(x)
-        return super().forward(x, *args, **kwargs)
+        input = self.sites["weight"].quantize_input(input)
+        return super().forward(input, *args, **kwargs)
 
 
 class QuantizedLinear(_QuantizedCall, nn.Linear):
@@ -74,11 +74,11 @@ class QuantizedConv2d(_QuantizedCall, nn.Conv2d):
             return weight.contiguous(memory_format=torch.channels_last)
         return weight
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output on its quantized input."""
-        if self.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return super().forward(x, *args, **kwargs)
+        if self.channels_last and input.dim() == 4:
+            input = input.contiguous(memory_format=torch.channels_last)
+        return super().forward(input, *args, **kwargs)
 
 
 class QuantizedConv3d(_QuantizedCall, nn.Conv3d):
@@ -100,13 +100,13 @@ class QuantizedConvTranspose3d(_QuantizedCall, nn.ConvTranspose3d):
 class QuantizedEmbedding(_SiteWeight, nn.Embedding):
     """An embedding with a quantized table; only the rows that are looked up are dequantized."""
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """Return the rows of the quantized table at ``indices``."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of the quantized table at the indices ``input``."""
         site = self.sites["weight"]
         rows = getattr(site, "rows", None)
         if rows is not None:
-            return rows(indices)
-        return super().forward(indices)
+            return rows(input)
+        return super().forward(input)
 
 
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
@@ -127,3 +127,14 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: QuantizedMultiheadAttention,
 }
 """The quantized class of every supported layer type."""
+
+
+def quantized_class(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """Return the quantized class of ``kind``, a supported layer type ``base`` or a subclass of it.
+
+    A subclass keeps its own methods, and stays an instance of itself.
+    """
+    quantized = QUANTIZED[base]
+    if kind is base:
+        return quantized
+    return type(f"Quantized{kind.__name__}", (quantized, kind), {"__module__": kind.__module__})

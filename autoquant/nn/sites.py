@@ -7,6 +7,7 @@ parameter, without a trailing ``.weight``: ``features.0.0``, ``encoder.weight_ih
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -71,12 +72,16 @@ def _single(_: nn.Module) -> tuple[str, ...]:
     return ("weight",)
 
 
+_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
+_ATTENTION = re.compile(r"(in|q|k|v)_proj_weight")
+
+
 def _recurrent(module: nn.Module) -> tuple[str, ...]:
-    return tuple(n for n, _ in module.named_parameters(recurse=False) if n.startswith("weight_"))
+    return tuple(name for name in module._parameters if _RECURRENT.fullmatch(name))
 
 
 def _attention(module: nn.Module) -> tuple[str, ...]:
-    return tuple(n for n, _ in module.named_parameters(recurse=False) if "proj_weight" in n)
+    return tuple(name for name in module._parameters if _ATTENTION.fullmatch(name))
 
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -101,12 +106,20 @@ LAYOUTS: tuple[Layout, ...] = (
 def layout_of(module: nn.Module) -> Layout | None:
     """Return how ``module`` holds its weights, or None where its type is not supported.
 
-    A subclass counts as its base as long as it has the base's ``forward``: it computes the same.
+    A subclass counts as its base as long as it computes as that does.
     """
     for layout in LAYOUTS:
-        if isinstance(module, layout.base) and type(module).forward is layout.base.forward:
+        if isinstance(module, layout.base) and _computes_as(module, layout.base):
             return layout
     return None
+
+
+def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
+    kind = type(module)
+    return "forward" not in vars(module) and all(
+        getattr(kind, name, None) is getattr(base, name, None)
+        for name in ("forward", "_conv_forward", "__call__")
+    )
 
 
 def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[FloatPart, ...]]:
@@ -119,7 +132,7 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[FloatPart, ...
         full = f"{path}.{name}" if path else name
         if layout is None or reason is not None:
             sites.pop(id(parameter), None)
-            refused.setdefault(id(parameter), FloatPart(full, reason or "", parameter.numel()))
+            refused.setdefault(id(parameter), FloatPart(full, reason or "", _numel(parameter)))
             continue
         if id(parameter) in refused:
             continue
@@ -145,6 +158,11 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[FloatPart, ...
             groups=getattr(module, "groups", 1) if layout.kind.startswith("conv") else 1,
             activation=layout.kind != "embedding",
         )
+    for holder, parameter in _held_elsewhere(model):
+        site = sites.pop(id(parameter), None)
+        if site is not None:
+            reason = f"also held by {holder}, which is no layer that is quantized"
+            refused[id(parameter)] = FloatPart(site.name, reason, site.numel)
     return tuple(sites.values()), (*refused.values(), *_others(model, set(sites) | set(refused)))
 
 
@@ -158,6 +176,19 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 yield path, module, name, parameter
+
+
+def _held_elsewhere(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, parameter) of every parameter as a module holds it that is no such weight."""
+    weights = {(path, name) for path, _, name, _ in _weights(model)}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (path, name) not in weights:
+                yield f"{path}.{name}" if path else name, parameter
+
+
+def _numel(parameter: Tensor) -> int:
+    return 0 if isinstance(parameter, UninitializedParameter) else parameter.numel()
 
 
 def _obstacle(module: nn.Module, parameter: Tensor, layout: Layout | None) -> str | None:
@@ -190,7 +221,8 @@ def _others(model: nn.Module, taken: set[int]) -> Iterator[FloatPart]:
             continue
         kind = type(module).__name__
         if any(isinstance(module, y.base) for y in LAYOUTS):
-            reason = "biases are added in float"
+            plain = all("bias" in name for name in mine)
+            reason = "biases are added in float" if plain else "its weight is computed from others"
         elif not path:
             reason = f"parameters of {kind} itself: no layer type that is supported owns them"
         else:

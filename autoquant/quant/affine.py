@@ -18,6 +18,8 @@ from autoquant.spec.formats import FORMATS
 
 TINY = torch.finfo(torch.float32).tiny
 """Smallest scale: a smaller one is denormal, and its reciprocal overflows."""
+HUGE = torch.finfo(torch.float32).max / 2
+"""Widest end of a range: the ends of its grid, which may lie a little beyond, are finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,16 @@ class QParams:
 def choose_qparams(lo: Tensor, hi: Tensor, bits: int, *, symmetric: bool) -> QParams:
     """Return the parameters whose grid covers [lo, hi] (any shape, one entry a block).
 
-    The range is widened to include 0. A block that is all zeros gets scale 1.
+    The range is widened to include 0, and cut at ±HUGE. A block that is all zeros gets scale 1.
     """
     grid = FORMATS[bits]
-    lo = lo.to(torch.float32).clamp(max=0.0)
-    hi = hi.to(torch.float32).clamp(min=0.0)
+    lo = lo.to(torch.float32).clamp(min=-HUGE, max=0.0)
+    hi = hi.to(torch.float32).clamp(min=0.0, max=HUGE)
     if symmetric:
         scale = torch.maximum(-lo, hi) / grid.qmax
         scale = _usable(scale)
         return QParams(scale, torch.zeros_like(scale), bits, symmetric=True)
-    # Divided before subtracting: hi − lo of two huge numbers would overflow.
-    levels = grid.qmax - grid.qmin
-    scale = _usable(hi / levels - lo / levels)
+    scale = _usable((hi - lo) / (grid.qmax - grid.qmin))
     zero_point = (grid.qmin - (lo / scale).round()).clamp(grid.qmin, grid.qmax)
     return QParams(scale, zero_point, bits)
 
@@ -107,5 +107,8 @@ def fake_quantize_scalar(x: Tensor, scale: float, zero_point: int, bits: int) ->
     The same numbers as ``fake_quantize`` gives, bit for bit; plain numbers as bounds are faster.
     """
     grid = FORMATS[bits]
-    y = (x.to(torch.float32) / scale).clamp_(grid.qmin - zero_point, grid.qmax - zero_point)
+    x32 = x.to(torch.float32)
+    # On an accelerator torch divides by a plain number as it multiplies by its reciprocal.
+    y = x32 / (scale if x.device.type == "cpu" else x32.new_full((), scale))
+    y = y.clamp_(grid.qmin - zero_point, grid.qmax - zero_point)
     return y.round_().mul_(scale).to(x.dtype)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.trial import TrialState
+
 from autoquant.errors import StudyError
 from autoquant.search.ledger import Ledger
 from autoquant.search.options import parse_size
@@ -60,7 +62,8 @@ def extract(
             raise StudyError(f"study {ledger.name} has no trial {trial}; it has {len(trials)}")
         chosen = trials[trial]
         if measured(chosen) is None:
-            raise StudyError(f"study {ledger.name}: trial {trial} is {chosen.state.name.lower()}")
+            state = "failed" if chosen.state == TrialState.FAIL else chosen.state.name.lower()
+            raise StudyError(f"study {ledger.name}: trial {trial} is {state}, so it has no result")
     elif bits is not None or size is not None:
         key = "average_weight_bits" if bits is not None else "size_bytes"
         limit = bits if bits is not None else parse_size(str(size), header["float"]["size_bytes"])

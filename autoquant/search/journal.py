@@ -55,6 +55,7 @@ class Journal(JournalFileBackend):
     """
 
     def __init__(self, path: Path) -> None:
+        path = path.absolute()  # the code of a task may change the working directory
         self._path = path
         lock = ProcessLock(path) if fcntl is not None else None
         super().__init__(str(path), lock)  # type: ignore[arg-type]  # has both methods of a lock

@@ -58,27 +58,27 @@ class Ledger:
             raise StudyError(
                 f"study name {name!r}: use letters, digits, '.', '_' and '-', at most 100"
             )
-        if storage is None and journal_path(name).exists():
+        there = journal_path(name).exists() if storage is None else cls.exists(storage)
+        if there and _begun(name, storage):
+            where = "" if storage is None else f" --storage {storage}"
             raise StudyError(
-                f"study {name} exists already in {FOLDER}/; continue it with `autoquant resume "
-                f"{name}`, or give another --study"
-            )
-        if storage is not None and cls.exists(storage) and name in names(storage):
-            raise StudyError(
-                f"study {name} exists already in {storage}; continue it with `autoquant resume "
-                f"{name} --storage {storage}`, or give another --study"
+                f"study {name} exists already in {storage or FOLDER}; continue it with `autoquant "
+                f"resume {name}{where}`, or give another --study"
             )
 
     @classmethod
     def create(cls, name: str, storage: str | None, header: Mapping[str, Any]) -> Ledger:
-        """Start a study; StudyError where the name is taken or the storage can't be written."""
+        """Start a study; StudyError where the name is taken or the storage can't be written.
+
+        A study of that name without a header is one that was killed while it was created: nothing
+        is in it yet, and it is taken over.
+        """
         cls.check_free(name, storage)
         with storage_errors(name):
             backend = open_storage(name, storage, create=True)
-            try:
-                study = optuna.create_study(study_name=name, storage=backend, direction="minimize")
-            except optuna.exceptions.DuplicatedStudyError:
-                raise StudyError(f"study {name} was just created by another process") from None
+            study = optuna.create_study(
+                study_name=name, storage=backend, direction="minimize", load_if_exists=True
+            )
             study.set_user_attr(HEADER, dict(header))
         return cls(study, storage or str(journal_path(name)))
 
@@ -120,6 +120,17 @@ class Ledger:
         self.header |= fields
         with storage_errors(self.name):
             self.study.set_user_attr(HEADER, self.header)
+
+
+def _begun(name: str, storage: str | None) -> bool:
+    """Return whether there is a study ``name`` with a header."""
+    with storage_errors(name):
+        try:
+            backend = open_storage(name, storage, create=False)
+            study = optuna.load_study(study_name=name, storage=backend)
+        except KeyError:
+            return False
+        return HEADER in study.user_attrs
 
 
 def finished(

@@ -158,13 +158,14 @@ class SearchSpace:
         for number, rule in enumerate(self.rules, 1):
             if rule.names and not any(rule.matches(site) for site in sites):
                 raise SpecError(
-                    f"space {self.name}: rule {number}: names {', '.join(rule.names)} matches no "
-                    f"layer; layers are {', '.join(s.name for s in sites[:5])}"
+                    f"space {label(self.name)}: rule {number}: names "
+                    f"{', '.join(map(label, rule.names))} matches no layer; layers are "
+                    f"{', '.join(label(s.name) for s in sites[:5])}"
                     + (", …" if len(sites) > 5 else "")
                 )
         resolved = {site.name: self._site(site) for site in sites}
         if not any(_quantizes(space) for space in resolved.values()):
-            raise SpecError(f"space {self.name}: it leaves every layer in float")
+            raise SpecError(f"space {label(self.name)}: it leaves every layer in float")
         return resolved
 
     def _site(self, site: SiteLike) -> SiteSpace:
@@ -188,8 +189,8 @@ class SearchSpace:
         lock = None if fixed is None else fixed.weight
         if lock is not None and not divides(lock.granularity, site.matrix):
             raise SpecError(
-                f"space {self.name}: {label(site.name)}: lock: {lock.granularity} does not divide "
-                f"the {site.matrix[1]} inputs of a channel"
+                f"space {label(self.name)}: {label(site.name)}: lock: {lock.granularity} does not "
+                f"divide the {site.matrix[1]} inputs of a channel"
             )
         return SiteSpace(choices, learning_rate, fixed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -12,6 +13,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None  # type: ignore[assignment]
 
 SEARCH = ("search", "model.pt", "--task", "task.py", "--trials", 3)
 
@@ -503,6 +509,27 @@ def test_full_disk_keeps_every_finished_trial(project, cli, monkeypatch):
     assert 1 <= kept < 14
     assert cli("resume", "s").status == 0
     assert cli("show", "s", "--json").out.count('"trial"') == 14
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limit on file sizes")
+def test_a_journal_that_can_grow_no_more(project, cli):
+    """A real write that fails half-way, as on a full disk: what it left is taken back."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        result = cli(*SEARCH, "--trials", 14, "--study", "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.splitlines()[-1] == "error: study s: File too large"
+    journal = project / ".autoquant" / "s.journal"
+    assert journal.read_bytes().endswith(b"\n")
+    rows = json.loads(cli("show", "s", "--json").out)["trials"]
+    assert 1 <= len(rows) < 14
+    assert cli("resume", "s").status == 0
+    after = json.loads(cli("show", "s", "--json").out)["trials"]
+    assert len(after) == 14
+    assert after[: len(rows)] == rows
 
 
 def test_full_disk_of_an_export(searched, refused, monkeypatch):

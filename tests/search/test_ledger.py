@@ -110,3 +110,19 @@ def test_names_that_are_taken_missing_or_impossible():
     optuna.create_study(study_name="theirs", storage="sqlite:///theirs.db")
     with pytest.raises(StudyError, match="not made by autoquant"):
         Ledger.open("theirs", "sqlite:///theirs.db")
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///s.db"])
+def test_a_study_that_was_killed_while_it_was_created_is_taken_over(storage):
+    url = storage or journal_path("s")
+    if storage is None:
+        Ledger.create("s", None, {"a": 1})
+        lines = url.read_bytes().splitlines(keepends=True)
+        url.write_bytes(lines[0])
+    else:
+        optuna.create_study(study_name="s", storage=url, direction="minimize")
+    ledger = Ledger.create("s", storage, {"b": 2})
+    ledger.add(trial(0.3))
+    assert Ledger.open("s", storage).header == {"b": 2}
+    with pytest.raises(StudyError, match="exists already"):
+        Ledger.create("s", storage, {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import optuna
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from autoquant.errors import StudyError, TrialError, UserError
 from autoquant.search import samplers
 from autoquant.search.goal import Goal, Measurement
-from autoquant.search.ledger import Ledger
+from autoquant.search.ledger import Ledger, journal_path
 from autoquant.search.loop import Outcome, Stop, best_trial, run_trials
 from autoquant.search.params import ParameterMap
 from autoquant.search.profile import Option, Profile
@@ -72,13 +74,7 @@ def proposer(name, ledger, goal, seed=0):
         sampler = KnapsackSampler(MAPPING, PROFILE, goal, 0, seed)
         then = samplers.KnapsackProposer(sampler, ledger.trials)
     else:
-        state = ledger.header.get(samplers.SAMPLER_STATE, {})
-        make = samplers.seeded(name, seed)
-
-        def keep(new):
-            ledger.note(**{samplers.SAMPLER_STATE: new})
-
-        then = samplers.StockProposer(make, MAPPING, ledger.trials(), state, keep)
+        then = samplers.StockProposer(samplers.seeded(name, seed), MAPPING, ledger.trials())
     return samplers.Baselines(plain, MAPPING, then)
 
 
@@ -97,7 +93,13 @@ DROP = Goal(0.05, SIZE)
 BUDGET = Goal(0.05, SIZE, bits=5.5)
 
 
-@pytest.mark.parametrize("name", samplers.names())
+SLOW = {"gp"}
+NAMES_OF_SAMPLERS = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in samplers.names()
+]
+
+
+@pytest.mark.parametrize("name", NAMES_OF_SAMPLERS)
 @pytest.mark.parametrize("goal", [DROP, BUDGET])
 def test_an_interrupted_study_gives_the_trials_of_an_uninterrupted_one(name, goal):
     trials = 16
@@ -107,6 +109,116 @@ def test_an_interrupted_study_gives_the_trials_of_an_uninterrupted_one(name, goa
     assert [t.value for t in pieces] == [t.value for t in whole]
     other = run(name, "other", trials, goal, seed=1)
     assert [t.params for t in other] != [t.params for t in whole]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
+
+
+@pytest.mark.parametrize("name", NAMES_OF_SAMPLERS)
+def test_killed_before_a_trial_is_written_a_study_gives_the_same_trials(name, monkeypatch):
+    """At that moment the sampler knows of a trial that the storage does not."""
+    whole = run(name, "whole", 11, DROP)
+    ledger = Ledger.create("killed", None, {"x": 1})
+
+    def kill(self, trial):
+        raise Killed
+
+    for number in range(11):
+        ledger = Ledger.open("killed", None)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Ledger, "add", kill)
+            stop = Stop(number + 1, None)
+            run_trials(ledger, MAPPING, proposer(name, ledger, DROP), DROP, measure, stop, Quiet())
+        ledger = Ledger.open("killed", None)
+        stop = Stop(number + 1, None)
+        run_trials(ledger, MAPPING, proposer(name, ledger, DROP), DROP, measure, stop, Quiet())
+    assert [t.params for t in Ledger.open("killed", None).trials()] == [t.params for t in whole]
+
+
+def sometimes(sites, _):
+    """Fail some candidates and stop some others early, by what they are."""
+    outcome = measure(sites, _)
+    kind = round(1e6 * outcome.measurement.loss) % 4
+    if kind == 0:
+        raise TrialError("out of memory")
+    return dataclasses.replace(outcome, stopped=kind == 1)
+
+
+@pytest.mark.parametrize("name", ["knapsack", "tpe", "nsga2", "cmaes", "qmc"])
+def test_failed_and_stopped_trials_are_resumed_over_as_well(name):
+    def go(study, pieces):
+        for piece in range(1, pieces + 1):
+            ledger = Ledger.open(study, None)
+            stop = Stop(24 * piece // pieces, None)
+            run_trials(
+                ledger, MAPPING, proposer(name, ledger, DROP), DROP, sometimes, stop, Quiet()
+            )
+        return [(t.params, t.state, t.value) for t in ledger.trials()]
+
+    for study in ("whole", "pieces"):
+        Ledger.create(study, None, {"x": 1})
+    whole = go("whole", 1)
+    assert go("pieces", 12) == whole
+    assert len({state for _, state, _ in whole}) == 3
+
+
+@pytest.mark.parametrize("name", ["qmc", "nsga2", "cmaes"])
+def test_what_a_sampler_keeps_is_written_with_the_trial(name):
+    ledger = Ledger.create("s", None, {"x": 1})
+    lines = []
+
+    class Count(Quiet):
+        def trial(self, trial, best):
+            lines.append(journal_path("s").read_bytes().count(b"\n"))
+
+    run_trials(
+        ledger, MAPPING, proposer(name, ledger, DROP), DROP, measure, Stop(30, None), Count()
+    )
+    assert lines == list(range(lines[0], lines[0] + 30))
+    assert set(Ledger.open("s", None).header) == {"x"}
+
+
+def test_one_and_the_same_sampler_object_goes_on_too():
+    """One's own sampler is one object for the whole study."""
+    own = optuna.samplers.TPESampler(seed=0, n_startup_trials=3)
+    ledger = Ledger.create("s", None, {"x": 1})
+    stock = samplers.StockProposer(lambda _: own, MAPPING, [])
+    run_trials(ledger, MAPPING, stock, DROP, measure, Stop(8, None), Quiet())
+    again = samplers.StockProposer(lambda _: own, MAPPING, ledger.trials())
+    run_trials(ledger, MAPPING, again, DROP, measure, Stop(12, None), Quiet())
+    assert len(ledger.trials()) == 12
+
+
+def test_the_default_sampler_is_an_optuna_sampler_as_well():
+    """Through Optuna's own optimize, with no ledger, it proposes what its space has."""
+    study = optuna.create_study(sampler=KnapsackSampler(MAPPING, PROFILE, DROP, 0, 0))
+    trial = study.ask(MAPPING.distributions)
+    assert set(trial.params) == set(MAPPING.distributions)
+    assert len(MAPPING.decode(trial.params)) == LAYERS
+
+
+@pytest.mark.parametrize("name", NAMES_OF_SAMPLERS)
+def test_every_proposal_lies_within_the_space(name):
+    for trial in run(name, "s", 14, DROP):
+        assert trial.distributions == MAPPING.distributions
+        assert set(trial.params) == set(MAPPING.distributions)
+        for parameter, value in trial.params.items():
+            assert MAPPING.distributions[parameter]._contains(value)
+        assert MAPPING.encode(MAPPING.decode(trial.params)) == trial.params
+
+
+def test_seeds_differ_from_trial_to_trial():
+    seeds = {samplers.derive(seed, number) for seed in range(30) for number in range(300)}
+    assert len(seeds) == 30 * 300
+    assert all(0 <= s < 2**32 for s in seeds)
+    assert 0 <= samplers.derive(2**32 - 1, 10**6) < 2**32
+
+
+@pytest.mark.parametrize("name", samplers.STOCK.names())
+def test_every_seed_is_one_that_a_sampler_takes(name):
+    for seed in (0, 2**32 - 1):
+        assert isinstance(samplers.seeded(name, seed)(10**6), optuna.samplers.BaseSampler)
 
 
 def test_the_uniform_recipes_come_first():
@@ -142,7 +254,7 @@ def test_ones_own_sampler_proposes():
             return param_distribution.low
 
     ledger = Ledger.create("s", None, {"x": 1})
-    own = samplers.StockProposer(lambda _: Smallest(), MAPPING, [], {}, lambda _: None)
+    own = samplers.StockProposer(lambda _: Smallest(), MAPPING, [])
     run_trials(ledger, MAPPING, own, DROP, measure, Stop(2, None), Quiet())
     assert set(ledger.trials()[1].params.values()) == {4}
 
@@ -211,5 +323,8 @@ def test_the_front_is_what_no_other_trial_beats():
 
 
 def test_an_unknown_sampler_lists_the_known_ones():
-    with pytest.raises(UserError, match="did you mean 'tpe'"):
+    with pytest.raises(UserError, match=r"--sampler: .*did you mean 'tpe'.*, knapsack$"):
         samplers.check("tpee")
+    for name in samplers.names():
+        samplers.check(name)
+    assert set(samplers.names()) == {"knapsack", "tpe", "nsga2", "gp", "cmaes", "qmc", "random"}

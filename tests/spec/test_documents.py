@@ -80,14 +80,15 @@ def test_ten_levels_of_aliases_are_not_expanded():
     assert "line 2" in refusal("\n".join(lines))
 
 
+text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=8)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=10,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=6,
 )
 
 
-@given(st.dictionaries(st.text(), plain, min_size=1, max_size=4))
+@given(st.dictionaries(text, plain, min_size=1, max_size=3))
 def test_what_yaml_wrote_is_read_as_it_was(data):
     assert parse_yaml(yaml.safe_dump(data, allow_unicode=True), "recipe", "r.yaml") == data
 
@@ -95,9 +96,11 @@ def test_what_yaml_wrote_is_read_as_it_was(data):
 @given(st.text(st.sampled_from("ab:-[]{}'\"&*!|>?#%@,.0189e+ \n\t~<=\x85\ufeff"), max_size=40))
 def test_any_text_is_data_or_one_line(text):
     try:
-        assert isinstance(parse_yaml(text, "recipe", "r.yaml"), dict)
-    except SpecError as error:
-        assert "\n" not in str(error)
+        found = parse_yaml(text, "recipe", "r.yaml")
+    except SpecError:
+        refusal(text)
+    else:
+        assert isinstance(found, dict)
 
 
 def test_files_that_are_no_text_or_too_large(tmp_path, monkeypatch):

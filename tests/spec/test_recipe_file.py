@@ -1,7 +1,9 @@
 import contextlib
+import copy
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,10 +90,32 @@ def test_a_recipe_without_a_second_split_says_so(tmp_path):
 
 def test_version_1_is_readable_for_ever():
     found = load(ASSETS / "recipe_v1.yaml")
-    assert found.sites["features.0"].activation.scale == 0.003921568859368563
-    assert found.sites["hidden"].learning_rate == 0.01
-    assert found.sites["classifier"] == SiteRecipe()
-    assert found.folded["features.1"] == "features.0"
+    static = ActivationScheme(
+        8, "per_tensor", "asymmetric", "percentile_99.999", 0.003921568859368563, -128
+    )
+    assert dict(found.sites) == {
+        "features.0": SiteRecipe(WeightScheme(8, "per_channel", "symmetric", "mse"), static),
+        "hidden": SiteRecipe(
+            WeightScheme(4, "per_group_32", "asymmetric", "percentile_99.9"),
+            ActivationScheme(8, "per_token", "symmetric", "max"),
+            0.01,
+        ),
+        "classifier": SiteRecipe(),
+    }
+    assert dict(found.folded) == {"features.1": "features.0"}
+    assert found.model.name == "model"
+    assert found.model.sha256.startswith("c9f01768")
+    assert found.evidence == Evidence(
+        "accuracy",
+        True,
+        SplitResult(449, 0.9577, 0.9488, 0.0089, (0.0, 0.0178)),
+        SplitResult(448, 0.9643, 0.9621, 0.0022, (0.0, 0.0067)),
+        4.5,
+        27100,
+        206184,
+    )
+    assert found.seed == 0
+    assert loads(dumps(found)) == found
 
 
 GOOD = dumps(recipe(fc=SiteRecipe(WeightScheme(4), ActivationScheme(8, scale=0.5, zero_point=3))))
@@ -105,19 +129,47 @@ GOOD = dumps(recipe(fc=SiteRecipe(WeightScheme(4), ActivationScheme(8, scale=0.5
         ("bits: 4", "bits: four", ["fc: weight: bits", "'four'"]),
         ("bits: 4", "bits: true", ["fc: weight: bits", "True"]),
         ("bits: 4, ", "", ["fc: weight: bits is missing"]),
+        ("bits: 4", "bits: 16", ["fc: weight: unknown field 'granularity'", "allowed: bits"]),
         ("per_channel", "per_chanel", ["granularity", "per_chanel", "per_channel"]),
         ("calibration: max", "calibration: maxx", ["calibration", "maxx", "mse"]),
         ("calibration: max", "calibration: percentile_12", ["percentile_12"]),
         ("calibration: max", "calibraton: max", ["calibraton", "did you mean 'calibration'"]),
         ("scale: 0.5", "scale: -1", ["scale", "-1"]),
         ("scale: 0.5", "scale: .nan", ["scale", "nan"]),
+        ("scale: 0.5", "scael: 0.5", ["fc: activation: zero_point: found 3", "scale"]),
+        ("scale: 0.5, zero_point: 3", "scael: 0.5", ["'scael': did you mean 'scale'?"]),
         ("zero_point: 3", "zero_point: 300", ["zero_point", "300", "-128 … 127"]),
-        ("learning_rate: null", "learning_rate: 0", ["learning_rate"]),
+        ("zero_point: 3", "zero_point: 3.0", ["zero_point", "3.0", "an integer"]),
+        ("zero_point: 3", "zero_point: true", ["zero_point", "True", "an integer"]),
+        ("asymmetric", "symmetric", ["fc: activation: zero_point", "found 3", "allowed: 0"]),
+        ("per_tensor", "per_token", ["fc: activation: scale", "none: a per_token scale"]),
+        ("per_tensor", "per_group_32", ["activation: granularity", "per_tensor, per_token"]),
+        ("per_channel", "per_token", ["weight: granularity", "per_group_128"]),
+        ("per_channel", "per_group_48", ["weight: granularity", "per_group_48"]),
+        ("weight: {", "weight: [", ["not valid YAML"]),
+        ("learning_rate: null", "learning_rate: 0", ["learning_rate", "a number > 0, or null"]),
+        ("learning_rate: null", "learning_rate: none", ["fc: learning_rate", "'none'", "or null"]),
+        ("learning_rate: null", "learning_rte: 1", ["fc", "'learning_rte'", "'learning_rate'"]),
         ("autoquant_recipe: 1", "autoquant_recipe: 2", ["version 2"]),
+        ("autoquant_recipe: 1", "autoquant_recipe: true", ["version True", "reads 1"]),
+        ("autoquant_recipe: 1", "autoquant_recipe: 1.0", ["version 1.0"]),
+        ("autoquant_recipe: 1", "autoquant_recipe: '1'", ["version '1'"]),
         ("autoquant_recipe: 1", "other: 1", ["not a recipe"]),
+        ("seed: 0", "seed: -1", ["seed", "found -1", "an integer ≥ 0"]),
+        ("seed: 0", "sed: 0", ["'sed'", "did you mean 'seed'"]),
+        ("seed: 0", "size_bytes: -5", ["size_bytes", "found -5"]),
+        ("seed: 0", "average_weight_bits: -1", ["average_weight_bits", "≥ 0"]),
+        ("seed: 0", "folded: [bn]", ["folded", "['bn']"]),
+        ("seed: 0", "folded: {bn: 1}", ["folded"]),
+        ("seed: 0", "model: net", ["model", "expected fields, found 'net'"]),
+        ("seed: 0", "model: {name: net}", ["model: sha256 is missing"]),
+        ("seed: 0", "metric: {name: a}", ["metric: higher_is_better is missing"]),
         ("layers:", "layers: []\nlayer:", ["layers"]),
+        ("layers:", "layer:", ["layers is missing"]),
+        ("  fc:", "  3:", ["layers: 3 is not a layer name; put it in quotes"]),
         ("  fc:", "  fc:\n    weight: {bits: 8}\n    activation: {bits: 8}\n  fc:", ["twice"]),
         ("seed: 0", "seed: &a 0\nx: *a", ["aliases"]),
+        ("seed: 0", "seed: !!python/object/new:int [0]", ["not valid YAML"]),
     ],
 )
 def test_a_wrong_field_is_one_line_that_says_where(tmp_path, old, new, words):
@@ -143,7 +195,7 @@ def test_a_truncated_recipe_is_refused_or_whole(length):
         assert set(loads(text).sites) == {"fc"}
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"- 1\n- 2\n", b"[" * 5000, b"a: b: c"])
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"- 1\n- 2\n", b"a: b: c"])
 def test_what_is_no_recipe_is_one_line(tmp_path, data):
     path = tmp_path / "r.yaml"
     path.write_bytes(data)
@@ -155,8 +207,103 @@ def test_what_is_no_recipe_is_one_line(tmp_path, data):
 
 
 def test_numbers_as_people_write_them():
-    text = GOOD.replace("learning_rate: null", "learning_rate: 1e-3")
-    assert loads(text).sites["fc"].learning_rate == 0.001
+    """YAML 1.1 takes 1e-3, which has no dot, for text."""
+    text = GOOD.replace("learning_rate: null", "learning_rate: 1e-3").replace("0.5", "5e-1")
+    site = loads(text).sites["fc"]
+    assert site.learning_rate == 0.001
+    assert site.activation.scale == 0.5
+
+
+def test_what_is_left_out_has_its_default():
+    text = "autoquant_recipe: 1\nlayers: {fc: {weight: {bits: 4}, activation: {bits: 8}}, out: {}}"
+    found = loads(text)
+    assert found.sites["fc"] == SiteRecipe(WeightScheme(4), ActivationScheme(8))
+    assert found.sites["out"] == SiteRecipe()
+    assert (found.model, found.evidence, dict(found.folded), found.seed) == (None, None, {}, 0)
+
+
+WHOLE = yaml.safe_load((ASSETS / "recipe_v1.yaml").read_text())
+odd = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-300, 300)
+    | st.sampled_from([10**400, -(10**400), 2**63, 1e308, 5e-324])
+    | st.floats()
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=6)
+    | st.sampled_from(["mse", "per_token", "per_group_32", "percentile_60", "symmetric", "1e-3"])
+    | st.dates()
+    | st.binary(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner)
+    ),
+    max_leaves=5,
+)
+
+
+def places(data, path=()):
+    """Yield the path of everything in a document."""
+    yield path
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from places(value, (*path, key))
+
+
+def read(text):
+    """Return a recipe, or None after checking that the refusal is one line."""
+    with contextlib.suppress(SpecError):
+        return loads(text, "r.yaml")
+    with pytest.raises(SpecError) as caught:
+        loads(text, "r.yaml")
+    message = str(caught.value)
+    assert message.startswith("r.yaml:")
+    assert len(message.splitlines()) == 1
+    assert len(message) < 600
+    return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(list(places(WHOLE))[1:]), odd, st.sampled_from(["set", "add", "drop"]))
+def test_whatever_is_in_a_field_is_a_recipe_or_one_line(path, value, act):
+    data = copy.deepcopy(WHOLE)
+    parent = data
+    for key in path[:-1]:
+        parent = parent[key]
+    if act == "set":
+        parent[path[-1]] = value
+    elif act == "add":
+        parent["an odd one"] = value
+    else:
+        del parent[path[-1]]
+    found = read(yaml.safe_dump(data, allow_unicode=True))
+    assert found is None or loads(dumps(found)) == found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, len(GOOD)),
+    st.text(st.sampled_from("ab:-[]{}'\"&*!|>?#%@,.019 \n\t"), min_size=1, max_size=4),
+    st.integers(0, 5),
+)
+def test_whatever_is_typed_into_a_recipe(at, typed, over):
+    found = read(GOOD[:at] + typed + GOOD[at + over :])
+    assert found is None or loads(dumps(found)) == found
+
+
+def test_a_name_that_is_two_lines_stays_on_one():
+    with pytest.raises(SpecError) as caught:
+        loads('autoquant_recipe: 1\nlayers: {"a\\nb": {weight: {bits: 99}}}', "r.yaml")
+    assert str(caught.value).startswith(r"r.yaml: 'a\nb': weight: bits: found 99")
+
+
+def test_a_recipe_needs_a_layer():
+    with pytest.raises(SpecError, match=r"r\.yaml: layers: found \{\}, allowed: one entry or more"):
+        loads("autoquant_recipe: 1\nlayers: {}", "r.yaml")
+
+
+@pytest.mark.parametrize("name", ["0", "1.weight", "null", "on", "~", "bits", "", "ä b", "- x"])
+def test_names_that_yaml_could_take_for_something_else(name):
+    layers = {name: SiteRecipe(WeightScheme(4)), "samples": SiteRecipe()}
+    assert dict(loads(dumps(Recipe(layers))).sites) == layers
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,10 +1,15 @@
+import copy
 from dataclasses import dataclass
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autoquant.errors import SpecError
-from autoquant.spec.recipe import SiteRecipe, WeightScheme
-from autoquant.spec.space import DIMENSIONS, SearchSpace, shipped
+from autoquant.spec.granularity import divides
+from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.spec.space import DEFAULTS, DIMENSIONS, LearningRates, SearchSpace, shipped
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,25 @@ def space(rules):
 def test_shipped_spaces_resolve_on_every_layer(name):
     resolved = SearchSpace.load(name).resolve(LAYERS)
     assert set(resolved) == {layer.name for layer in LAYERS}
-    for choices in (s.choices for s in resolved.values()):
+    for layer in LAYERS:
+        choices = resolved[layer.name].choices
         assert set(choices) == set(DIMENSIONS)
         assert all(choices.values())
+        assert all(divides(g, layer.matrix) for g in choices["weight_granularity"])
+        if not layer.activation:
+            assert choices["activation_bits"] == (16,)
+    assert min(resolved["body.fc1"].choices["weight_bits"]) <= 8
 
 
-def test_the_issue_of_seven_names():
+def test_every_dimension_is_on_offer_in_full():
+    found = SearchSpace.load("full").resolve([Layer("fc")])["fc"].choices
+    for dimension, allowed in DIMENSIONS.items():
+        if dimension != "activation_bits":
+            assert set(found[dimension]) == set(allowed)
+    assert set(found["activation_bits"]) == {4, 5, 6, 7, 8, 16}
+
+
+def test_seven_spaces_are_shipped_the_default_first():
     expected = {"default", "int8", "weight_only", "cnn", "transformer", "rnn", "full"}
     assert set(shipped()) == expected
     assert shipped()[0] == "default"
@@ -66,6 +84,131 @@ def test_groups_that_do_not_divide_and_activations_that_are_not_there_are_left_o
     assert found["words"].choices["activation_bits"] == (16,)
 
 
+def test_the_order_of_choices_is_kept_and_each_comes_once():
+    found = space("  - {weight_bits: [4, 8, 4, 6], weight_scheme: asymmetric}").resolve(LAYERS)
+    assert found["stem"].choices["weight_bits"] == (4, 8, 6)
+    assert found["stem"].choices["weight_scheme"] == ("asymmetric",)
+    untouched = {k: v for k, v in found["stem"].choices.items() if k in ("activation_bits",)}
+    assert untouched == {"activation_bits": DEFAULTS["activation_bits"]}
+
+
+def test_a_later_rule_ends_a_lock():
+    found = space(
+        "  - {skip: true}\n  - {types: [Linear], lock: {weight: {bits: 8}}}\n"
+        "  - {names: [body.fc2], weight_bits: [4]}"
+    ).resolve(LAYERS)
+    assert found["stem"].fixed == SiteRecipe()
+    assert found["body.fc1"].fixed == SiteRecipe(WeightScheme(8))
+    assert found["body.fc2"].fixed is None
+    assert found["body.fc2"].choices["weight_bits"] == (4,)
+
+
+def test_a_lock_says_everything_a_recipe_says():
+    found = space(
+        "  - {lock: {weight: {bits: 4, granularity: per_channel, calibration: mse}, "
+        "activation: {bits: 8, scheme: symmetric}, learning_rate: 1e-2}}"
+    ).resolve(LAYERS)
+    weight = WeightScheme(4, "per_channel", "symmetric", "mse")
+    activation = ActivationScheme(8, scheme="symmetric")
+    assert found["stem"].fixed == SiteRecipe(weight, activation, 0.01)
+    assert found["words"].fixed == SiteRecipe(weight, None, 0.01)
+
+
+def test_type_and_name_must_both_match():
+    found = space(
+        "  - {weight_bits: 8}\n  - {types: [Linear, GRU], names: ['*1', '*_l?'], weight_bits: 4}"
+    ).resolve(LAYERS)
+    narrow = {name for name, s in found.items() if s.choices["weight_bits"] == (4,)}
+    assert narrow == {"body.fc1", "rnn.weight_ih_l0"}
+    nobody = space("  - {weight_bits: 8}\n  - {types: [LSTM], weight_bits: 4}").resolve(LAYERS)
+    assert all(s.choices["weight_bits"] == (8,) for s in nobody.values())
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("{low: 1e-4, high: 0.1}", LearningRates(1e-4, 0.1)),
+        ("{low: 0.001, high: 0.001, optional: false}", LearningRates(0.001, 0.001, optional=False)),
+        ("1e-3", LearningRates(0.001, 0.001, optional=False)),
+        ("null", None),
+    ],
+)
+def test_learning_rates(written, read):
+    before = "  - {learning_rate: {low: 0.2, high: 0.3}}\n"
+    found = space(f"{before}  - {{learning_rate: {written}}}").resolve(LAYERS)
+    assert found["stem"].learning_rate == read
+    kept = space(f"{before}  - {{weight_bits: 4}}").resolve(LAYERS)
+    assert kept["stem"].learning_rate == LearningRates(0.2, 0.3)
+
+
+def test_a_space_of_one_s_own_from_a_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = "autoquant_space: 1\ndescription: mine\nrules:\n  - weight_bits: [4]\n"
+    path.write_text(text)
+    for found in (SearchSpace.load(path), SearchSpace.load(str(path))):
+        assert found.name == "mine"
+        assert found.text == text
+    assert SearchSpace.load("default").name == "default"
+
+
+WHOLE = {
+    "autoquant_space": 1,
+    "name": "mine",
+    "description": "",
+    "rules": [
+        {"weight_bits": [8, 4], "activation_calibration": ["mse", "percentile_99.5"]},
+        {"types": ["Conv*"], "learning_rate": {"low": 0.01, "high": 0.1, "optional": False}},
+        {"names": ["body.fc?"], "lock": {"weight": {"bits": 8}, "activation": {"bits": 8}}},
+        {"names": ["words"], "skip": True},
+    ],
+}
+odd = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 20)
+    | st.sampled_from([10**400, "1e-3", "mse", "per_group_64", "symmetric", "*", "["])
+    | st.floats()
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=5,
+)
+
+
+def places(data, path=()):
+    """Yield the path of everything in a document."""
+    yield path
+    if isinstance(data, dict | list):
+        for key in data if isinstance(data, dict) else range(len(data)):
+            yield from places(data[key], (*path, key))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(list(places(WHOLE))[1:]),
+    st.sampled_from([None, *DIMENSIONS, "skip", "lock", "names", "types", "learning_rate"]),
+    odd,
+)
+def test_whatever_is_in_a_field_is_a_space_or_one_line(path, name, value):
+    data = copy.deepcopy(WHOLE)
+    parent = data
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    if name is not None:
+        data["rules"] = [*WHOLE["rules"], {name: value}]
+    text = yaml.safe_dump(data, allow_unicode=True)
+    try:
+        resolved = SearchSpace.parse(text, "s.yaml").resolve(LAYERS)
+    except SpecError:
+        with pytest.raises(SpecError) as caught:
+            SearchSpace.parse(text, "s.yaml").resolve(LAYERS)
+        assert len(str(caught.value).splitlines()) == 1
+        return
+    for found in resolved.values():
+        assert set(found.choices) == set(DIMENSIONS)
+        assert all(found.choices.values())
+
+
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
@@ -81,6 +224,26 @@ def test_groups_that_do_not_divide_and_activations_that_are_not_there_are_left_o
         ("  - {skip: true}", ["leaves every layer in float"]),
         ("  - {weight_bits: [16], activation_bits: [16]}", ["leaves every layer in float"]),
         ("  oops", ["rules"]),
+        ("  - oops", ["rule 1", "expected fields", "'oops'"]),
+        ("  - {weight_bits: [true]}", ["weight_bits", "found True"]),
+        ("  - {weight_bits: 0}", ["weight_bits", "found 0"]),
+        ("  - {weight_granularity: per_group_48}", ["weight_granularity", "per_group_48"]),
+        ("  - {weight_granularity: per_token}", ["weight_granularity", "per_token"]),
+        ("  - {weight_calibration: entropy}", ["weight_calibration", "found 'entropy'"]),
+        ("  - {learning_rate: fast}", ["learning_rate", "found 'fast'", "low, high"]),
+        ("  - {learning_rate: 0}", ["learning_rate", "found 0", "a number > 0"]),
+        ("  - {learning_rate: {low: 0.1}}", ["learning_rate: high is missing"]),
+        ("  - {names: [], weight_bits: 4}", ["rule 1", "names", "found []"]),
+        ("  - {names: [3], weight_bits: 4}", ["names", "[3]"]),
+        ("  - {skip: yes please}", ["skip", "'yes please'"]),
+        ("  - {skip: true, lock: {weight: {bits: 8}}}", ["lock or skip, not both"]),
+        ("  - {lock: {weight: {bits: 9}}}", ["rule 1: lock: weight: bits", "found 9"]),
+        (
+            "  - {types: [Conv2d], lock: {weight: {bits: 8, granularity: per_group_64}}}",
+            ["stem", "lock", "per_group_64 does not divide the 27 inputs"],
+        ),
+        ('  - {names: ["a\\nb"], weight_bits: 8}', [r"names 'a\nb' matches no layer"]),
+        ("  - {weight_bits: 8}\nrule: 3", ["'rule'", "did you mean 'rules'"]),
     ],
 )
 def test_a_wrong_space_is_one_line_that_says_where(rules, words):
@@ -90,6 +253,13 @@ def test_a_wrong_space_is_one_line_that_says_where(rules, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("version", ["2", "true", "1.0", "null", "[1]"])
+def test_another_version_is_refused(version):
+    text = f"autoquant_space: {version}\nrules: [{{weight_bits: 8}}]"
+    with pytest.raises(SpecError, match=r"^s\.yaml: autoquant_space: found .*, allowed: 1$"):
+        SearchSpace.parse(text, "s.yaml")
 
 
 def test_an_unknown_name_lists_what_there_is():

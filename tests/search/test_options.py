@@ -1,0 +1,123 @@
+"""What a user asks for, as values."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoquant.errors import UserError
+from autoquant.search.options import (
+    TRIALS,
+    Options,
+    check,
+    check_budget,
+    narrowest,
+    parse_duration,
+    parse_size,
+)
+from autoquant.spec.recipe import SiteRecipe, WeightScheme
+from autoquant.spec.space import SiteSpace
+
+options = st.builds(
+    Options,
+    max_drop=st.text(max_size=5),
+    bits=st.none() | st.floats(2, 16),
+    size=st.none() | st.text(max_size=5),
+    trials=st.none() | st.integers(1),
+    timeout=st.none() | st.floats(1, 1e6),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+@given(options)
+def test_a_study_keeps_them_as_json(found):
+    plain = json.loads(json.dumps(found.plain()))
+    assert Options.read(plain) == found
+    assert Options.read(plain | {"from a later release": 1}) == found
+
+
+def test_how_many_trials():
+    assert Options().most_trials == TRIALS
+    assert Options(trials=7).most_trials == 7
+    assert Options(trials=7, timeout=9.0).most_trials == 7
+    assert Options(timeout=9.0).most_trials is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("1.5m", 90), (" 2H ", 7200), ("1d", 86400), ("10 m", 600)],
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0s", "-5", "5w", "m", "1e3", "1:30", "9" * 400, "5ms"])
+def test_what_is_no_duration(text):
+    with pytest.raises(UserError, match=r"^--timeout .*: write a time such as 90s, 10m or 2h$"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("25%", 25_000),
+        ("33.3333%", 33_333),
+        ("4MB", 4_000_000),
+        ("4 MiB", 4 << 20),
+        ("1.5kb", 1500),
+        ("1.5KiB", 1536),
+        ("7b", 7),
+        ("1gb", 10**9),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text, 100_000) == size
+
+
+@pytest.mark.parametrize("text", ["", "4", "0%", "-3%", "4 apples", "MB", "9" * 400 + "MB", "%"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match=r"^--size .*: write a share of the float size"):
+        parse_size(text, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Options(bits=1.9), "--bits 1.9: average weight bits lie between 2 and 16"),
+        (Options(bits=17), "--bits 17"),
+        (Options(bits=float("nan")), "--bits nan"),
+        (Options(bits=4, size="25%"), "--bits and --size are two budgets; give one"),
+        (Options(trials=0), "--trials 0: give at least 1"),
+        (Options(trials=-3), "--trials -3"),
+        (Options(seed=-1), "--seed -1: give an integer from 0 to 4294967295"),
+        (Options(seed=2**32), "--seed 4294967296"),
+    ],
+)
+def test_what_no_model_could_satisfy(found, words):
+    with pytest.raises(UserError, match=words):
+        check(found)
+
+
+def test_what_is_fine():
+    for found in (Options(), Options(bits=2), Options(bits=16, trials=1), Options(seed=2**32 - 1)):
+        check(found)
+
+
+def space(*bits):
+    return SiteSpace({"weight_bits": bits})
+
+
+def test_a_budget_below_the_narrowest_recipe():
+    locked = SiteSpace({}, None, SiteRecipe(WeightScheme(6)))
+    spaces = {"a": space(8, 4, 16), "b": locked, "c": SiteSpace({}, None, SiteRecipe())}
+    assert [narrowest(s) for s in spaces.values()] == [4, 6, 16]
+    numel = {"a": 600, "b": 300, "c": 100}
+    least = (4 * 600 + 6 * 300 + 16 * 100) / 1000
+    check_budget(None, spaces, numel)
+    check_budget(least, spaces, numel)
+    with pytest.raises(UserError, match=r"--bits 5: .* has 5\.8 average .* give --bits 5\.8 or"):
+        check_budget(5, spaces, numel)
+    thirds = {"a": space(4), "b": space(8)}
+    with pytest.raises(UserError, match=r"has 5\.333 average .* give --bits 5\.34 or more"):
+        check_budget(5, thirds, {"a": 2, "b": 1})

@@ -93,6 +93,8 @@ def test_signal(project, cli, sent):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background has SIGINT ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     journal = project / ".autoquant" / "s.journal"
     ends = time.monotonic() + 60

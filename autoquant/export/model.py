@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from autoquant.errors import SpecError, TrialError, UserError
 from autoquant.export.pt2 import NotExportable, export_program, save_program
@@ -21,6 +22,12 @@ from autoquant.nn.convert import prepare
 from autoquant.search.run import state_hash
 from autoquant.search.session import open_session
 from autoquant.spec.recipe import Recipe
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of one call of a model, by position and by name."""
+
+MOST_SHAPES = 8
+"""Most shapes of inputs that an exported program is tried with."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,18 @@ def apply(recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = No
     return quantize(mine, recipe, task)[0]
 
 
-def example_of(task: Task | None) -> Any:
-    """Return one batch of the task's inputs, or None."""
-    if task is None:
-        return None
+def examples_of(task: Task) -> list[Any]:
+    """Return batches of the task's inputs, one of each shape; [None] where it keeps its data."""
     splits = make_splits(task)
-    if splits.calibrate:
-        return splits.calibrate[0]
-    return splits.search[0][0] if splits.search else None
+    shapes: dict[Any, Any] = {}
+    for inputs in (*splits.calibrate, *(inputs for inputs, _ in splits.search)):
+        shapes.setdefault(_shapes(inputs), inputs)
+    return list(shapes.values())[:MOST_SHAPES] or [None]
+
+
+def _shapes(tree: Any) -> Any:
+    leaves, structure = pytree.tree_flatten(tree)
+    return str(structure), *(tuple(getattr(leaf, "shape", ())) for leaf in leaves)
 
 
 def write(module: nn.Module, recipe: Recipe, task: Task | None, path: Path) -> Written:
@@ -115,33 +126,33 @@ def write(module: nn.Module, recipe: Recipe, task: Task | None, path: Path) -> W
 
 def _try_program(module: nn.Module, task: Task | None, path: Path) -> str | None:
     """Write a .pt2 and return None, or return why it can't be one."""
-    inputs = example_of(task)
-    if inputs is None:
+    if task is None:
         return "without a task there is no example input to export it with; give --task or --data"
-    calls = _calls(module, inputs, task)
+    calls = _calls(module, task)
     if isinstance(calls, str):
         return calls
     try:
-        program = export_program(module, *calls)
+        program = export_program(module, *calls[0], calls[1:])
     except NotExportable as error:
         return f"torch.export can't follow the model: {error}"
     save_program(program, path)
     return None
 
 
-def _calls(
-    module: nn.Module, inputs: Any, task: Task | None
-) -> tuple[tuple[Any, ...], dict[str, Any]] | str:
-    """Return how the task calls the model: one call, with its arguments; or why there is none.
+def _calls(module: nn.Module, task: Task) -> list[Call] | str:
+    """Return how the task calls the model, one call of each shape; or why it can't be exported.
 
-    A task with a ``forward`` of its own is watched: a .pt2 can only stand for the module's own
-    call, so it must make just one.
+    The task is watched: a .pt2 can only stand for the module's own call, so ``forward`` must make
+    just one.
     """
-    assert task is not None
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    seen: dict[Any, Call] = {}
+    count = 0
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, dict(kwargs)))
+        nonlocal count
+        count += 1
+        if len(seen) < MOST_SHAPES:
+            seen.setdefault(_shapes((args, kwargs)), (args, dict(kwargs)))
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -149,11 +160,11 @@ def _calls(
             if task.evaluate is not None:
                 task.evaluate(module)
             else:
-                run_forward(task, module, inputs)
+                for inputs in examples_of(task):
+                    count = 0
+                    run_forward(task, module, inputs)
+                    if count > 1:
+                        return f"the task calls the model {count} times for one batch"
     finally:
         handle.remove()
-    if not seen:
-        return "the task does not call the model itself, but parts of it"
-    if task.evaluate is None and len(seen) > 1:
-        return f"the task calls the model {len(seen)} times for one batch"
-    return seen[0]
+    return list(seen.values()) or "the task does not call the model itself, but parts of it"

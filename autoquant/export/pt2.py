@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,42 @@ class NotExportable(Exception):
     """The model can't be a .pt2; the message says why, in one line."""
 
 
-def export_program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def export_program(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    others: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = (),
+) -> Any:
     """Return ``module`` as an exported program, with every dimension free that can be.
 
-    Raises NotExportable where torch.export can't follow the model, or gives other outputs.
+    ``others`` are calls with other shapes that the program must be able to answer too. Raises
+    NotExportable where torch.export can't follow the model, or its program gives other outputs.
     """
     wide = _at_least_two((args, kwargs))
     reason = "no example input"
-    for shapes in (_dims(wide, tokens=True), _dims(wide, tokens=False), None):
+    for shapes in (_dims(module, wide, tokens=True), _dims(module, wide, tokens=False), None):
         try:
             with torch.no_grad(), _quiet():
                 program = torch.export.export(
                     module, wide[0], wide[1], dynamic_shapes=shapes, strict=False
                 )
-                expected = module(*args, **kwargs)
-                found = program.module()(*args, **kwargs)
+                answers = program.module()
+                same = all(
+                    same_outputs(module(*a, **k), answers(*a, **k), TOLERANCE)
+                    for a, k in ((args, kwargs), *others)
+                )
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            reason = _one_line(error)
             continue
-        if same_outputs(expected, found, TOLERANCE):
+        if same:
             return program
         reason = "the exported program gives other outputs"
     raise NotExportable(reason)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -79,9 +94,13 @@ def _at_least_two(tree: Any) -> Any:
     return pytree.tree_map(widen, tree)
 
 
-def _dims(inputs: tuple[tuple[Any, ...], dict[str, Any]], *, tokens: bool) -> Any:
-    """Return dynamic shapes as torch.export takes them: the first dimension and, for ``tokens``,
-    every one of integer inputs. A free image size would take minutes to reason about.
+def _dims(
+    module: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], *, tokens: bool
+) -> dict[str, Any]:
+    """Return dynamic shapes as torch.export takes them, by the names of forward's parameters.
+
+    The first dimension is free and, for ``tokens``, every one of integer inputs. A free image size
+    would take minutes to reason about.
     """
 
     def leaf(value: Any) -> Any:
@@ -91,13 +110,8 @@ def _dims(inputs: tuple[tuple[Any, ...], dict[str, Any]], *, tokens: bool) -> An
         free = range(value.dim() if every else min(value.dim(), 1))
         return dict.fromkeys(free, torch.export.Dim.AUTO)
 
-    args = pytree.tree_map(leaf, inputs[0])
-    kwargs = pytree.tree_map(leaf, inputs[1])
-    return (*args, *kwargs.values()) if not kwargs else _named(args, kwargs)
-
-
-def _named(args: Any, kwargs: dict[str, Any]) -> Any:
-    return kwargs if not args else (*args, kwargs)
+    bound = inspect.signature(module.forward).bind(*inputs[0], **inputs[1])
+    return {name: pytree.tree_map(leaf, value) for name, value in bound.arguments.items()}
 
 
 def save_program(program: Any, path: Path) -> None:
@@ -111,11 +125,11 @@ def save_program(program: Any, path: Path) -> None:
         _compress(whole, small, path.stem)
         small.replace(path)
     except (OSError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise ModelFileError(f"{path}: cannot write: {line}") from error
+        raise ModelFileError(f"{path}: cannot write: {_one_line(error)}") from error
     finally:
-        whole.unlink(missing_ok=True)
-        small.unlink(missing_ok=True)
+        for temporary in (whole, small):
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def _compress(source: Path, target: Path, folder: str) -> None:

@@ -6,6 +6,7 @@ user's own float model.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def save_archive(module: nn.Module, recipe: Recipe, path: Path) -> None:
         save_file(_tensors(module), str(temporary), metadata={RECIPE_KEY: dumps(recipe)})
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ModelFileError(f"{path}: cannot write: {error}") from error
 
 

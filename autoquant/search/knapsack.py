@@ -80,7 +80,7 @@ def _hull(damage: Array, cost: Array) -> list[int]:
 
 
 def _above(damage: Array, cost: Array, a: int, b: int, c: int) -> bool:
-    """Return whether ``b`` lies on or above the line from ``a`` to ``c``."""
+    """Return whether ``b`` lies above the line from ``a`` to ``c``; on it, it is a step to keep."""
     left = (damage[b] - damage[a]) * (cost[c] - cost[a])
     right = (damage[c] - damage[a]) * (cost[b] - cost[a])
-    return bool(left >= right)
+    return bool(left > right + 1e-12 * abs(right))

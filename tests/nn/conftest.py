@@ -83,7 +83,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.lstm = nn.LSTM(6, 8, 2, bidirectional=True, batch_first=True, proj_size=5)
         self.gru = nn.GRU(10, 8, bidirectional=True)
-        self.rnn = nn.RNN(16, 4, nonlinearity="relu", bias=False, batch_first=True)
+        self.rnn = nn.RNN(16, 4, bias=False, batch_first=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         packed = pack_padded_sequence(x, [3, 5], batch_first=True, enforce_sorted=False)

@@ -1,250 +1,233 @@
-"""Conversion: nothing changes in float, and every site takes effect."""
+"""Conversion: nothing changes in float, every site takes effect, and all can be undone."""
 
 import copy
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from autoquant.errors import ModelFileError
-from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
-from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.calibrate import calibrate
-from autoquant.nn.convert import prepare
-from autoquant.nn.sites import find_sites
-from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
+from autoquant.nn.convert import deploy, prepare, use_channels_last
+from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+
+MODES = [torch.no_grad, torch.inference_mode]
 
 
-class Convolutions(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(True))
-        self.depthwise = nn.Conv2d(8, 8, 3, groups=8, padding=1, padding_mode="reflect")
-        self.grouped = nn.Conv2d(8, 8, 3, groups=2, stride=2)
-        self.up = nn.ConvTranspose2d(8, 4, 3, stride=2, output_padding=1)
-        self.head = nn.Linear(4, 5)
-
-    def forward(self, x):
-        x = self.grouped(self.depthwise(self.stem(x)))
-        return {"logits": self.head(self.up(x).mean((2, 3)))}
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(11, 16)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
-        self.cross = nn.MultiheadAttention(16, 2, kdim=16, vdim=16, batch_first=True)
-        self.out = nn.Linear(16, 11, bias=False)
-        self.out.weight = self.words.weight
-
-    def forward(self, ids, mask=None):
-        x = self.encoder(self.words(ids), src_key_padding_mask=mask)
-        return self.out(self.cross(x, x, x, need_weights=False)[0])
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(6, 8, 2, bidirectional=True, batch_first=True)
-        self.gru = nn.GRU(16, 8)
-        self.twice = nn.Linear(8, 8)
-
-    def forward(self, x):
-        packed = pack_padded_sequence(x, [5, 3], batch_first=True)
-        out, _ = self.lstm(packed)
-        out, _ = self.gru(out)
-        y = self.twice(torch.relu(self.twice(out.data)))
-        return y if y.sum() > 1e9 else (y, None)
-
-
-class Sequences(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one = nn.Conv1d(4, 6, 3, padding=1)
-        self.three = nn.Conv3d(1, 2, (1, 3, 3))
-
-    def forward(self, x):
-        return self.three(self.one(x)[:, None, None])
-
-
-def model_and_input(kind):
-    torch.manual_seed(0)
-    inputs = {
-        Convolutions: (torch.randn(2, 3, 9, 9),),
-        Tied: (torch.randint(11, (2, 7)),),
-        Recurrent: (torch.randn(2, 5, 6),),
-        Sequences: (torch.randn(2, 4, 8),),
-    }[kind]
-    model = kind().eval()
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.running_mean, -1, 1)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            nn.init.uniform_(norm.weight, 0.5, 2)
-    return model, inputs
-
-
-KINDS = [Convolutions, Tied, Recurrent, Sequences]
-
-
-def run_of(inputs):
-    def run(model, _=None):
-        with torch.no_grad():
-            return leaf(model(*inputs))
-
-    return run
-
-
-def leaf(output):
-    if isinstance(output, dict):
-        return output["logits"]
-    return output[0] if isinstance(output, tuple) else output
-
-
-def prepared_and_realizer(kind):
-    model, inputs = model_and_input(kind)
-    run = run_of(inputs)
-    prepared = prepare(model, run)
-    statistics = calibrate(prepared, [None], run)
-    return prepared, Realizer(prepared, statistics), run
-
-
-def uniform(prepared, bits=8, **scheme):
-    return {
-        site.name: SiteRecipe(
-            WeightScheme(bits, **scheme),
-            ActivationScheme(8, calibration="max") if site.activation else None,
-        )
-        for site in prepared.sites
-    }
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_preparing_changes_nothing_in_float(kind):
-    model, inputs = model_and_input(kind)
-    before = run_of(inputs)(copy.deepcopy(model))
-    keys = [k for k in model.state_dict() if "stem.1" not in k and k != "stem.0.bias"]
-    prepared = prepare(model, run_of(inputs))
-    assert torch.allclose(run_of(inputs)(model), before, atol=1e-5)
-    assert all(key in model.state_dict() for key in keys)
+def test_preparing_changes_nothing_in_float(case):
+    model, before = case.model, case.run(case.model)
+    keys, modules = set(model.state_dict()), dict(model.named_modules())
+    kinds = {path: type(module) for path, module in modules.items()}
+    fired = []
+    for path, module in modules.items():
+        module.register_forward_hook(lambda *_, path=path: fired.append(path))
+    folded = {path for path, module in modules.items() if isinstance(module, nn.BatchNorm2d)}
+    for path in folded:
+        modules[path]._forward_hooks.clear()
+    prepared = prepare(model, case.run)
     assert prepared.model is model
+    assert set(prepared.folded) == folded
+    fired.clear()
+    for old, new in zip(before, case.run(model), strict=True):
+        torch.testing.assert_close(new, old, atol=2e-6, rtol=1e-5)
+    assert {site.users[0][0] for site in prepared.sites} <= set(fired)
+    gone = {key for key in keys if key.rpartition(".")[0] in folded}
+    assert keys - gone <= set(model.state_dict())
+    for path, module in model.named_modules():
+        if path not in folded:
+            assert module is modules[path]
+            assert isinstance(module, kinds[path])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_is_accounted_for_once(kind):
-    model, _ = model_and_input(kind)
-    sites, parts = find_sites(model)
-    total = sum(site.numel for site in sites) + sum(part.parameters for part in parts)
-    assert total == sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_every_site_takes_effect_and_reset_undoes_it(kind, mode):
-    prepared, realizer, run = prepared_and_realizer(kind)
-    before = run(prepared.model)
-    for site in prepared.sites:
-        with mode():
-            realizer.apply({site.name: SiteRecipe(WeightScheme(2))})
-            assert not torch.equal(run(prepared.model), before), site.name
-            if site.activation:
-                coarse = ActivationScheme(2, calibration="max")
-                realizer.apply({site.name: SiteRecipe(None, coarse)})
-                assert not torch.equal(run(prepared.model), before), site.name
+@pytest.mark.parametrize("mode", MODES)
+def test_every_site_takes_effect_and_reset_undoes_it_bit_for_bit(case, mode, equal):
+    case.mode = mode
+    realizer = case.realizer()
+    model = realizer.prepared.model
+    before = case.run(model)
+    for site in realizer.prepared.sites:
+        realizer.apply({site.name: SiteRecipe(WeightScheme(2))})
+        assert not equal(case.run(model), before), site.name
+        if site.activation:
+            realizer.apply({site.name: SiteRecipe(None, ActivationScheme(2))})
+            assert not equal(case.run(model), before), site.name
         realizer.to_float()
-        assert torch.equal(run(prepared.model), before)
+        assert equal(case.run(model), before), site.name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_eight_bits_are_close_and_switching_is_exact(kind):
-    prepared, realizer, run = prepared_and_realizer(kind)
-    before = run(prepared.model)
-    realizer.apply(uniform(prepared))
-    eight = run(prepared.model)
-    assert (eight - before).norm() < 0.1 * before.norm()
-    realizer.apply(uniform(prepared, 3))
-    realizer.apply(uniform(prepared))
-    assert torch.equal(run(prepared.model), eight)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_inputs_of_every_site_are_seen_and_quantized_in_every_call(case, mode):
+    case.mode = mode
+    prepared = case.prepared()
+    reads, inputs, quantized = {}, {}, {}
+
+    def count(table, name):
+        table[name] = table.get(name, 0) + 1
+
+    for name, slot in prepared.slots.items():
+        slot.read = lambda name=name: count(reads, name)
+        slot.observe = lambda _, name=name: count(inputs, name)
+        slot.activation = lambda x, name=name: (count(quantized, name), x)[1]
+    case.run(prepared.model)
+    used = {site.name for site in prepared.sites}
+    assert set(reads) == used
+    assert set(inputs) == {site.name for site in prepared.sites if site.activation}
+    assert quantized == inputs
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
-def test_a_saved_model_is_the_same_and_as_large_as_counted(kind, granularity, scheme, tmp_path):
-    model, _ = model_and_input(kind)
-    original = copy.deepcopy(model)
-    prepared, realizer, run = prepared_and_realizer(kind)
-    size = float_bytes(original)
-    bits = 5 if granularity == "per_channel" else 8
-    sites = uniform(prepared, bits, granularity=granularity, scheme=scheme)
-    done = realizer.apply(sites)
-    expected = run(prepared.model)
-    deployed = realizer.deploy(sites)
-    assert torch.allclose(run(deployed), expected, atol=1e-6)
-    assert float_bytes(deployed) == SizeModel(prepared, size).bytes(done)
-    path = tmp_path / "model.safetensors"
-    save_archive(deployed, Recipe(done, folded=prepared.folded), path)
-    for parameter in original.parameters():
-        nn.init.zeros_(parameter)
-    restored = load_archive(path, original)
-    assert torch.equal(run(restored), run(deployed))
+def test_eight_bits_are_close_and_switching_back_and_forth_is_a_fresh_conversion(
+    case, uniform, equal
+):
+    realizer = case.realizer()
+    prepared, before = realizer.prepared, case.run(realizer.prepared.model)
+    realizer.apply(uniform(prepared, 3, "per_token", scheme="asymmetric"))
+    realizer.apply(uniform(prepared, 8))
+    eight = case.run(prepared.model)
+    for quantized, original in zip(eight, before, strict=True):
+        assert (quantized - original).norm() < 0.05 * original.norm()
+    fresh = case.realizer()
+    fresh.apply(uniform(prepared, 8))
+    assert equal(case.run(fresh.prepared.model), eight)
 
 
-def test_an_archive_for_another_architecture_is_one_line(tmp_path):
-    prepared, realizer, _ = prepared_and_realizer(Sequences)
-    done = realizer.apply(uniform(prepared))
-    path = tmp_path / "model.safetensors"
-    save_archive(realizer.deploy(done), Recipe(done), path)
-    with pytest.raises(ModelFileError, match="another architecture"):
-        load_archive(path, model_and_input(Tied)[0])
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ModelFileError, match="cannot read"):
-        load_archive(path, model_and_input(Sequences)[0])
+def test_sites_are_in_the_order_of_use_and_what_is_not_used_is_a_float_part(make_case):
+    prepared = make_case("branches").prepared()
+    assert [site.name for site in prepared.sites] == ["enter.a", "steps.0", "steps.1"]
+    unused = {part.name for part in prepared.float_parts if "never used" in part.reason}
+    assert unused == {"enter.b", "seldom"}
 
 
-def test_tied_weights_are_one_site_and_stay_tied():
-    prepared, realizer, _ = prepared_and_realizer(Tied)
-    tied = [site for site in prepared.sites if len(site.users) == 2]
+def test_all_parameters_are_in_sites_or_float_parts(case):
+    prepared = case.prepared()
+    sites = sum(site.numel for site in prepared.sites)
+    parts = sum(part.parameters for part in prepared.float_parts)
+    assert sites + parts == sum(p.numel() for p in prepared.model.parameters())
+
+
+def test_tied_weights_are_one_site_and_stay_tied(make_case):
+    case = make_case("language")
+    realizer = case.realizer()
+    model = realizer.prepared.model
+    tied = [site for site in realizer.prepared.sites if len(site.users) == 2]
     assert [site.name for site in tied] == ["words"]
-    realizer.apply({"words": SiteRecipe(WeightScheme(3))})
-    model = prepared.model
+    realizer.apply({"words": SiteRecipe(WeightScheme(2, "per_tensor"))})
     assert model.words.weight is model.out.weight
-    assert len(model.words.weight.unique()) < 11 * 16
+    assert len(model.words.weight.unique()) <= 4
+    deployed = realizer.deploy({"words": SiteRecipe(WeightScheme(2, "per_tensor"))})
+    assert deployed.words.sites["weight"] is deployed.out.sites["weight"]
 
 
-def test_a_layer_that_is_never_used_stays_in_float_and_is_listed():
-    model = nn.ModuleDict({"used": nn.Linear(3, 3), "unused": nn.Linear(3, 3)}).eval()
-    prepared = prepare(model, lambda m: m["used"](torch.ones(1, 3)))
-    assert [site.name for site in prepared.sites] == ["used"]
-    assert ("unused", "never used on the calibration data") in [
-        (part.name, part.reason) for part in prepared.float_parts
-    ]
-
-
-def test_what_has_its_own_forward_or_a_parametrization_is_refused_with_a_reason():
-    class Own(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * 2
-
-    model = nn.Sequential(
-        nn.Linear(2, 2), Own(2, 2), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-    )
-    sites, parts = find_sites(model)
-    assert [site.name for site in sites] == ["0"]
-    assert any("forward of its own" in part.reason for part in parts)
+def test_a_module_at_two_places_is_one_site_with_one_recipe():
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, nn.Tanh(), shared).eval()
+    x = torch.randn(2, 3)
+    prepared = prepare(model, lambda m: m(x))
+    assert [site.name for site in prepared.sites] == ["0"]
+    realizer = Realizer(prepared, {})
+    realizer.apply({"0": SiteRecipe(WeightScheme(3))})
+    weight = prepared.slots["0"].override
+    expected = F.linear(F.linear(x, weight, shared.bias).tanh(), weight, shared.bias)
+    assert torch.equal(model(x), expected)
 
 
 def test_nothing_to_quantize_says_what_was_found():
     with pytest.raises(ModelFileError, match="1× LayerNorm"):
         prepare(nn.Sequential(nn.LayerNorm(3), nn.ReLU()))
+    with pytest.raises(ModelFileError, match="no parameters at all"):
+        prepare(nn.ReLU())
+    idle = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    with pytest.raises(ModelFileError, match="none of the 1 quantizable layers is used"):
+        prepare(idle, lambda m: None)
 
 
-def test_shared_modules_are_one_site():
-    shared = nn.Linear(3, 3)
-    model = nn.Sequential(shared, nn.ReLU(), shared).eval()
-    prepared = prepare(model, lambda m: m(torch.ones(1, 3)))
-    assert [site.name for site in prepared.sites] == ["0"]
+class Weighted(nn.Conv2d):
+    """Computes otherwise than its base, in a place other than forward."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+def test_a_layer_that_computes_in_its_own_way_is_left_alone():
+    own = nn.Linear(4, 4)
+    own.forward = types.MethodType(lambda self, x: F.linear(x, self.weight) * 2, own)
+    model = nn.Sequential(Weighted(3, 2, 3), nn.Flatten(), nn.Linear(2, 4), own).eval()
+    x = torch.randn(2, 3, 3, 3)
+    before = model(x)
+    prepared = prepare(model, lambda m: m(x))
+    assert [site.name for site in prepared.sites] == ["2"]
+    assert torch.equal(model(x), before)
+    assert isinstance(model[0], Weighted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_another_float_type_keep_it(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).to(dtype).eval()
+    x = torch.randn(5, 6, dtype=dtype)
+    prepared = prepare(model, lambda m: m(x))
+    realizer = Realizer(prepared, calibrate(prepared, [x], lambda m, batch: m(batch)))
+    recipe = {n: SiteRecipe(WeightScheme(8), ActivationScheme(8)) for n in ("0", "2")}
+    before = model(x)
+    realizer.apply(recipe)
+    quantized = model(x)
+    assert model[0].weight.dtype == quantized.dtype == dtype
+    assert (quantized - before).norm() < 0.05 * before.norm()
+    assert torch.equal(realizer.deploy(recipe)(x), quantized)
+
+
+def test_deploying_leaves_the_model_as_it_is(case, uniform, equal):
+    realizer = case.realizer()
+    model = realizer.prepared.model
+    before, state = case.run(model), copy.deepcopy(model.state_dict())
+    kinds = [type(module) for module in model.modules()]
+    deployed = realizer.deploy(uniform(realizer.prepared, 4))
+    assert equal(case.run(model), before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    mine = {p.data_ptr() for p in model.parameters()}
+    theirs = (*deployed.parameters(), *deployed.buffers())
+    assert not mine & {p.data_ptr() for p in theirs if p.numel()}
+
+
+def test_layers_left_in_float_are_again_what_they_were(case):
+    kinds = [type(module) for module in case.model.modules()]
+    prepared = case.prepared()
+    restored = deploy(prepared, {})
+    changed = {nn.BatchNorm2d: nn.Identity}
+    assert [type(m) for m in restored.modules()] == [changed.get(k, k) for k in kinds]
+    for old, new in zip(case.run(prepared.model), case.run(restored), strict=True):
+        torch.testing.assert_close(new, old, atol=2e-6, rtol=1e-5)
+    assert not any("sites" in key for key in restored.state_dict())
+
+
+def test_attention_whose_output_projection_is_quantized_calls_it():
+    torch.manual_seed(0)
+    x = torch.randn(3, 1, 8)
+
+    @torch.inference_mode()
+    def run(model):
+        return model(x, x, x, need_weights=False)[0]
+
+    prepared = prepare(nn.MultiheadAttention(8, 2).eval(), run)
+    before = run(prepared.model)
+    realizer = Realizer(prepared, {})
+    one = {"out_proj": SiteRecipe(None, ActivationScheme(3, "per_token"))}
+    realizer.apply(one)
+    expected = run(prepared.model)
+    assert not torch.equal(expected, before)
+    assert torch.equal(run(realizer.deploy(one)), expected)
+
+
+def test_channels_last_changes_the_layout_and_not_the_numbers(make_case):
+    case = make_case("convolutions")
+    realizer = case.realizer()
+    model = realizer.prepared.model
+    before = case.run(model)[0]
+    use_channels_last(model)
+    assert model.grouped.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(case.run(model)[0], before, atol=2e-6, rtol=1e-5)
+    use_channels_last(model, on=False)
+    assert torch.equal(case.run(model)[0], before)

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from autoquant.search.knapsack import cheapest, solve
 
@@ -68,3 +69,76 @@ def test_scaling_all_damage_changes_nothing():
     rng = np.random.default_rng(0)
     damage, cost = [rng.random(4) for _ in range(9)], [rng.random(4) for _ in range(9)]
     assert solve(damage, cost, 4.0) == solve([1e-9 * d for d in damage], cost, 4.0)
+
+
+@st.composite
+def convex(draw):
+    """Alike costs and damages that fall ever less: the more bits, the less another one helps."""
+    steps = st.lists(st.floats(0.01, 10), min_size=1, max_size=4)
+    damage = []
+    for _ in range(draw(st.integers(1, 5))):
+        gains = sorted(draw(steps), reverse=True)
+        damage.append(np.array([sum(gains[k:]) for k in range(len(gains) + 1)]))
+    order = draw(st.randoms(use_true_random=False))
+    shuffled = [order.sample(range(len(d)), len(d)) for d in damage]
+    cost = [np.array(s, dtype=float) for s in shuffled]
+    return [d[s] for d, s in zip(damage, shuffled, strict=True)], cost
+
+
+@given(convex(), st.integers(0, 20))
+@settings(max_examples=150)
+def test_convex_problems_of_equal_steps_are_solved_exactly(problem, budget):
+    damage, cost = problem
+    best = min(total(damage, c) for c in everything(cost) if total(cost, c) <= budget)
+    chosen = solve(damage, cost, float(budget))
+    assert total(cost, chosen) <= budget
+    assert abs(total(damage, chosen) - best) < 1e-9
+
+
+@given(convex(), st.floats(0, 60))
+@settings(max_examples=150)
+def test_the_least_cost_of_convex_problems_is_exact_but_for_one_step(problem, limit):
+    damage, cost = problem
+    chosen = cheapest(damage, cost, limit)
+    fits = [total(cost, c) for c in everything(cost) if total(damage, c) <= limit + 1e-12]
+    assert min(fits) <= total(cost, chosen) + 1e-9
+    assert total(cost, chosen) <= min(fits) + max(float(c.max()) for c in cost)
+
+
+def test_no_more_is_lost_than_one_site_can_make():
+    """Against the relaxed problem, which no choice can beat."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        damage = [rng.random(6) for _ in range(20)]
+        cost = [rng.random(6) for _ in range(20)]
+        budget = float(rng.uniform(3, 14))
+        chosen = solve(damage, cost, budget)
+        if chosen is None:
+            continue
+        relaxed, largest = lower_bound(damage, cost, budget)
+        assert relaxed - 1e-9 <= total(damage, chosen) <= relaxed + largest + 1e-9
+
+
+def lower_bound(damage, cost, budget):
+    """Return the optimum of the linear relaxation, and the most that one site can change."""
+    sizes = [len(d) for d in damage]
+    ones = np.zeros((len(sizes), sum(sizes)))
+    for row, (start, size) in enumerate(zip(np.cumsum([0, *sizes]), sizes, strict=False)):
+        ones[row, start : start + size] = 1
+    found = linprog(
+        np.concatenate(damage), np.concatenate(cost)[None], [budget], ones, np.ones(len(sizes))
+    )
+    assert found.success
+    return found.fun, max(float(d.max() - d.min()) for d in damage)
+
+
+def test_one_option_equal_options_and_no_site():
+    one = np.array([1.0])
+    assert solve([one], [one], 1.0) == [0]
+    assert solve([one], [one], 0.5) is None
+    assert solve([], [], 0.0) == []
+    assert cheapest([], [], 0.0) == []
+    same = np.array([2.0, 1.0, 1.0])
+    assert solve([same], [np.ones(3)], 1.0) in ([1], [2])
+    # A dearer option that does more damage is never taken.
+    assert solve([np.array([1.0, 2.0])], [np.array([1.0, 5.0])], 99.0) == [0]

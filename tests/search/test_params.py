@@ -4,10 +4,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoquant.errors import StudyError
+from autoquant.search.extract import StoredSite
 from autoquant.search.params import ParameterMap
 from autoquant.search.uniform import baselines, uniform
-from autoquant.spec.recipe import SiteRecipe, WeightScheme
-from autoquant.spec.space import DIMENSIONS, LearningRates, SiteSpace
+from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
+from autoquant.spec.recipe_file import dumps, loads
+from autoquant.spec.space import (
+    DEFAULTS,
+    DIMENSIONS,
+    LearningRates,
+    SearchSpace,
+    SiteSpace,
+    shipped,
+)
 
 
 @st.composite
@@ -77,3 +86,63 @@ def test_a_locked_site_is_what_it_is_locked_to():
     assert mapping.distributions == {}
     assert mapping.decode({})["a"] == fixed
     assert uniform(mapping.spaces, 8)["a"] == fixed
+
+
+CHOICES = {**DEFAULTS, "weight_bits": (8, 4)}
+OPTIONAL = LearningRates(1e-3, 0.1)
+DEMANDED = LearningRates(1e-3, 0.1, optional=False)
+ONE = LearningRates(0.01, 0.01, optional=False)
+
+
+@pytest.mark.parametrize(
+    ("rate", "names", "learned", "params"),
+    [
+        (OPTIONAL, {"a.learning", "a.learning_rate"}, None, {"a.learning": "none"}),
+        (OPTIONAL, {"a.learning", "a.learning_rate"}, 0.05, {"a.learning": "learned"}),
+        (DEMANDED, {"a.learning_rate"}, 0.05, {"a.learning_rate": 0.05}),
+        (ONE, set(), 0.01, {}),
+        (None, set(), None, {}),
+    ],
+)
+def test_learning_rates(rate, names, learned, params):
+    mapping = ParameterMap({"a": SiteSpace(CHOICES, rate)})
+    assert set(mapping.distributions) == {"a.weight_bits"} | names
+    site = SiteRecipe(WeightScheme(4), ActivationScheme(8), learned)
+    found = mapping.encode({"a": site})
+    assert params.items() <= found.items()
+    assert mapping.decode(found) == {"a": site}
+
+
+@pytest.mark.parametrize(
+    ("rate", "learned"), [(None, 0.01), (OPTIONAL, 0.5), (OPTIONAL, 1e-4), (ONE, 0.02)]
+)
+def test_a_learning_rate_that_the_space_does_not_offer_is_refused(rate, learned):
+    mapping = ParameterMap({"a": SiteSpace(CHOICES, rate)})
+    with pytest.raises(StudyError, match=f"a: learning_rate: {learned} is not in the search space"):
+        mapping.encode({"a": SiteRecipe(WeightScheme(4), ActivationScheme(8), learned)})
+
+
+def test_calibrated_numbers_do_not_enter_parameters():
+    mapping = ParameterMap({"a": SiteSpace(CHOICES)})
+    static = ActivationScheme(8, scale=0.5, zero_point=1)
+    found = mapping.encode({"a": SiteRecipe(WeightScheme(4), static)})
+    assert mapping.decode(found)["a"].activation == ActivationScheme(8)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_spaces_through_parameters_and_yaml(name):
+    """A random recipe of every shipped space: parameters, recipe, YAML, and back."""
+    sites = [
+        StoredSite("conv", "Conv2d", (16, 27), True),
+        StoredSite("fc", "Linear", (64, 128), True),
+        StoredSite("words", "Embedding", (100, 64), False),
+        StoredSite("rnn.weight_ih_l0", "LSTM", (192, 64), True),
+    ]
+    mapping = ParameterMap(SearchSpace.load(name).resolve(sites))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        trial = study.ask(mapping.distributions)
+        recipes = mapping.decode(trial.params)
+        again = dict(loads(dumps(Recipe(recipes))).sites)
+        assert again == recipes
+        assert mapping.decode(mapping.encode(again)) == recipes

@@ -119,20 +119,22 @@ class Killed(BaseException):
 def test_killed_before_a_trial_is_written_a_study_gives_the_same_trials(name, monkeypatch):
     """At that moment the sampler knows of a trial that the storage does not."""
     whole = run(name, "whole", 11, DROP)
-    ledger = Ledger.create("killed", None, {"x": 1})
+    Ledger.create("killed", None, {"x": 1})
 
     def kill(self, trial):
         raise Killed
 
+    def one_more(trials):
+        ledger = Ledger.open("killed", None)
+        then = proposer(name, ledger, DROP)
+        run_trials(ledger, MAPPING, then, DROP, measure, Stop(trials, None), Quiet())
+
     for number in range(11):
-        ledger = Ledger.open("killed", None)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             patch.setattr(Ledger, "add", kill)
-            stop = Stop(number + 1, None)
-            run_trials(ledger, MAPPING, proposer(name, ledger, DROP), DROP, measure, stop, Quiet())
-        ledger = Ledger.open("killed", None)
-        stop = Stop(number + 1, None)
-        run_trials(ledger, MAPPING, proposer(name, ledger, DROP), DROP, measure, stop, Quiet())
+            with pytest.raises(Killed):
+                one_more(number + 1)
+        one_more(number + 1)
     assert [t.params for t in Ledger.open("killed", None).trials()] == [t.params for t in whole]
 
 
@@ -215,6 +217,7 @@ def test_seeds_differ_from_trial_to_trial():
     assert 0 <= samplers.derive(2**32 - 1, 10**6) < 2**32
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("name", samplers.STOCK.names())
 def test_every_seed_is_one_that_a_sampler_takes(name):
     for seed in (0, 2**32 - 1):

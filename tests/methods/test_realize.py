@@ -1,0 +1,143 @@
+"""One way from a recipe to quantized sites, and what it remembers."""
+
+import pytest
+import torch
+from torch import nn
+
+from autoquant.errors import SpecError, TrialError
+from autoquant.methods import realize
+from autoquant.methods.realize import Realizer
+from autoquant.nn.calibrate import calibrate
+from autoquant.nn.convert import prepare
+from autoquant.observers.calibration import activation_range
+from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS
+from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+
+def run(model, _=None):
+    with torch.no_grad():
+        return model(X)
+
+
+@pytest.fixture
+def realizer():
+    torch.manual_seed(0)
+    prepared = prepare(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval(), run)
+    return Realizer(prepared, calibrate(prepared, [None], run))
+
+
+INT8 = SiteRecipe(WeightScheme(8), ActivationScheme(8))
+
+
+def test_a_static_scale_comes_from_the_statistics(realizer):
+    inputs = realizer.statistics["0"].inputs
+    for scheme in ("symmetric", "asymmetric"):
+        for calibration in ACTIVATION_CALIBRATIONS:
+            choice = ActivationScheme(6, "per_tensor", scheme, calibration)
+            done = realizer.apply({"0": SiteRecipe(None, choice)})["0"].activation
+            lo, hi = activation_range(inputs, calibration, 6, choice.symmetric)
+            width = max(-lo, hi) / 31 if choice.symmetric else (hi - lo) / 63
+            assert done.scale == pytest.approx(width, rel=1e-6)
+            assert done.zero_point == (0 if choice.symmetric else -32 - round(lo / done.scale))
+            assert done.uncalibrated() == choice
+
+
+def test_what_comes_back_says_all_and_gives_the_same_model_without_data(realizer):
+    done = realizer.apply({"0": INT8, "2": SiteRecipe(None, ActivationScheme(5, "per_token"))})
+    expected = run(realizer.prepared.model)
+    assert done["0"].activation.scale is not None
+    assert done["2"].activation.scale is None
+    again = Realizer(realizer.prepared, {})
+    assert again.apply(done) == done
+    assert torch.equal(run(realizer.prepared.model), expected)
+
+
+def test_sites_that_are_not_named_go_back_to_float(realizer):
+    before = run(realizer.prepared.model)
+    realizer.apply({"0": INT8, "2": INT8})
+    done = realizer.apply({"2": SiteRecipe()})
+    assert done == {"0": SiteRecipe(), "2": SiteRecipe()}
+    assert torch.equal(run(realizer.prepared.model), before)
+    realizer.apply({"0": INT8})
+    assert not torch.equal(run(realizer.prepared.model), before)
+    realizer.to_float()
+    assert torch.equal(run(realizer.prepared.model), before)
+    realizer.apply({"0": INT8})
+    assert not torch.equal(run(realizer.prepared.model), before)
+
+
+def test_only_what_is_new_is_quantized(realizer, monkeypatch):
+    made, switched = [], []
+    original, switch = realize.quantize_weight, type(realizer.prepared).switch
+
+    def counted(weight, site, scheme):
+        made.append(site.name)
+        return original(weight, site, scheme)
+
+    def watched(self, name, *args):
+        switched.append(name)
+        switch(self, name, *args)
+
+    monkeypatch.setattr(realize, "quantize_weight", counted)
+    monkeypatch.setattr(type(realizer.prepared), "switch", watched)
+    realizer.apply({"0": INT8, "2": INT8})
+    realizer.apply({"0": INT8, "2": SiteRecipe(WeightScheme(4))})
+    realizer.apply({"0": INT8, "2": INT8})
+    assert made == ["0", "2", "2"]
+    assert switched == ["0", "2", "2", "2"]
+
+
+def test_old_weights_are_forgotten_when_there_are_too_many(realizer, monkeypatch):
+    monkeypatch.setattr(realize, "CACHE_BYTES", 300)  # one weight is 256 bytes, the other 128
+    for bits in (2, 3, 4):
+        realizer.apply({"0": SiteRecipe(WeightScheme(bits))})
+    weights = [realizer.weight(realizer._sites["0"], SiteRecipe(WeightScheme(4)))] * 2
+    assert weights[0] is weights[1]
+    assert len(realizer._weights) == 1
+    assert realizer._bytes == 256
+
+
+def test_learning_needs_its_statistics_and_changes_the_weight(realizer):
+    nearest = SiteRecipe(WeightScheme(3))
+    learned = SiteRecipe(WeightScheme(3), None, 0.05)
+    site = realizer._sites["2"]
+    one, two = realizer.weight(site, nearest), realizer.weight(site, learned)
+    assert not torch.equal(one.q, two.q)
+    with pytest.raises(SpecError, match=r"2: learning_rate: .* needs calibration data"):
+        Realizer(realizer.prepared, {}).apply({"2": learned})
+
+
+def test_mistakes_name_the_site(realizer):
+    with pytest.raises(SpecError, match="layer '9' is not in the model; its 2 layers are 0, 2"):
+        realizer.apply({"9": INT8})
+    with pytest.raises(
+        SpecError, match=r"0: weight\.granularity: per_group_32 does not divide the"
+    ):
+        realizer.apply({"0": SiteRecipe(WeightScheme(4, "per_group_32"))})
+    with pytest.raises(SpecError, match="0: activation: no scale in the recipe"):
+        Realizer(realizer.prepared, {}).apply({"0": INT8})
+    with torch.no_grad():
+        realizer.prepared.slots["2"].parameter[0, 0] = float("nan")
+    with pytest.raises(TrialError, match="2: the weight holds NaN or Inf"):
+        realizer.apply({"2": INT8})
+
+
+def test_after_a_mistake_the_next_recipe_is_right(realizer):
+    realizer.apply({"0": INT8, "2": INT8})
+    expected = run(realizer.prepared.model)
+    bad = {"0": SiteRecipe(WeightScheme(2)), "2": SiteRecipe(WeightScheme(4, "per_group_64"))}
+    with pytest.raises(SpecError, match="does not divide"):
+        realizer.apply(bad)
+    realizer.apply({"0": INT8, "2": INT8})
+    assert torch.equal(run(realizer.prepared.model), expected)
+
+
+def test_an_activation_is_left_out_where_none_meets_the_weight():
+    ids = torch.tensor([1, 2])
+    prepared = prepare(nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 2)), lambda m: m(ids))
+    statistics = calibrate(prepared, [ids], lambda m, b: m(b))
+    done = Realizer(prepared, statistics).apply({"0": INT8, "1": INT8})
+    assert done["0"] == SiteRecipe(WeightScheme(8))
+    assert done["1"].activation is not None

@@ -1,0 +1,202 @@
+"""One pass over the calibration data, against loops over every position and token."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoquant.errors import TrialError
+from autoquant.nn import calibrate as module
+from autoquant.nn.calibrate import calibrate
+from autoquant.nn.convert import prepare
+
+
+def statistics_of(layer: nn.Module, *batches: Tensor) -> Any:
+    prepared = prepare(nn.Sequential(layer).eval(), lambda m: m(batches[0]))
+    found = calibrate(prepared, batches, lambda m, batch: m(batch))
+    return found[prepared.sites[0].name]
+
+
+def windows(layer: Any, x: Tensor) -> np.ndarray:
+    """Return what each group's weights meet, [groups, positions, n], one window at a time."""
+    dims = x.dim() - 2
+    pads = layer._reversed_padding_repeated_twice
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, pads, mode=mode).numpy()
+    channels = padded.shape[1] // layer.groups
+    spans = [
+        range(0, n - d * (k - 1), s)
+        for n, k, s, d in zip(
+            padded.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+        )
+    ]
+    rows: list[list[np.ndarray]] = [[] for _ in range(layer.groups)]
+    for sample, place in itertools.product(padded, itertools.product(*spans)):
+        cut = tuple(
+            slice(place[i], place[i] + layer.dilation[i] * (layer.kernel_size[i] - 1) + 1, d)
+            for i, d in zip(range(dims), layer.dilation, strict=True)
+        )
+        for group in range(layer.groups):
+            part = sample[group * channels : (group + 1) * channels]
+            rows[group].append(part[:, *cut].ravel())
+    return np.array(rows, dtype=np.float64)
+
+
+CONVOLUTIONS = [
+    (nn.Conv2d(3, 4, 3), (2, 3, 6, 5)),
+    (nn.Conv2d(4, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 1)), (2, 4, 7, 6)),
+    (nn.Conv2d(4, 6, 3, groups=2, padding="same"), (2, 4, 5, 5)),
+    (nn.Conv2d(4, 8, 2, groups=4, stride=2), (2, 4, 6, 6)),
+    (nn.Conv2d(2, 2, 4, padding="same", padding_mode="reflect"), (1, 2, 6, 6)),
+    (nn.Conv2d(2, 2, 3, padding=(1, 2), padding_mode="circular"), (1, 2, 6, 6)),
+    (nn.Conv2d(2, 2, 3, padding=1, padding_mode="replicate"), (1, 2, 4, 5)),
+    (nn.Conv1d(3, 4, 3, padding=1, stride=2), (2, 3, 8)),
+    (nn.Conv1d(4, 4, 3, groups=2, dilation=2, padding="same", padding_mode="reflect"), (2, 4, 9)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS)
+def test_the_moments_of_a_convolution_are_those_of_its_windows(layer, shape):
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(shape, generator=generator) + 0.2 for _ in range(2)]
+    rows = np.concatenate([windows(layer, x) for x in batches], 1)
+    expected = np.einsum("gpi,gpj->gij", rows, rows) / rows.shape[1]
+    found = statistics_of(layer, *batches).moments
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_moments_of_a_linear_layer_are_those_of_its_tokens():
+    x = torch.randn(2, 3, 5)
+    expected = np.einsum("pi,pj->ij", *[x.reshape(-1, 5).double().numpy()] * 2) / 6
+    assert np.allclose(statistics_of(nn.Linear(5, 2), x).moments[0], expected, rtol=1e-4)
+
+
+def test_the_moments_of_a_recurrent_weight_are_those_of_all_its_steps():
+    torch.manual_seed(0)
+    layer, x = nn.GRU(3, 4, batch_first=True), torch.randn(2, 5, 3)
+    prepared = prepare(layer.eval(), lambda m: m(x))
+    found = calibrate(prepared, [x], lambda m, batch: m(batch))
+    with torch.no_grad():
+        outputs, _ = layer(x)
+    states = torch.cat([torch.zeros(2, 1, 4), outputs[:, :-1]], 1).reshape(-1, 4)
+    inputs = x.reshape(-1, 3)
+    for name, rows in (("weight_ih_l0", inputs), ("weight_hh_l0", states)):
+        assert torch.allclose(found[name].moments[0], rows.T @ rows / 10, atol=1e-6)
+        assert found[name].inputs.count == rows.numel()
+
+
+def test_what_meets_no_weight_has_no_statistics_and_wide_inputs_have_a_diagonal(monkeypatch):
+    found = statistics_of(nn.Embedding(4, 3), torch.tensor([1, 2]))
+    assert (found.inputs, found.moments) == (None, None)
+    for layer in (nn.Conv3d(1, 2, 1), nn.ConvTranspose3d(1, 2, 1)):
+        found = statistics_of(layer, torch.randn(2, 1, 3, 3, 3))
+        assert found.moments is None
+        assert found.inputs.count == 54
+    x = torch.randn(7, 5)
+    full = statistics_of(nn.Linear(5, 2), x).moments
+    monkeypatch.setattr(module, "GRAM_COLUMNS", 4)
+    diagonal = statistics_of(nn.Linear(5, 2), x).moments
+    assert torch.allclose(diagonal[0], full[0].diagonal(), atol=1e-6)
+
+
+def test_the_narrow_sites_come_first_where_the_budget_is_short(monkeypatch):
+    monkeypatch.setattr(module, "GRAM_BUDGET", 4 * (3 * 3 + 5 * 5))
+    model, x = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3), nn.Linear(3, 2)), torch.randn(4, 8)
+    prepared = prepare(model.eval(), lambda m: m(x))
+    found = calibrate(prepared, [x], lambda m, batch: m(batch))
+    assert [found[name].moments.dim() for name in ("0", "1", "2")] == [2, 3, 3]
+
+
+def test_only_some_rows_of_a_large_batch_enter_the_moments(monkeypatch):
+    monkeypatch.setattr(module, "GRAM_ROWS", 4)
+    x = torch.arange(16.0)[:, None]
+    found = statistics_of(nn.Linear(1, 1), x)
+    assert found.moments.item() == pytest.approx((0 + 16 + 64 + 144) / 4)
+    assert found.inputs.count == 16
+    image = torch.randn(6, 1, 4, 4)
+    assert statistics_of(nn.Conv2d(1, 1, 1), image).moments.item() < image.square().max()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "tokens"),
+    [
+        (nn.Linear(5, 2), (2, 3, 5), 6),
+        (nn.Linear(5, 2), (5,), 1),
+        (nn.Conv2d(3, 2, 1), (4, 3, 2, 2), 4),
+        (nn.Conv1d(3, 2, 1), (4, 3, 2), 4),
+        (nn.Conv1d(3, 2, 1), (3, 2), 1),
+        (nn.ConvTranspose2d(3, 2, 1), (4, 3, 2, 2), 4),
+    ],
+)
+def test_tokens_are_vectors_or_samples(layer, shape, tokens):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    rows = x.reshape(tokens, -1).double()
+    found = statistics_of(layer, x).inputs
+    assert found.tokens == tokens
+    assert found.token_absmax_square == pytest.approx(rows.abs().amax(1).square().mean().item())
+    spread = rows.amax(1).clamp(min=0) - rows.amin(1).clamp(max=0)
+    assert found.token_range_square == pytest.approx(spread.square().mean().item())
+    assert (found.minimum, found.maximum) == (x.min().item(), x.max().item())
+
+
+def test_every_batch_runs_once_in_float_and_nothing_is_left_behind(case, equal):
+    prepared = case.prepared()
+    before = case.run(prepared.model)
+    calls, batches = [], iter(range(3))
+    prepared.model.register_forward_hook(lambda *_: calls.append(1))
+
+    def run(model, batch):
+        assert torch.is_grad_enabled() is False
+        return case.run(model)
+
+    found = calibrate(prepared, batches, run)
+    assert len(calls) == 3
+    assert set(found) == {site.name for site in prepared.sites}
+    for site in prepared.sites:
+        assert (found[site.name].inputs is not None) == site.activation
+    assert all(slot.observe is None for slot in prepared.slots.values())
+    assert equal(case.run(prepared.model), before)
+
+
+def test_code_that_fails_leaves_no_observer_behind():
+    prepared = prepare(nn.Linear(2, 2))
+    with pytest.raises(ZeroDivisionError):
+        calibrate(prepared, [0], lambda m, batch: 1 / batch)
+    assert prepared.slots["weight"].observe is None
+
+
+def test_statistics_taken_in_inference_mode_can_be_learned_from():
+    layer, x = nn.Linear(3, 3), torch.randn(4, 3)
+
+    @torch.inference_mode()
+    def fast(model, batch):
+        return model(batch)
+
+    prepared = prepare(layer, lambda m: m(x))
+    moments = calibrate(prepared, [x, x], fast)["weight"].moments
+    assert not moments.is_inference()
+    same = calibrate(prepared, [x], lambda m, batch: m(batch))["weight"].moments
+    assert torch.allclose(moments, same)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("everything", [True, False])
+def test_an_activation_that_is_not_finite_is_a_failed_trial(bad, everything):
+    x = torch.ones(2, 3)
+    x[0, 0] = bad
+    if everything:
+        x[:] = bad
+    with pytest.raises(TrialError, match="0: its input holds NaN or Inf"):
+        statistics_of(nn.Linear(3, 2), x)
+
+
+def test_empty_calls_are_no_calls():
+    found = statistics_of(nn.Linear(3, 2), torch.ones(2, 3), torch.ones(0, 3))
+    assert found.inputs.count == 6
+    assert torch.equal(found.moments, torch.ones(1, 3, 3))

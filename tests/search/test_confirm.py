@@ -1,0 +1,203 @@
+"""Finalists, and which of them is returned, with sessions that know the answers beforehand."""
+
+import datetime
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+from autoquant.errors import TrialError
+from autoquant.measure.evaluator import Reading
+from autoquant.search.confirm import FINALISTS, confirm, confirm_one, finalists
+from autoquant.search.goal import Goal, Measurement
+from autoquant.search.ledger import MEASURED, finished
+from autoquant.search.params import ParameterMap
+from autoquant.search.trials import measured
+from autoquant.spec.recipe import ModelIdentity, SiteRecipe, WeightScheme
+from autoquant.spec.space import DEFAULTS, SiteSpace
+
+BITS = (8, 6, 4, 2)
+SPACE = SiteSpace({**DEFAULTS, "weight_bits": BITS, "activation_bits": (16,)})
+MAPPING = ParameterMap({"a": SPACE, "b": SPACE})
+DROP = Goal(0.02, 1600)
+BUDGET = Goal(0.02, 1600, bits=5.0)
+
+
+def make(number, a, b, drop, goal=DROP, loss=None, state=TrialState.COMPLETE):
+    loss = max(drop, 1e-6) if loss is None else loss
+    bits = (a + b) / 2
+    m = Measurement(0.9 - drop, drop, loss, bits, int(100 * bits), 0.0)
+    found = {"drop": m.drop, "loss": m.loss, "size_bytes": m.size_bytes}
+    found |= {"objective": goal.objective(m), "feasible": goal.feasible(m)}
+    trial = finished(
+        state,
+        params={"a.weight_bits": a, "b.weight_bits": b},
+        distributions=MAPPING.distributions,
+        started=datetime.datetime.now(),
+        value=goal.objective(m) if state == TrialState.COMPLETE else None,
+        user_attrs={MEASURED: found} if state != TrialState.FAIL else {},
+    )
+    trial.number = number
+    return trial
+
+
+@st.composite
+def studies(draw):
+    goal = draw(st.sampled_from([DROP, BUDGET]))
+    states = st.sampled_from([TrialState.COMPLETE] * 5 + [TrialState.PRUNED, TrialState.FAIL])
+    width = st.sampled_from(BITS)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    trials = []
+    for number in range(draw(st.integers(0, 25))):
+        a = b = BITS[number] if number < len(BITS) else 0
+        a, b = a or draw(width), b or draw(width)
+        drop = (4.0**-a + 4.0**-b) * 3 * float(rng.lognormal(0, 0.3))
+        trials.append(make(number, a, b, drop, goal, state=draw(states)))
+    return trials, goal
+
+
+@given(studies())
+@settings(deadline=None)
+def test_finalists_are_few_different_and_complete(study):
+    trials, goal = study
+    found = finalists(trials, MAPPING, goal, len(BITS))
+    assert len(found) <= FINALISTS
+    assert all(t.state == TrialState.COMPLETE for t in found)
+    assert len({tuple(t.params.items()) for t in found}) == len(found)
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    assert bool(found) == bool(complete)
+
+
+@given(studies())
+@settings(deadline=None)
+def test_the_safe_ways_out_are_among_them(study):
+    trials, goal = study
+    recipes = [t.params for t in finalists(trials, MAPPING, goal, len(BITS))]
+    rows = [(t, m) for t in trials if (m := measured(t)) is not None]
+    if goal.budgeted:
+        rows = [r for r in rows if r[1]["feasible"]] or rows
+        plain = [r for r in rows if r[1]["feasible"] and r[0].number < len(BITS)]
+        if plain:  # the best uniform recipe
+            best = min(plain, key=lambda r: (r[1]["objective"], r[0].number))
+            assert best[0].params in recipes
+    if rows:  # the one of least loss
+        assert min(rows, key=lambda r: (r[1]["loss"], r[0].number))[0].params in recipes
+
+
+def test_with_a_maximum_drop_the_smallest_come_first_and_the_lucky_one_does_not():
+    """Drops follow 2 × loss, but for one trial that had luck on the search data."""
+    losses = {8: 0.0005, 6: 0.002, 4: 0.007, 2: 0.08}
+    pairs = [(8, 8), (6, 6), (4, 4), (2, 2), *itertools.permutations(BITS, 2)]
+    pairs.remove((2, 4))
+    rows = [(a, b, losses[a] + 1.1 * losses[b]) for a, b in pairs]
+    trials = [make(i, a, b, 2 * loss, loss=loss) for i, (a, b, loss) in enumerate(rows)]
+    lucky = make(len(trials), 2, 4, 0.015, loss=0.0877)
+    assert measured(lucky)["feasible"]
+    found = finalists([*trials, lucky], MAPPING, DROP, 4)
+    sizes = [t.user_attrs[MEASURED]["size_bytes"] for t in found]
+    assert sizes == sorted(sizes)
+    numbers = [t.number for t in found]
+    assert lucky.number not in numbers
+    widths = [tuple(t.params.values()) for t in found]
+    assert widths[0] == (4, 6)
+    assert (6, 6) in widths  # the best uniform one
+    assert (8, 8) in widths  # the one of least loss
+
+
+def test_with_a_budget_the_least_drop_comes_first():
+    rows = [(4, 4, 0.04), (2, 2, 0.3), (6, 4, 0.02), (4, 6, 0.03), (8, 2, 0.2), (8, 8, 0.0)]
+    trials = [make(i, a, b, drop, BUDGET) for i, (a, b, drop) in enumerate(rows)]
+    found = finalists(trials, MAPPING, BUDGET, 2)
+    assert [t.number for t in found] == [2, 3, 0]
+
+
+def test_a_recipe_that_was_tried_twice_is_one_finalist():
+    trials = [make(i, 8, 8, 0.001) for i in range(4)]
+    assert [t.number for t in finalists(trials, MAPPING, DROP, 1)] == [0]
+
+
+class FakeSession:
+    """A session whose confirmed drops are given by (a, b) bits; None fails."""
+
+    def __init__(self, drops, *, confirms=True):
+        self.drops = drops
+        self.asked = []
+        self.model = None
+        self.identity = ModelIdentity("net", "ab")
+        self.prepared = SimpleNamespace(folded={"bn": "a"})
+        self.sizes = SimpleNamespace(float_size_bytes=1600)
+        self.evaluator = SimpleNamespace(
+            confirms=confirms,
+            metric=SimpleNamespace(name="accuracy", higher_is_better=True),
+            baseline=lambda model, split: self.baseline(split),
+        )
+
+    def baseline(self, split):
+        return Reading(0.9 if split == "search" else 0.8, 10, None, None, 0.0)
+
+    def measure(self, sites, split, **_):
+        key = tuple(s.weight.bits for s in sites.values())
+        drop = self.drops[key]
+        self.asked.append((key, split))
+        if drop is None:
+            raise TrialError("out of memory")
+        drop = drop if split == "confirm" or not self.evaluator.confirms else 0.001
+        value = self.baseline(split).value - drop
+        bits = sum(key) / 2
+        m = Measurement(value, drop, drop, bits, int(100 * bits), 0.0)
+        return m, Reading(value, 10, None, None, 0.0), dict(sites)
+
+
+def trials_of(*rows):
+    return [make(i, a, b, 0.001) for i, (a, b) in enumerate(rows)]
+
+
+def test_the_first_that_keeps_its_promise_is_returned():
+    session = FakeSession({(4, 4): 0.05, (6, 4): 0.019, (8, 8): 0.0})
+    chosen, done = confirm(session, MAPPING, DROP, trials_of((4, 4), (6, 4), (8, 8)), 0)
+    assert (chosen.trial, chosen.holds, len(done)) == (1, True, 2)
+    assert chosen is done[1]
+    assert ((8, 8), "confirm") not in session.asked
+    evidence = chosen.recipe.evidence
+    assert chosen.result is evidence.confirm
+    assert (evidence.search.drop, evidence.confirm.drop) == (0.001, 0.019)
+    assert (evidence.search.baseline, evidence.confirm.baseline) == (0.9, 0.8)
+    assert evidence.confirm.quantized == pytest.approx(0.781)
+    assert (evidence.average_weight_bits, evidence.size_bytes) == (5.0, 500)
+    assert dict(chosen.recipe.folded) == {"bn": "a"}
+
+
+def test_where_none_holds_the_nearest_is_returned():
+    session = FakeSession({(4, 4): 0.05, (6, 4): 0.03, (8, 8): 0.04})
+    chosen, done = confirm(session, MAPPING, DROP, trials_of((4, 4), (6, 4), (8, 8)), 0)
+    assert (chosen.trial, chosen.holds, len(done)) == (1, False, 3)
+
+
+def test_with_a_budget_the_least_confirmed_drop_wins():
+    session = FakeSession({(4, 4): 0.01, (6, 4): 0.03, (4, 6): 0.002})
+    chosen, done = confirm(session, MAPPING, BUDGET, trials_of((4, 4), (6, 4), (4, 6)), 0)
+    assert (chosen.trial, len(done)) == (2, 3)
+
+
+def test_a_finalist_that_fails_is_passed_over():
+    session = FakeSession({(4, 4): None, (6, 4): 0.01})
+    chosen, done = confirm(session, MAPPING, DROP, trials_of((4, 4), (6, 4)), 0)
+    assert (chosen.trial, len(done)) == (1, 1)
+    with pytest.raises(TrialError, match="no finalist could be measured again: out of memory"):
+        confirm(session, MAPPING, DROP, trials_of((4, 4)), 0)
+    with pytest.raises(TrialError, match="there is none"):
+        confirm(session, MAPPING, DROP, [], 0)
+
+
+def test_without_a_second_split_the_drop_is_the_searched_one():
+    session = FakeSession({(4, 4): 0.015}, confirms=False)
+    sites = {"a": SiteRecipe(WeightScheme(4)), "b": SiteRecipe(WeightScheme(4))}
+    found = confirm_one(session, sites, DROP, seed=3)
+    assert found.recipe.evidence.confirm is None
+    assert found.result.drop == 0.015
+    assert (found.trial, found.holds, found.recipe.seed) == (-1, True, 3)
+    assert {split for _, split in session.asked} == {"search"}

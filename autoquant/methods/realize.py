@@ -13,9 +13,10 @@ from autoquant.methods.rounding import learn_rounding
 from autoquant.nn.calibrate import SiteStatistics
 from autoquant.nn.convert import Prepared, deploy
 from autoquant.nn.sites import Site
-from autoquant.nn.weights import QuantizedWeight, quantize_weight
+from autoquant.nn.weights import quantize_weight
 from autoquant.observers.calibration import activation_range
 from autoquant.quant.affine import choose_qparams
+from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.granularity import divides
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe, WeightScheme
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from autoquant.nn.sites import Site
-from autoquant.nn.weights import QuantizedWeight, quantize_weight
+from autoquant.nn.weights import quantize_weight
 from autoquant.quant.affine import TINY, QParams
 from autoquant.quant.blocks import from_blocks, to_blocks, to_matrix
+from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import WeightScheme
 
 STEPS = 120

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from autoquant.errors import ModelFileError, SpecError
 from autoquant.nn.convert import deploy, prepare
 from autoquant.nn.sites import Site
-from autoquant.nn.weights import QuantizedWeight
 from autoquant.quant.affine import QParams
+from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.granularity import block_size
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import dumps, loads

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from autoquant.errors import TrialError
 from autoquant.nn.convert import Prepared
 from autoquant.nn.sites import Site
-from autoquant.nn.slots import token_dims
 from autoquant.observers.statistics import StatisticsCollector, TensorStatistics
+from autoquant.quant.activation import token_dims
 
 GRAM_BUDGET = 1 << 30
 """Bytes that all second-moment matrices together may take; beyond, their diagonals serve."""

@@ -20,8 +20,9 @@ from autoquant.nn.fold import fold, fold_checked
 from autoquant.nn.modules import QUANTIZED, QuantizedConv2d, quantized_class
 from autoquant.nn.packed import PackedSite
 from autoquant.nn.sites import FloatPart, Site, find_sites, layout_of
-from autoquant.nn.slots import ActivationQuantizer, SiteSlot
-from autoquant.nn.weights import QuantizedWeight
+from autoquant.nn.slots import SiteSlot
+from autoquant.quant.activation import ActivationQuantizer
+from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
 

@@ -10,13 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from autoquant.nn.sites import Site
-from autoquant.quant.affine import (
-    QParams,
-    choose_qparams,
-    fake_quantize,
-    fake_quantize_scalar,
-)
-from autoquant.spec.recipe import ActivationScheme
+from autoquant.quant.activation import ActivationQuantizer
 
 
 class SiteSlot:
@@ -46,41 +40,3 @@ class SiteSlot:
         if self.observe is not None:
             self.observe(x)
         return x if self.activation is None else self.activation(x)
-
-
-class ActivationQuantizer:
-    """Fake-quantizes an activation by one scheme, with a static scale or one for each token."""
-
-    def __init__(self, scheme: ActivationScheme, kind: str) -> None:
-        if scheme.scale is None and not scheme.dynamic:
-            raise ValueError("a static activation scheme must be calibrated before it is used")
-        self.scheme = scheme
-        self.kind = kind
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return ``x`` as the quantized model sees it, in its own dtype."""
-        scheme = self.scheme
-        if scheme.scale is not None:
-            return fake_quantize_scalar(x, scheme.scale, scheme.zero_point or 0, scheme.bits)
-        if x.numel() == 0:
-            return x
-        return fake_quantize(x, token_qparams(x, scheme, self.kind))
-
-
-def token_dims(kind: str, dims: int) -> tuple[int, ...]:
-    """Return the axes of an activation that share one dynamic scale.
-
-    For a layer on vectors a token is one vector of its last axis; for a convolution on
-    [batch, channels, …] it is one sample, the most that one product of integers can have.
-    """
-    if kind.startswith("conv"):
-        return tuple(range(1, dims)) if dims > 2 else tuple(range(dims))
-    return (dims - 1,)
-
-
-def token_qparams(x: Tensor, scheme: ActivationScheme, kind: str) -> QParams:
-    """Return one scale and zero point for each token of ``x``, from the token's own range."""
-    dims = token_dims(kind, x.dim())
-    lo = x.amin(dim=dims, keepdim=True)
-    hi = x.amax(dim=dims, keepdim=True)
-    return choose_qparams(lo, hi, scheme.bits, symmetric=scheme.symmetric)

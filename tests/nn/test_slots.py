@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from autoquant.nn.sites import find_sites
-from autoquant.nn.slots import ActivationQuantizer, SiteSlot, token_dims
+from autoquant.nn.slots import SiteSlot
+from autoquant.quant.activation import ActivationQuantizer, token_dims
 from autoquant.spec.recipe import ActivationScheme
 
 

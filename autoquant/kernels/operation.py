@@ -1,0 +1,69 @@
+"""What a kernel is asked to compute, and what a backend is.
+
+A product is one weight, packed once for one activation scheme. It computes what the reference does
+(see ``reference``), or says that this call is not for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from autoquant.quant.weight import QuantizedWeight
+from autoquant.spec.recipe import ActivationScheme
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """How a weight meets its activation.
+
+    ``kind`` is ``linear``, ``conv1d``, ``conv2d`` or ``conv3d``; the tuples have one entry for each
+    spatial axis, and convolutions pad with zeros, the same on both sides.
+    """
+
+    kind: str
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+
+LINEAR = Operation("linear")
+
+
+class Product(Protocol):
+    """One weight and one activation scheme, ready to be computed."""
+
+    backend: str
+    """Name of the backend that computes it."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return the layer's output on the activation ``x``, as it is before quantization.
+
+        None says that this call has to be computed by the reference instead: another dtype than
+        float32, NaN in the activation, a shape that the kernel can't take.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A way to compute products that is faster than the reference and never different."""
+
+    name: str
+
+    def missing(self, device: torch.device) -> str | None:
+        """Return why nothing can be computed on ``device``, in one line; None where it can."""
+        ...
+
+    def prepare(
+        self,
+        operation: Operation,
+        weight: QuantizedWeight,
+        activation: ActivationScheme | None,
+        device: torch.device,
+    ) -> Product | None:
+        """Pack a weight [out, in] or [out, in / groups, *kernel]; None where it is not for it."""
+        ...

@@ -12,6 +12,7 @@ from autoquant.errors import SpecError, TrialError
 from autoquant.methods.rounding import learn_rounding
 from autoquant.nn.calibrate import SiteStatistics
 from autoquant.nn.convert import Prepared, deploy
+from autoquant.nn.held import HeldWeight
 from autoquant.nn.sites import Site
 from autoquant.nn.weights import quantize_weight
 from autoquant.observers.calibration import activation_range
@@ -35,9 +36,8 @@ class Realizer:
         self.prepared = prepared
         self.statistics = statistics
         self._sites = {site.name: site for site in prepared.sites}
-        self._weights: OrderedDict[tuple[str, WeightScheme, float | None], QuantizedWeight]
+        self._weights: OrderedDict[tuple[str, WeightScheme, float | None], HeldWeight]
         self._weights = OrderedDict()
-        self._bytes = 0
         self._ranges: dict[tuple[str, ActivationScheme], ActivationScheme] = {}
         self._current: dict[str, SiteRecipe] = {}
 
@@ -55,7 +55,7 @@ class Realizer:
             if self._current.get(name) == recipe:
                 continue
             self._current.pop(name, None)
-            self.prepared.switch(name, self.weight(site, recipe), recipe.activation)
+            self.prepared.switch(name, self._held(site, recipe), recipe.activation)
             self._current[name] = recipe
         return done
 
@@ -98,6 +98,10 @@ class Realizer:
 
     def weight(self, site: Site, recipe: SiteRecipe) -> QuantizedWeight | None:
         """Return the quantized weight of ``site``, or None where it stays in float."""
+        held = self._held(site, recipe)
+        return None if held is None else held.quantized
+
+    def _held(self, site: Site, recipe: SiteRecipe) -> HeldWeight | None:
         scheme = recipe.weight
         if scheme is None:
             return None
@@ -106,12 +110,16 @@ class Realizer:
             self._weights.move_to_end(key)
             return self._weights[key]
         made = self._quantize(site, scheme, recipe.learning_rate)
-        self._weights[key] = made
-        self._bytes += made.q.numel()
-        while self._bytes > CACHE_BYTES and len(self._weights) > 1:
+        self._weights[key] = HeldWeight(made, self.prepared.engine)
+        self._evict()
+        return self._weights[key]
+
+    def _evict(self) -> None:
+        """Drop the weights that were not used for longest, but those of a whole recipe."""
+        held = sum(weight.bytes for weight in self._weights.values())
+        while held > CACHE_BYTES and len(self._weights) > len(self._sites):
             _, oldest = self._weights.popitem(last=False)
-            self._bytes -= oldest.q.numel()
-        return made
+            held -= oldest.bytes
 
     def _quantize(
         self, site: Site, scheme: WeightScheme, learning_rate: float | None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoquant.errors import UserError
-from autoquant.nn.runtime import SiteRuntime
+from autoquant.nn.runtime import Multiply, Rows, SiteRuntime
 
 
 class QuantizedMultiheadAttention(nn.MultiheadAttention):
@@ -77,38 +77,51 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the projections of the quantized ``query``, ``key`` and ``value``.
 
-        A tensor that is passed more than once is quantized and projected once.
+        A tensor that is passed more than once in a row is quantized and projected once.
         """
         bias = self.in_proj_bias
         if not self._qkv_same_embed_dim:
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             biases = (None, None, None) if bias is None else bias.chunk(3)
             q, k, v = (
-                F.linear(self._input(name, x), self._weight(name), b)
+                self._products(name, None)[0](x, b)
                 for name, x, b in zip(names, (query, key, value), biases, strict=True)
             )
             return q, k, v
-        weight = self._weight("in_proj_weight")
-        q_in = self._input("in_proj_weight", query)
+        size = self.embed_dim
         if query is key and key is value:
-            q, k, v = F.linear(q_in, weight, bias).chunk(3, -1)
+            (product,) = self._products("in_proj_weight", None)
+            q, k, v = product(query, bias).chunk(3, -1)
             return q, k, v
-        w_q, w_k, w_v = weight.chunk(3)
-        b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
-        k_in = q_in if key is query else self._input("in_proj_weight", key)
-        q = F.linear(q_in, w_q, b_q)
-        if value is key:
-            b_kv = None if bias is None else bias[self.embed_dim :]
-            k, v = F.linear(k_in, weight[self.embed_dim :], b_kv).chunk(2, -1)
-            return q, k, v
-        v_in = q_in if value is query else self._input("in_proj_weight", value)
-        return q, F.linear(k_in, w_k, b_k), F.linear(v_in, w_v, b_v)
+        # Inputs that are the same and lie side by side in the weight share a product.
+        if query is key:
+            cuts: tuple[tuple[int, int], ...] = ((0, 2 * size), (2 * size, 3 * size))
+            inputs: tuple[Tensor, ...] = (query, value)
+        elif key is value:
+            cuts, inputs = ((0, size), (size, 3 * size)), (query, key)
+        else:
+            cuts = ((0, size), (size, 2 * size), (2 * size, 3 * size))
+            inputs = (query, key, value)
+        outputs = [
+            product(x, None if bias is None else bias[slice(*cut)])
+            for product, x, cut in zip(
+                self._products("in_proj_weight", *cuts), inputs, cuts, strict=True
+            )
+        ]
+        q, k, v = (part for y in outputs for part in y.split(size, -1))
+        return q, k, v
 
-    def _weight(self, name: str) -> Tensor:
-        return self.sites[name].weight if name in self.sites else getattr(self, name)
+    def _products(self, name: str, *parts: Rows) -> tuple[Multiply, ...]:
+        """Return the products with the weight ``name``, with each of some of its rows."""
+        if name in self.sites:
+            return self.sites[name].linear(*parts)
+        weight = getattr(self, name)
 
-    def _input(self, name: str, x: Tensor) -> Tensor:
-        return self.sites[name].quantize_input(x) if name in self.sites else x
+        def product(rows: Rows) -> Multiply:
+            part = weight if rows is None else weight[slice(*rows)]
+            return lambda x, bias: F.linear(x, part, bias)
+
+        return tuple(map(product, parts))
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         """Return a projection, laid out as the inputs are, as [batch, heads, length, head_dim]."""

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from autoquant.errors import ModelFileError
+from autoquant.kernels.engine import Engine
 from autoquant.nn.attention import disable_fast_path
 from autoquant.nn.fold import fold, fold_checked
+from autoquant.nn.held import HeldWeight
 from autoquant.nn.modules import QUANTIZED, QuantizedConv2d, quantized_class
+from autoquant.nn.operations import operation_of
 from autoquant.nn.packed import PackedSite
 from autoquant.nn.sites import FloatPart, Site, find_sites, layout_of
 from autoquant.nn.slots import SiteSlot
-from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -38,40 +40,42 @@ class Prepared:
     float_parts: tuple[FloatPart, ...]
     slots: Mapping[str, SiteSlot]
     folded: Mapping[str, str]
+    engine: Engine
 
     def switch(
-        self, name: str, weight: QuantizedWeight | None, activation: ActivationScheme | None
+        self,
+        name: str,
+        weight: HeldWeight | QuantizedWeight | None,
+        activation: ActivationScheme | None,
     ) -> None:
-        """Give one site its weight and activation; None means float."""
-        slot = self.slots[name]
-        parameter = slot.parameter
-        slot.override = None
-        if weight is not None:
-            # Strides as the parameter's: the memory format belongs to the model.
-            override = torch.empty_like(parameter, requires_grad=False)
-            slot.override = override.copy_(weight.dequantize(parameter.dtype))
-        slot.activation = None
-        if activation is not None:
-            slot.activation = ActivationQuantizer(activation, slot.site.kind)
+        """Give one site its weight and activation; None means float.
+
+        A weight that is held keeps what was packed for it, for the next time.
+        """
+        if isinstance(weight, QuantizedWeight):
+            weight = HeldWeight(weight, self.engine)
+        self.slots[name].switch(weight, activation)
 
     def reset(self) -> None:
         """Return every site to float."""
         for slot in self.slots.values():
-            slot.override = None
-            slot.activation = None
+            slot.switch(None, None)
 
 
 def prepare(
     model: nn.Module,
     run: Callable[[nn.Module], Any] | None = None,
     folded: Mapping[str, str] | None = None,
+    engine: Engine | None = None,
 ) -> Prepared:
     """Make the layers of ``model`` switchable, in place.
 
     ``run`` runs one batch: it shows which BatchNorms follow which layers, and which sites are
     used, in which order. Without it, ``folded`` says the former, and module order stands for the
-    latter. Raises ModelFileError where the model has nothing to quantize.
+    latter. ``engine`` computes, the reference where there is none. Raises ModelFileError where the
+    model has nothing to quantize.
     """
+    engine = engine or Engine()
     if folded is not None:
         fold(model, folded)
     elif run is not None:
@@ -82,7 +86,7 @@ def prepare(
     slots = {}
     for site in sites:
         path, name = site.users[0]
-        slot = SiteSlot(site, getattr(model.get_submodule(path), name))
+        slot = SiteSlot(site, getattr(model.get_submodule(path), name), engine)
         slots[site.name] = slot
         for path, name in site.users:
             _convert(model.get_submodule(path), name, slot)
@@ -90,14 +94,15 @@ def prepare(
     if run is not None:
         sites, unused = _trace(sites, slots, model, run)
         float_parts = (*unused, *float_parts)
-    return Prepared(model, sites, float_parts, slots, dict(folded or {}))
+    return Prepared(model, sites, float_parts, slots, dict(folded or {}), engine)
 
 
 def _convert(module: nn.Module, name: str, slot: SiteSlot) -> None:
     if "sites" not in vars(module):
         layout = layout_of(module)
         assert layout is not None
-        vars(module).update(sites={}, float_class=type(module))
+        kept = {"sites": {}, "float_class": type(module), "operation": operation_of(module)}
+        vars(module).update(kept)
         module.__class__ = quantized_class(type(module), layout.base)
     vars(module)["sites"][name] = slot
 
@@ -186,7 +191,7 @@ def _pack(module: nn.Module, name: str, packed: PackedSite | None) -> None:
 
 def _settle(module: nn.Module) -> None:
     """Register the packed sites of a module as its submodules, or make it the original layer."""
-    del module.__dict__["sites"]
+    del module.__dict__["sites"], module.__dict__["operation"]
     float_class = module.__dict__.pop("float_class")
     packed = module.__dict__.pop("packed_sites", None)
     # Attention in float would read the weight of its out_proj instead of calling it.

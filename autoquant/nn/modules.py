@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from autoquant.kernels.operation import Operation
 from autoquant.nn.attention import QuantizedMultiheadAttention
 from autoquant.nn.recurrent import (
     QuantizedGRU,
@@ -38,7 +39,13 @@ class _SiteWeight:
 
 
 class _QuantizedCall(_SiteWeight):
-    """Quantizes the input, then computes as the original layer does."""
+    """Computes as the original layer does, on a quantized input.
+
+    ``operation`` says what that is, None where no kernel can stand in for it.
+    """
+
+    bias: Tensor | None
+    operation: Operation | None = None
 
     if TYPE_CHECKING:
 
@@ -46,8 +53,10 @@ class _QuantizedCall(_SiteWeight):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output on its quantized input."""
-        input = self.sites["weight"].quantize_input(input)
-        return super().forward(input, *args, **kwargs)
+        compute = super().forward
+        return self.sites["weight"].layer(
+            self.operation, input, self.bias, lambda x: compute(x, *args, **kwargs)
+        )
 
 
 class QuantizedLinear(_QuantizedCall, nn.Linear):

@@ -6,9 +6,14 @@ exported program needs nothing but torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoquant.kernels.operation import Operation
+from autoquant.nn.runtime import Multiply, Rows
 from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.affine import QParams, dequantize
 from autoquant.quant.blocks import from_blocks, from_matrix, to_blocks
@@ -90,3 +95,23 @@ class PackedSite(nn.Module):
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the activation as the quantized model sees it."""
         return x if self.activation is None else self.activation(x)
+
+    def layer(
+        self,
+        operation: Operation | None,
+        x: Tensor,
+        bias: Tensor | None,
+        compute: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Return a layer's output on ``x``."""
+        return compute(self.quantize_input(x))
+
+    def linear(self, *parts: Rows) -> tuple[Multiply, ...]:
+        """Return the products with the weight, a matrix: with each of some of its rows."""
+        weight = self.weight
+
+        def product(rows: Rows) -> Multiply:
+            part = weight if rows is None else weight[slice(*rows)]
+            return lambda x, bias: F.linear(self.quantize_input(x), part, bias)
+
+        return tuple(map(product, parts))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from autoquant.nn.runtime import SiteRuntime
+from autoquant.nn.runtime import Multiply, SiteRuntime
 
 State = tuple[Tensor, ...]
 """What one time step hands to the next: (h,), or (h, c) in an LSTM, each [batch, features]."""
@@ -29,11 +29,7 @@ State = tuple[Tensor, ...]
 Step = Callable[[Tensor, State], State]
 """One time step: projected input [batch, gates] and state → new state."""
 
-Quantize = Callable[[Tensor], Tensor]
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
+Function = Callable[[Tensor], Tensor]
 
 
 class _Sited(nn.Module):
@@ -41,24 +37,23 @@ class _Sited(nn.Module):
 
     sites: dict[str, SiteRuntime]
 
-    def _operand(self, name: str) -> tuple[Tensor, Quantize]:
-        """Return the weight ``name`` to compute with, and the quantizer of what it multiplies."""
-        if name not in self.sites:
-            return getattr(self, name), _unchanged
-        site = self.sites[name]
-        return site.weight, site.quantize_input
+    def _product(self, name: str) -> Multiply:
+        """Return the product with the weight ``name``."""
+        if name in self.sites:
+            return self.sites[name].linear(None)[0]
+        weight = getattr(self, name)
+        return lambda x, bias: F.linear(x, weight, bias)
 
 
 # --- one time step ---------------------------------------------------------------------------
 
 
-def _lstm_step(weight: Tensor, quantize: Quantize, projection: Quantize | None) -> Step:
+def _lstm_step(product: Multiply, projection: Function | None) -> Step:
     """Return an LSTM's step; both biases are in the projected input already."""
-    transposed = weight.t()
 
     def step(x: Tensor, state: State) -> State:
         h, c = state
-        i, f, g, o = torch.addmm(x, quantize(h), transposed).chunk(4, 1)
+        i, f, g, o = (product(h, None) + x).chunk(4, 1)
         c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
         h = o.sigmoid() * c.tanh()
         return (h if projection is None else projection(h)), c
@@ -66,13 +61,13 @@ def _lstm_step(weight: Tensor, quantize: Quantize, projection: Quantize | None) 
     return step
 
 
-def _gru_step(weight: Tensor, bias: Tensor | None, quantize: Quantize) -> Step:
+def _gru_step(product: Multiply, bias: Tensor | None) -> Step:
     """Return a GRU's step; ``bias`` is inside the reset gate, so it can't join the input's."""
 
     def step(x: Tensor, state: State) -> State:
         (h,) = state
         x_r, x_z, x_n = x.chunk(3, 1)
-        h_r, h_z, h_n = F.linear(quantize(h), weight, bias).chunk(3, 1)
+        h_r, h_z, h_n = product(h, bias).chunk(3, 1)
         reset = (x_r + h_r).sigmoid_()
         update = (x_z + h_z).sigmoid_()
         new = torch.addcmul(x_n, reset, h_n).tanh_()
@@ -81,12 +76,11 @@ def _gru_step(weight: Tensor, bias: Tensor | None, quantize: Quantize) -> Step:
     return step
 
 
-def _rnn_step(weight: Tensor, quantize: Quantize, activation: Quantize) -> Step:
+def _rnn_step(product: Multiply, activation: Function) -> Step:
     """Return an Elman network's step; both biases are in the projected input already."""
-    transposed = weight.t()
 
     def step(x: Tensor, state: State) -> State:
-        return (activation(torch.addmm(x, quantize(state[0]), transposed)),)
+        return (activation(product(state[0], None) + x),)
 
     return step
 
@@ -148,8 +142,7 @@ class _Recurrent(_Sited, nn.RNNBase):
 
         ``x`` is [time, batch, features], or [valid entries, features] with ``sizes``.
         """
-        weight, quantize = self._operand(f"weight_ih_{suffix}")
-        projected = F.linear(quantize(x), weight, self._input_bias(suffix))
+        projected = self._product(f"weight_ih_{suffix}")(x, self._input_bias(suffix))
         inputs = list(projected.unbind(0) if sizes is None else projected.split(sizes))
         backwards = suffix.endswith("_reverse")
         if backwards:
@@ -252,11 +245,11 @@ class QuantizedLSTM(_Recurrent, nn.LSTM):
         return self.proj_size or self.hidden_size, self.hidden_size
 
     def _step(self, suffix: str) -> Step:
-        weight, quantize = self._operand(f"weight_hh_{suffix}")
+        product = self._product(f"weight_hh_{suffix}")
         if not self.proj_size:
-            return _lstm_step(weight, quantize, None)
-        down, quantize_cell = self._operand(f"weight_hr_{suffix}")
-        return _lstm_step(weight, quantize, lambda h: F.linear(quantize_cell(h), down))
+            return _lstm_step(product, None)
+        down = self._product(f"weight_hr_{suffix}")
+        return _lstm_step(product, lambda h: down(h, None))
 
     def forward(  # type: ignore[override]
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
@@ -284,16 +277,16 @@ class QuantizedGRU(_OneState, nn.GRU):  # type: ignore[misc]
         return getattr(self, f"bias_ih_{suffix}") if self.bias else None
 
     def _step(self, suffix: str) -> Step:
-        weight, quantize = self._operand(f"weight_hh_{suffix}")
-        return _gru_step(weight, getattr(self, f"bias_hh_{suffix}", None), quantize)
+        product = self._product(f"weight_hh_{suffix}")
+        return _gru_step(product, getattr(self, f"bias_hh_{suffix}", None))
 
 
 class QuantizedRNN(_OneState, nn.RNN):  # type: ignore[misc]
     """An Elman network (tanh or ReLU) with quantized weights and their inputs."""
 
     def _step(self, suffix: str) -> Step:
-        weight, quantize = self._operand(f"weight_hh_{suffix}")
-        return _rnn_step(weight, quantize, torch.relu if self.mode == "RNN_RELU" else torch.tanh)
+        product = self._product(f"weight_hh_{suffix}")
+        return _rnn_step(product, torch.relu if self.mode == "RNN_RELU" else torch.tanh)
 
 
 # --- cells: one time step called by the user's own loop ----------------------------------------
@@ -309,8 +302,7 @@ class _Cell(_Sited, nn.RNNCellBase):
         """Return the state after ``x`` ([batch, features] or [features], like the states)."""
         if x.dim() not in (1, 2) or any(s.dim() != x.dim() for s in state):
             raise ValueError("a recurrent cell takes 1-D or 2-D input, and states that match it")
-        weight, quantize = self._operand("weight_ih")
-        projected = F.linear(quantize(x), weight, bias)
+        projected = self._product("weight_ih")(x, bias)
         if x.dim() == 2:
             return step(projected, tuple(s.to(projected.dtype) for s in state))
         state = tuple(s.unsqueeze(0).to(projected.dtype) for s in state)
@@ -327,9 +319,8 @@ class QuantizedLSTMCell(_Cell, nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (h, c) in the shapes of ``nn.LSTMCell``."""
-        weight, quantize = self._operand("weight_hh")
         state = hx if hx is not None else (self._zero(input), self._zero(input))
-        step = _lstm_step(weight, quantize, None)
+        step = _lstm_step(self._product("weight_hh"), None)
         h, c = self._advance(input, state, self._sum_of_biases(), step)
         return h, c
 
@@ -339,9 +330,8 @@ class QuantizedGRUCell(_Cell, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h in the shape of ``nn.GRUCell``'s."""
-        weight, quantize = self._operand("weight_hh")
         state = (hx if hx is not None else self._zero(input),)
-        step = _gru_step(weight, self.bias_hh, quantize)
+        step = _gru_step(self._product("weight_hh"), self.bias_hh)
         return self._advance(input, state, self.bias_ih, step)[0]
 
 
@@ -350,8 +340,7 @@ class QuantizedRNNCell(_Cell, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h in the shape of ``nn.RNNCell``'s."""
-        weight, quantize = self._operand("weight_hh")
         state = (hx if hx is not None else self._zero(input),)
         activation = torch.relu if self.nonlinearity == "relu" else torch.tanh
-        step = _rnn_step(weight, quantize, activation)
+        step = _rnn_step(self._product("weight_hh"), activation)
         return self._advance(input, state, self._sum_of_biases(), step)[0]

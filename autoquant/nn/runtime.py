@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
+from autoquant.kernels.operation import Operation
+
+Multiply = Callable[[Tensor, Tensor | None], Tensor]
+"""Activation [..., in], as it is before quantization, and bias [out] or None → [..., out]."""
+
+
+Rows = tuple[int, int] | None
+"""Output channels of a weight: from, to; None for all."""
+
 
 class SiteRuntime(Protocol):
-    """Gives a converted module its weight, and quantizes what that weight is multiplied with."""
+    """Gives a converted module its weight, and computes what that weight is multiplied with."""
 
     @property
     def weight(self) -> Tensor:
@@ -17,4 +27,25 @@ class SiteRuntime(Protocol):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the activation ``x`` that meets the weight, as the quantized model sees it."""
+        ...
+
+    def layer(
+        self,
+        operation: Operation | None,
+        x: Tensor,
+        bias: Tensor | None,
+        compute: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Return a layer's output on ``x``; ``compute`` gives it from the quantized activation.
+
+        ``operation`` says what ``compute`` does with weight and bias, so that a kernel can stand
+        in for it; None where it is nothing that a kernel knows.
+        """
+        ...
+
+    def linear(self, *parts: Rows) -> tuple[Multiply, ...]:
+        """Return the products with the weight, a matrix [out, in]: with each of some of its rows.
+
+        The weight is read once.
+        """
         ...

@@ -5,38 +5,110 @@ A slot is switched from one recipe to the next in place, without touching the mo
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoquant.kernels.engine import FLOAT, Engine
+from autoquant.kernels.operation import LINEAR, Operation, Product
+from autoquant.nn.held import HeldWeight
+from autoquant.nn.runtime import Multiply, Rows
 from autoquant.nn.sites import Site
-from autoquant.quant.activation import ActivationQuantizer
+from autoquant.spec.recipe import ActivationScheme
 
 
 class SiteSlot:
     """The switchable runtime of one site: float until told otherwise.
 
-    ``override`` replaces the parameter, ``activation`` quantizes the input, ``observe`` sees the
+    ``held`` replaces the parameter, ``activation`` quantizes the input, ``observe`` sees the
     input before that, and ``read`` is told when the weight is used.
     """
 
-    def __init__(self, site: Site, parameter: nn.Parameter) -> None:
+    def __init__(self, site: Site, parameter: nn.Parameter, engine: Engine) -> None:
         self.site = site
         self.parameter = parameter
-        self.override: Tensor | None = None
-        self.activation: ActivationQuantizer | None = None
+        self.engine = engine
+        self.held: HeldWeight | None = None
+        self.activation: ActivationScheme | None = None
         self.observe: Callable[[Tensor], None] | None = None
         self.read: Callable[[], None] | None = None
+
+    def switch(self, held: HeldWeight | None, activation: ActivationScheme | None) -> None:
+        """Compute with another weight and activation from now on; None means float.
+
+        Raises ValueError where a static activation scheme has no scale.
+        """
+        if activation is not None and activation.scale is None and not activation.dynamic:
+            raise ValueError("a static activation scheme must be calibrated before it is used")
+        self.held = held
+        self.activation = activation
+
+    def use(self) -> None:
+        """Tell whoever listens that the weight is about to be used."""
+        if self.read is not None:
+            self.read()
 
     @property
     def weight(self) -> Tensor:
         """The weight to compute with, in the parameter's shape and dtype."""
-        if self.read is not None:
-            self.read()
-        return self.parameter if self.override is None else self.override
+        self.use()
+        return self._real()
+
+    def _real(self) -> Tensor:
+        return self.parameter if self.held is None else self.held.real(self.parameter)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the activation to compute with."""
         if self.observe is not None:
             self.observe(x)
-        return x if self.activation is None else self.activation(x)
+        if self.activation is None:
+            return x
+        return self.engine.fake_quantize(x, self.activation, self.site.kind)
+
+    def layer(
+        self,
+        operation: Operation | None,
+        x: Tensor,
+        bias: Tensor | None,
+        compute: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Return a layer's output on ``x``, by a kernel or by ``compute``."""
+        start = time.perf_counter()
+        product = None if operation is None else self._product(operation, None)
+        if product is not None:
+            y = product(x, bias)
+            if y is not None:
+                self.use()
+                self.engine.note(product.backend, time.perf_counter() - start)
+                return y
+        y = compute(self.quantize_input(x))
+        self.engine.note(FLOAT, time.perf_counter() - start)
+        return y
+
+    def linear(self, *parts: Rows) -> tuple[Multiply, ...]:
+        """Return the products with the weight, a matrix: with each of some of its rows."""
+        self.use()
+        return tuple(functools.partial(self._multiply, self._product(LINEAR, r), r) for r in parts)
+
+    def _multiply(
+        self, product: Product | None, rows: Rows, x: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        start = time.perf_counter()
+        if product is not None:
+            y = product(x, bias)
+            if y is not None:
+                self.engine.note(product.backend, time.perf_counter() - start)
+                return y
+        weight = self._real() if rows is None else self._real()[slice(*rows)]
+        y = F.linear(self.quantize_input(x), weight, bias)
+        self.engine.note(FLOAT, time.perf_counter() - start)
+        return y
+
+    def _product(self, operation: Operation, rows: Rows) -> Product | None:
+        """Return the kernel for one use of the weight; whoever observes needs the input itself."""
+        if self.held is None or self.observe is not None or not self.engine.fast:
+            return None
+        return self.held.product(operation, self.activation, rows, self.parameter.device)

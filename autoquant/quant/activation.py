@@ -24,12 +24,16 @@ class ActivationQuantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``x`` as the quantized model sees it, in its own dtype."""
-        scheme = self.scheme
-        if scheme.scale is not None:
-            return fake_quantize_scalar(x, scheme.scale, scheme.zero_point or 0, scheme.bits)
-        if x.numel() == 0:
-            return x
-        return fake_quantize(x, token_qparams(x, scheme, self.kind))
+        return fake_quantize_activation(x, self.scheme, self.kind)
+
+
+def fake_quantize_activation(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
+    """Return ``x``, which a layer of ``kind`` multiplies, quantized and dequantized."""
+    if scheme.scale is not None:
+        return fake_quantize_scalar(x, scheme.scale, scheme.zero_point or 0, scheme.bits)
+    if x.numel() == 0:
+        return x
+    return fake_quantize(x, token_qparams(x, scheme, kind))
 
 
 def token_dims(kind: str, dims: int) -> tuple[int, ...]:

@@ -33,3 +33,14 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the real numbers in the weight's own shape."""
         return from_matrix(self.matrix(), self.shape, self.channel_axis).to(dtype)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Return the output channels ``start`` … ``stop`` as a weight of their own."""
+        p = self.qparams
+        if p.scale.shape[0] > 1:
+            per_row = p.scale.shape[0] // self.q.shape[0]
+            span = slice(start * per_row, stop * per_row)
+            p = QParams(p.scale[span], p.zero_point[span], p.bits, p.symmetric)
+        shape = list(self.shape)
+        shape[self.channel_axis] = stop - start
+        return QuantizedWeight(self.q[start:stop], p, self.scheme, tuple(shape), self.channel_axis)

@@ -111,7 +111,8 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
     try:
         done = session.realizer.apply(sites)
         example = session.evaluator.example()
-        expected = None if example is None else _run(session, session.model, example)
+        with session.prepared.engine.reference():  # which is what a saved model computes
+            expected = None if example is None else _run(session, session.model, example)
         choices = {
             site.name: (session.realizer.weight(site, done[site.name]), done[site.name].activation)
             for site in session.prepared.sites

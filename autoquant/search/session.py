@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import TrialError, UserError
+from autoquant.kernels.engine import make_engine
 from autoquant.measure.evaluator import Evaluator, Reading, Watch
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
@@ -101,6 +102,7 @@ def open_session(
     device: torch.device,
     *,
     folded: Mapping[str, str] | None = None,
+    backend: str = "auto",
     say: Say = lambda _: None,
 ) -> Session:
     """Prepare a model for its task: read the data, fold, find the sites, calibrate.
@@ -131,7 +133,7 @@ def open_session(
 
     size = float_bytes(model)
     say("finding the layers")
-    prepared = prepare(model, run, folded)
+    prepared = prepare(model, run, folded, make_engine(device, backend))
     _choose_layout(prepared, run)
     say("calibrating")
     statistics = calibrate(prepared, splits.calibrate or (None,), run)

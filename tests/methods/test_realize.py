@@ -91,12 +91,15 @@ def test_only_what_is_new_is_quantized(realizer, monkeypatch):
 
 def test_old_weights_are_forgotten_when_there_are_too_many(realizer, monkeypatch):
     monkeypatch.setattr(realize, "CACHE_BYTES", 300)  # one weight is 256 bytes, the other 128
-    for bits in (2, 3, 4):
+    weights = {}
+    for bits in (2, 3, 4, 5):
         realizer.apply({"0": SiteRecipe(WeightScheme(bits))})
-    weights = [realizer.weight(realizer._sites["0"], SiteRecipe(WeightScheme(4)))] * 2
-    assert weights[0] is weights[1]
-    assert len(realizer._weights) == 1
-    assert realizer._bytes == 256
+        weights[bits] = realizer.weight(realizer._sites["0"], SiteRecipe(WeightScheme(bits)))
+    # Those of one recipe are always kept, and no more than that where they are too many.
+    assert [scheme.bits for _, scheme, _ in realizer._weights] == [4, 5]
+    for bits, kept in ((4, True), (5, True), (2, False)):
+        again = realizer.weight(realizer._sites["0"], SiteRecipe(WeightScheme(bits)))
+        assert (again is weights[bits]) is kept
 
 
 def test_learning_needs_its_statistics_and_changes_the_weight(realizer):

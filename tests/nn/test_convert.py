@@ -59,10 +59,10 @@ def test_every_site_takes_effect_and_reset_undoes_it_bit_for_bit(case, mode, equ
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_inputs_of_every_site_are_seen_and_quantized_in_every_call(case, mode):
+def test_the_inputs_of_every_site_are_seen_and_quantized_in_every_call(case, mode, monkeypatch):
     case.mode = mode
     prepared = case.prepared()
-    reads, inputs, quantized = {}, {}, {}
+    reads, inputs, quantized, names = {}, {}, {}, []
 
     def count(table, name):
         table[name] = table.get(name, 0) + 1
@@ -70,7 +70,14 @@ def test_the_inputs_of_every_site_are_seen_and_quantized_in_every_call(case, mod
     for name, slot in prepared.slots.items():
         slot.read = lambda name=name: count(reads, name)
         slot.observe = lambda _, name=name: count(inputs, name)
-        slot.activation = lambda x, name=name: (count(quantized, name), x)[1]
+        slot.activation = ActivationScheme(8, scale=1.0, zero_point=len(names))
+        names.append(name)
+
+    def fake_quantize(x, scheme, kind):
+        count(quantized, names[scheme.zero_point])
+        return x
+
+    monkeypatch.setattr(prepared.engine, "fake_quantize", fake_quantize)
     case.run(prepared.model)
     used = {site.name for site in prepared.sites}
     assert set(reads) == used
@@ -128,7 +135,7 @@ def test_a_module_at_two_places_is_one_site_with_one_recipe():
     assert [site.name for site in prepared.sites] == ["0"]
     realizer = Realizer(prepared, {})
     realizer.apply({"0": SiteRecipe(WeightScheme(3))})
-    weight = prepared.slots["0"].override
+    weight = prepared.slots["0"].weight
     expected = F.linear(F.linear(x, weight, shared.bias).tanh(), weight, shared.bias)
     assert torch.equal(model(x), expected)
 

@@ -19,6 +19,7 @@ from autoquant.nn.recurrent import (
     QuantizedRNN,
     QuantizedRNNCell,
 )
+from autoquant.nn.runtime import Multiply, Rows
 
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: QuantizedLSTM,
@@ -48,6 +49,15 @@ class Spy:
     def quantize_input(self, x: Tensor) -> Tensor:
         self.seen.append(x.detach())
         return on_grid(x, self.grid)
+
+    def linear(self, *parts: Rows) -> tuple[Multiply, ...]:
+        weight = self.weight
+
+        def product(rows: Rows) -> Multiply:
+            part = weight if rows is None else weight[slice(*rows)]
+            return lambda x, bias: nn.functional.linear(self.quantize_input(x), part, bias)
+
+        return tuple(map(product, parts))
 
 
 def on_grid(x: Tensor, grid: float) -> Tensor:

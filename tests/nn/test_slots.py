@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from autoquant.kernels.engine import Engine
+from autoquant.nn.held import HeldWeight
 from autoquant.nn.sites import find_sites
 from autoquant.nn.slots import SiteSlot
+from autoquant.nn.weights import quantize_weight
 from autoquant.quant.activation import ActivationQuantizer, token_dims
-from autoquant.spec.recipe import ActivationScheme
+from autoquant.spec.recipe import ActivationScheme, WeightScheme
 
 
 def by_hand(x, bits, scale, zero_point):
@@ -76,15 +79,15 @@ def test_a_static_scheme_without_its_numbers_is_a_mistake():
 def test_a_slot_is_float_until_told_otherwise_and_tells_who_asks():
     layer = nn.Linear(3, 3)
     (site,), _ = find_sites(layer)
-    slot = SiteSlot(site, layer.weight)
+    slot = SiteSlot(site, layer.weight, Engine())
     x, seen = torch.randn(2, 3), []
     assert slot.weight is layer.weight
     assert slot.quantize_input(x) is x
     slot.read = lambda: seen.append("read")
     slot.observe = seen.append
-    slot.override = torch.zeros(3, 3)
-    slot.activation = ActivationQuantizer(ActivationScheme(8, scale=1.0, zero_point=0), "linear")
-    assert slot.weight is slot.override
+    held = HeldWeight(quantize_weight(layer.weight, site, WeightScheme(4)), Engine())
+    slot.switch(held, ActivationScheme(8, scale=1.0, zero_point=0))
+    assert torch.equal(slot.weight, held.quantized.dequantize())
     assert torch.equal(slot.quantize_input(x), x.round())
     assert seen[0] == "read"
     assert seen[1] is x  # what is observed is not quantized yet

@@ -1,0 +1,174 @@
+/* Quantization of activations in one pass over memory.
+ *
+ * Each function computes what autoquant.quant.affine defines, bit for bit: a true division by the
+ * scale, a clamp to the grid, rounding half to even. Eager operators take five passes for it.
+ * Functions return 1 where they met NaN, which no integer stands for; their output is void then.
+ *
+ * Plain C, called through ctypes: it depends neither on the ABI of torch nor on that of Python.
+ * OpenMP is the one that torch has loaded, so both share its threads.
+ */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* One version for each generation of vector registers; the loader picks the machine's. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
+#define VECTORS __attribute__((target_clones("avx512f", "avx2", "default"), noinline))
+#else
+#define VECTORS
+#endif
+
+#define GRAIN 32768 /* numbers that one thread takes at least */
+
+/* Integers are stored as unsigned bytes, 128 above what they are: oneDNN's kernels want it so. */
+#define OFFSET 128
+
+static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+VECTORS static int quantize_span(const float *restrict x, uint8_t *restrict q, ptrdiff_t n,
+                                 float scale, float lo, float hi, int32_t shift) {
+    int bad = 0;
+    for (ptrdiff_t i = 0; i < n; ++i) {
+        float v = x[i] / scale;
+        bad |= v != v;
+        v = v < lo ? lo : v;
+        v = v > hi ? hi : v;
+        q[i] = (uint8_t)((int32_t)rintf(v) + shift);
+    }
+    return bad;
+}
+
+VECTORS static void fake_span(const float *restrict x, float *restrict y, ptrdiff_t n, float scale,
+                              float lo, float hi) {
+    for (ptrdiff_t i = 0; i < n; ++i) {
+        float v = x[i] / scale;
+        v = v < lo ? lo : v;
+        v = v > hi ? hi : v;
+        y[i] = rintf(v) * scale;
+    }
+}
+
+#define LANES 16
+
+VECTORS static int range_span(const float *restrict x, ptrdiff_t n, float *lowest, float *highest) {
+    float lo[LANES] = {0}, hi[LANES] = {0};
+    int32_t bad[LANES] = {0};
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; ++j) {
+            const float v = x[i + j];
+            bad[j] |= v != v;
+            lo[j] = v < lo[j] ? v : lo[j];
+            hi[j] = v > hi[j] ? v : hi[j];
+        }
+    for (; i < n; ++i) {
+        bad[0] |= x[i] != x[i];
+        lo[0] = x[i] < lo[0] ? x[i] : lo[0];
+        hi[0] = x[i] > hi[0] ? x[i] : hi[0];
+    }
+    for (int j = 1; j < LANES; ++j) {
+        bad[0] |= bad[j];
+        lo[0] = lo[j] < lo[0] ? lo[j] : lo[0];
+        hi[0] = hi[j] > hi[0] ? hi[j] : hi[0];
+    }
+    *lowest = lo[0];
+    *highest = hi[0];
+    return bad[0];
+}
+
+VECTORS static void finish_span(float *restrict y, const float *restrict sums,
+                                const float *restrict bias, ptrdiff_t n, float scale, float zero) {
+    for (ptrdiff_t i = 0; i < n; ++i) y[i] = (y[i] - zero * sums[i]) * scale + bias[i];
+}
+
+/* See autoquant.quant.affine.choose_qparams. */
+static void choose(float lo, float hi, int bits, int symmetric, float *scale, float *zero) {
+    const float huge = 1.70141173e38f, tiny = 1.17549435e-38f; /* HUGE and TINY there */
+    const float qmax = (float)((1 << (bits - 1)) - 1), qmin = -qmax - 1;
+    lo = lo < -huge ? -huge : lo;
+    hi = hi > huge ? huge : hi;
+    float s = symmetric ? (-lo > hi ? -lo : hi) / qmax : (hi - lo) / (qmax - qmin);
+    s = s > 0 ? (s < tiny ? tiny : s) : 1;
+    float z = symmetric ? 0 : qmin - rintf(lo / s);
+    z = z < qmin ? qmin : z;
+    *zero = z > qmax ? qmax : z;
+    *scale = s;
+}
+
+/* x [n] → q [n], by one scale; lo and hi are the ends of the grid less the zero point. */
+EXPORT int quantize(const float *x, uint8_t *q, ptrdiff_t n, float scale, float lo, float hi,
+                    int32_t zero_point) {
+    int bad = 0;
+    const ptrdiff_t parts = (n + GRAIN - 1) / GRAIN;
+#pragma omp parallel for reduction(| : bad) schedule(static) if (parts > 1)
+    for (ptrdiff_t p = 0; p < parts; ++p) {
+        const ptrdiff_t start = p * GRAIN, size = smaller(GRAIN, n - start);
+        bad |= quantize_span(x + start, q + start, size, scale, lo, hi, zero_point + OFFSET);
+    }
+    return bad;
+}
+
+/* x [n] → y [n], quantized and dequantized; NaN stays NaN. */
+EXPORT int fake_quantize(const float *x, float *y, ptrdiff_t n, float scale, float lo, float hi) {
+    const ptrdiff_t parts = (n + GRAIN - 1) / GRAIN;
+#pragma omp parallel for schedule(static) if (parts > 1)
+    for (ptrdiff_t p = 0; p < parts; ++p) {
+        const ptrdiff_t start = p * GRAIN, size = smaller(GRAIN, n - start);
+        fake_span(x + start, y + start, size, scale, lo, hi);
+    }
+    return 0;
+}
+
+/* x [rows, columns] → q of that shape, scale [rows] and zero_point [rows], each from its row. */
+EXPORT int quantize_rows(const float *x, uint8_t *q, float *scale, float *zero_point,
+                         ptrdiff_t rows, ptrdiff_t columns, int bits, int symmetric) {
+    int bad = 0;
+    const float qmax = (float)((1 << (bits - 1)) - 1), qmin = -qmax - 1;
+#pragma omp parallel for reduction(| : bad) schedule(static) if (rows > 1 && rows * columns > GRAIN)
+    for (ptrdiff_t r = 0; r < rows; ++r) {
+        const float *row = x + r * columns;
+        float lo, hi;
+        bad |= range_span(row, columns, &lo, &hi);
+        choose(lo, hi, bits, symmetric, scale + r, zero_point + r);
+        const float zero = zero_point[r];
+        bad |= quantize_span(row, q + r * columns, columns, scale[r], qmin - zero, qmax - zero,
+                             (int32_t)zero + OFFSET);
+    }
+    return bad;
+}
+
+/* x [rows, columns] → y of that shape, quantized and dequantized by a scale of each row's own. */
+EXPORT int fake_quantize_rows(const float *x, float *y, ptrdiff_t rows, ptrdiff_t columns, int bits,
+                              int symmetric) {
+    int bad = 0;
+    const float qmax = (float)((1 << (bits - 1)) - 1), qmin = -qmax - 1;
+#pragma omp parallel for reduction(| : bad) schedule(static) if (rows > 1 && rows * columns > GRAIN)
+    for (ptrdiff_t r = 0; r < rows; ++r) {
+        const float *row = x + r * columns;
+        float lo, hi, scale, zero;
+        bad |= range_span(row, columns, &lo, &hi);
+        choose(lo, hi, bits, symmetric, &scale, &zero);
+        fake_span(row, y + r * columns, columns, scale, qmin - zero, qmax - zero);
+    }
+    return bad;
+}
+
+/* y [rows, columns], products of integers and the weight's scales, become the layer's output:
+ * (y − zero_point · sums) · scale + bias, with sums [columns] those of each channel's weights. */
+EXPORT int finish_rows(float *y, const float *scale, const float *zero_point, const float *sums,
+                       const float *bias, ptrdiff_t rows, ptrdiff_t columns) {
+#pragma omp parallel for schedule(static) if (rows > 1 && rows * columns > GRAIN)
+    for (ptrdiff_t r = 0; r < rows; ++r)
+        finish_span(y + r * columns, sums, bias, columns, scale[r], zero_point[r]);
+    return 0;
+}
+
+/* Whoever imports this as a Python module gets an error, not a crash. */
+EXPORT void *PyInit__native(void) { return NULL; }

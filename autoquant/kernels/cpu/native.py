@@ -1,0 +1,172 @@
+"""The library of ``native.c``: loading it, and what to do where it is missing.
+
+It is built when the package is installed, wherever there is a C compiler. Without it the same
+numbers come from several eager passes: slower, never different.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoquant.quant.activation import fake_quantize_activation, token_qparams
+from autoquant.quant.affine import QParams
+from autoquant.quant.affine import quantize as quantize_eagerly
+from autoquant.spec.formats import FORMATS
+from autoquant.spec.recipe import ActivationScheme
+
+OFFSET = 128
+"""What is added to an integer to store it as an unsigned byte, as oneDNN's kernels take it."""
+
+_POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_int
+_SIGNATURES = {
+    "quantize": (_POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, _FLOAT, _INT),
+    "fake_quantize": (_POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, _FLOAT),
+    "quantize_rows": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
+    "fake_quantize_rows": (_POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
+    "finish_rows": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled library, None where it was not built or can't be loaded."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            try:
+                loaded = ctypes.CDLL(str(path))
+            except OSError:  # built for another machine
+                continue
+            for name, signature in _SIGNATURES.items():
+                getattr(loaded, name).argtypes = signature
+            return loaded
+    return None
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return ``x``, copied only where its numbers do not lie without gaps, sample after sample."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def fake_quantize(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
+    """Return ``x`` quantized and dequantized, in its own dtype; NaN stays NaN.
+
+    A layer of ``kind`` multiplies it. In one pass where ``x`` is float32 on a CPU.
+    """
+    native = library()
+    if native is None or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+        return fake_quantize_activation(x, scheme, kind)
+    x = dense(x)
+    y = torch.empty_like(x)
+    if scheme.scale is not None:
+        lo, hi = _bounds(scheme)
+        native.fake_quantize(x.data_ptr(), y.data_ptr(), x.numel(), scheme.scale, lo, hi)
+        return y
+    if not _rows_are_dense(x, kind):
+        return fake_quantize_activation(x, scheme, kind)
+    rows, columns = _rows(x, kind)
+    bad = native.fake_quantize_rows(
+        x.data_ptr(), y.data_ptr(), rows, columns, scheme.bits, scheme.symmetric
+    )
+    return fake_quantize_activation(x, scheme, kind) if bad else y
+
+
+def quantize(x: Tensor, scheme: ActivationScheme) -> Tensor | None:
+    """Return the integers of float32 ``x``, plus OFFSET, as uint8; None where it holds NaN.
+
+    The scheme is static.
+    """
+    assert scheme.scale is not None
+    native = library()
+    if native is None:
+        if x.isnan().any():
+            return None
+        scale = torch.tensor(scheme.scale)
+        zero_point = torch.tensor(float(scheme.zero_point or 0))
+        return _stored(quantize_eagerly(x, QParams(scale, zero_point, scheme.bits)))
+    x = dense(x)
+    q = torch.empty_like(x, dtype=torch.uint8)
+    lo, hi = _bounds(scheme)
+    bad = native.quantize(
+        x.data_ptr(), q.data_ptr(), x.numel(), scheme.scale, lo, hi, scheme.zero_point or 0
+    )
+    return None if bad else q
+
+
+def quantize_rows(
+    x: Tensor, scheme: ActivationScheme, kind: str
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return (integers plus OFFSET, scale [tokens], zero_point [tokens]); None on NaN.
+
+    Each token of ``x``, float32, has a scale of its own, from its own range.
+    """
+    native = library()
+    x = dense(x) if kind.startswith("conv") else x.contiguous()
+    rows, columns = _rows(x, kind)
+    if native is None:
+        if x.isnan().any():
+            return None
+        p = token_qparams(x, scheme, kind)
+        return _stored(quantize_eagerly(x, p)), p.scale.flatten(), p.zero_point.flatten()
+    q = torch.empty_like(x, dtype=torch.uint8)
+    scale, zero_point = torch.empty(rows), torch.empty(rows)
+    bad = native.quantize_rows(
+        x.data_ptr(),
+        q.data_ptr(),
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+        rows,
+        columns,
+        scheme.bits,
+        scheme.symmetric,
+    )
+    return None if bad else (q, scale, zero_point)
+
+
+def finish_rows(y: Tensor, scale: Tensor, zero_point: Tensor, sums: Tensor, bias: Tensor) -> None:
+    """Turn products into outputs, in place: (y − zero_point · sums) · scale + bias.
+
+    ``y`` is [tokens, channels], contiguous; scale and zero point [tokens]; the others [channels].
+    """
+    native = library()
+    if native is None:
+        y.sub_(zero_point[:, None] * sums).mul_(scale[:, None]).add_(bias)
+        return
+    native.finish_rows(
+        y.data_ptr(),
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+        sums.data_ptr(),
+        bias.data_ptr(),
+        y.shape[0],
+        y.shape[1],
+    )
+
+
+def _bounds(scheme: ActivationScheme) -> tuple[int, int]:
+    grid, zero_point = FORMATS[scheme.bits], scheme.zero_point or 0
+    return grid.qmin - zero_point, grid.qmax - zero_point
+
+
+def _rows(x: Tensor, kind: str) -> tuple[int, int]:
+    """Return (tokens, numbers in each); see quant.activation.token_dims."""
+    if not kind.startswith("conv"):
+        return x.numel() // x.shape[-1], x.shape[-1]
+    return (x.shape[0], x.numel() // x.shape[0]) if x.dim() > 2 else (1, x.numel())
+
+
+def _rows_are_dense(x: Tensor, kind: str) -> bool:
+    """Return whether each token is one span of memory: a vector of channels-last data is not."""
+    return kind.startswith("conv") or x.is_contiguous()
+
+
+def _stored(q: Tensor) -> Tensor:
+    return (q.to(torch.int16) + OFFSET).to(torch.uint8)

@@ -1,0 +1,249 @@
+"""Integer products on a CPU, through the oneDNN operators that ship with torch.
+
+An activation of unsigned bytes meets a weight of signed ones; sums are exact 32-bit integers, and
+scales and bias are applied to them in float32. A symmetric activation is stored 128 higher, with
+that as its zero point: products of two signed operands run in a reference loop, a thousand times
+slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from autoquant.kernels.cpu.native import OFFSET, finish_rows, quantize, quantize_rows
+from autoquant.kernels.operation import Operation, Product
+from autoquant.quant.weight import QuantizedWeight
+from autoquant.spec.formats import FORMATS
+from autoquant.spec.recipe import ActivationScheme
+
+MOST_SUMMED = (2**31 - 1) // (255 * 128)
+"""Most products of two bytes whose sum always fits into 32 bits."""
+PAIR_LIMIT = 2**15 - 1
+"""Largest sum of two products that is exact without VNNI: they are added in 16 bits."""
+
+
+def missing(device: torch.device) -> str | None:
+    """Return why nothing can be computed here, in one line; None where it can."""
+    if device.type != "cpu":
+        return f"oneDNN's products of integers are for a CPU, not {device.type}"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    wanted = ("qlinear_prepack", "qlinear_pointwise", "qconv_prepack", "qconv_pointwise")
+    absent = [name for name in wanted if not hasattr(torch.ops.onednn, name)]
+    return f"this torch has no operator onednn::{absent[0]}" if absent else None
+
+
+def has_vnni() -> bool:
+    """Return whether the processor adds products of bytes in 32 bits (VNNI, or wider)."""
+    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def prepare(
+    operation: Operation, weight: QuantizedWeight, activation: ActivationScheme | None
+) -> Product | None:
+    """Pack a weight for one activation scheme; None where integers can't give the same numbers."""
+    if activation is None:
+        return None
+    packed = _packed(operation, weight)
+    if packed is None:
+        return None
+    if not has_vnni() and 2 * _largest(activation) * packed.largest > PAIR_LIMIT:
+        return None
+    if operation.kind == "linear":
+        return LinearProduct(packed, activation)
+    if activation.dynamic and not activation.symmetric and any(operation.padding):
+        return None  # what pads a sample would be another integer in each
+    return ConvProduct(packed, activation, operation)
+
+
+def _largest(activation: ActivationScheme) -> int:
+    """Return the largest byte that an activation is stored as."""
+    return FORMATS[activation.bits].qmax + OFFSET
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """Integers with their zero points taken off, int8 in the weight's shape, and how they scale.
+
+    ``scale`` and ``sums`` (of a channel's integers, scaled) are float32 [channels]; ``largest`` is
+    the largest magnitude. ``packs`` keeps what oneDNN made of the integers, by what asked for it.
+    """
+
+    q: Tensor
+    scale: Tensor
+    sums: Tensor
+    largest: int
+    packs: dict[object, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the packed weights take beside ``q``."""
+        return self.q.numel() * (len(self.packs) + 1)
+
+
+_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Packed weights by the tensor of integers that they were made from, as long as that lives."""
+
+
+def _packed(operation: Operation, weight: QuantizedWeight) -> PackedWeight | None:
+    known = _cache.get(weight.q)
+    if known is None:
+        known = _cache[weight.q] = _pack(weight)
+    return known if isinstance(known, PackedWeight) else None
+
+
+def _pack(weight: QuantizedWeight) -> PackedWeight | str:
+    """Return a weight as oneDNN takes it, or why it can't be."""
+    channels, columns = weight.q.shape
+    if weight.channel_axis != 0:
+        return "output channels come first"
+    if weight.qparams.scale.shape[0] not in (1, channels):
+        return "one scale for each channel"
+    if columns > MOST_SUMMED:
+        return "a sum may leave 32 bits"
+    centered = weight.q.to(torch.int16)
+    if not weight.qparams.symmetric:
+        centered = centered - weight.qparams.zero_point.to(torch.int16)
+    lo, hi = (int(v) for v in centered.aminmax()) if centered.numel() else (0, 0)
+    if lo < -128 or hi > 127:
+        return "integers less their zero point do not fit into a byte"
+    scale = weight.qparams.scale.flatten().expand(channels).contiguous()
+    sums = centered.sum(1, dtype=torch.int64).to(torch.float64) * scale
+    q = centered.to(torch.int8).reshape(weight.shape)
+    return PackedWeight(q, scale, sums.to(torch.float32), max(-lo, hi), {})
+
+
+# --- products -----------------------------------------------------------------------------------
+
+
+class LinearProduct:
+    """x [..., in] by a weight [out, in]."""
+
+    backend = "int8"
+
+    def __init__(self, weight: PackedWeight, activation: ActivationScheme) -> None:
+        self.weight = weight
+        self.activation = activation
+        if "linear" not in weight.packs:
+            weight.packs["linear"] = torch.ops.onednn.qlinear_prepack(weight.q, None)
+        self.pack = weight.packs["linear"]
+        self.zero = _zeros(weight)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return [..., out]; None for NaN, no rows, or another dtype than float32."""
+        if not _takes(x) or x.dim() < 1 or x.shape[-1] != self.weight.q.shape[1]:
+            return None
+        if not self.activation.dynamic:
+            q = quantize(x, self.activation)
+            zero_point = (self.activation.zero_point or 0) + OFFSET
+            return None if q is None else self._run(q, self.activation.scale, zero_point, bias)
+        rows = quantize_rows(x, self.activation, "linear")
+        if rows is None:
+            return None
+        q, scale, zero_points = rows
+        y = self._run(q, 1.0, OFFSET, None)
+        finish_rows(
+            y.view(-1, y.shape[-1]), scale, zero_points, self.weight.sums, _or_zeros(bias, y)
+        )
+        return y
+
+    def _run(self, q: Tensor, scale: float | None, zero_point: int, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            q, scale, zero_point, self.pack, self.weight.scale, self.zero, bias,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return y
+
+
+class ConvProduct:
+    """x [batch, in, *spatial] by a weight [out, in / groups, *kernel], padded with zeros."""
+
+    backend = "int8"
+
+    def __init__(
+        self, weight: PackedWeight, activation: ActivationScheme, operation: Operation
+    ) -> None:
+        self.weight = weight
+        self.activation = activation
+        self.operation = operation
+        self.axes = len(operation.stride)
+        self.zero_point = OFFSET if activation.dynamic else (activation.zero_point or 0) + OFFSET
+        # What oneDNN adds to packed weights depends on whether the activation has a zero point.
+        key = (operation, self.zero_point != 0)
+        if key not in weight.packs:
+            weight.packs[key] = self._prepack()
+        self.pack = weight.packs[key]
+        self.zero = _zeros(weight)
+
+    def _prepack(self) -> Tensor:
+        o = self.operation
+        pack: Tensor = torch.ops.onednn.qconv_prepack(
+            _planar(self.weight.q), self.weight.scale, 1.0, self.zero_point,
+            _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups, None,
+        )  # fmt: skip
+        return pack
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return [batch, out, *spatial]; None for NaN, no numbers, or other dtypes or shapes."""
+        if not _takes(x) or x.dim() != self.axes + 2 or not self._fits(x):
+            return None
+        if not self.activation.dynamic:
+            q = quantize(x, self.activation)
+            return None if q is None else self._run(q, self.activation.scale, bias)
+        tokens = quantize_rows(x, self.activation, "conv")
+        if tokens is None:
+            return None
+        q, scale, zero_points = tokens
+        y = self._run(q, 1.0, None)
+        shape = (-1, *[1] * (y.dim() - 1))
+        channels = (1, -1, *[1] * (y.dim() - 2))
+        if not self.activation.symmetric:
+            y.sub_(zero_points.view(shape) * self.weight.sums.view(channels))
+        y.mul_(scale.view(shape))
+        return y if bias is None else y.add_(bias.view(channels))
+
+    def _fits(self, x: Tensor) -> bool:
+        """Return whether there is an output; where there is none, the reference says so."""
+        o = self.operation
+        spans = (d * (k - 1) + 1 for d, k in zip(o.dilation, self.weight.q.shape[2:], strict=True))
+        room = (n + 2 * p for n, p in zip(x.shape[2:], o.padding, strict=True))
+        ins = self.weight.q.shape[1] * o.groups
+        return x.shape[1] == ins and all(r >= s for r, s in zip(room, spans, strict=True))
+
+    def _run(self, q: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
+        o = self.operation
+        y: Tensor = torch.ops.onednn.qconv_pointwise(
+            _planar(q), scale, self.zero_point, self.pack, self.weight.scale, self.zero, bias,
+            _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return y.squeeze(-2) if self.axes == 1 else y
+
+
+def _takes(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.numel() > 0 and x.device.type == "cpu"
+
+
+def _zeros(weight: PackedWeight) -> Tensor:
+    return torch.zeros(len(weight.scale), dtype=torch.int32)
+
+
+def _or_zeros(bias: Tensor | None, y: Tensor) -> Tensor:
+    return y.new_zeros(y.shape[-1]) if bias is None else bias.contiguous()
+
+
+def _pair(numbers: Sequence[int], filler: int) -> list[int]:
+    """Return the numbers of a convolution's axes; one on a line is one on a plane of height 1."""
+    return [filler, *numbers] if len(numbers) == 1 else list(numbers)
+
+
+def _planar(x: Tensor) -> Tensor:
+    return x.unsqueeze(-2) if x.dim() == 3 else x

@@ -1,0 +1,110 @@
+"""The engine: which backend computes what, the fastest exact one first, and where the time goes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoquant.errors import UserError
+from autoquant.kernels.operation import Backend, Operation, Product
+from autoquant.quant.activation import fake_quantize_activation
+from autoquant.quant.weight import QuantizedWeight
+from autoquant.spec.recipe import ActivationScheme
+
+NAMES = ("auto", "reference")
+"""What a user can ask for: the fastest exact backends, or the reference alone."""
+FLOAT = "float"
+"""What layers are computed by that no backend takes: float32 on quantized, dequantized values."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one backend did: calls of layers, and the seconds that they took."""
+
+    calls: int
+    seconds: float
+
+
+class Engine:
+    """Backends in order, the fastest first; what none of them takes is computed in float.
+
+    Without backends it is the reference.
+    """
+
+    def __init__(self, backends: Sequence[Backend] = (), notes: Sequence[str] = ()) -> None:
+        self.backends = tuple(backends)
+        self.notes = tuple(notes)
+        self.fast = bool(self.backends)
+        self._ran: dict[str, list[float]] = {}
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Compute as the reference does within the context: for numbers that will be reported."""
+        before, self.fast = self.fast, False
+        try:
+            yield
+        finally:
+            self.fast = before
+
+    def prepare(
+        self,
+        operation: Operation,
+        weight: QuantizedWeight,
+        activation: ActivationScheme | None,
+        device: torch.device,
+    ) -> Product | None:
+        """Return the product of the first backend that takes it, None where float has to."""
+        for backend in self.backends:
+            product = backend.prepare(operation, weight, activation, device)
+            if product is not None:
+                return product
+        return None
+
+    def fake_quantize(self, x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
+        """Return ``x`` quantized and dequantized: in one pass or several, the same numbers."""
+        if x.device.type == "cpu":
+            from autoquant.kernels.cpu.native import fake_quantize
+
+            return fake_quantize(x, scheme, kind)
+        return fake_quantize_activation(x, scheme, kind)
+
+    def note(self, backend: str, seconds: float) -> None:
+        """Count one call of a layer."""
+        ran = self._ran.get(backend)
+        if ran is None:
+            ran = self._ran[backend] = [0, 0.0]
+        ran[0] += 1
+        ran[1] += seconds
+
+    def shares(self) -> Mapping[str, Share]:
+        """Return what each backend did since ``reset``, the busiest first."""
+        rows = sorted(self._ran.items(), key=lambda row: -row[1][1])
+        return {name: Share(int(calls), seconds) for name, (calls, seconds) in rows}
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._ran.clear()
+
+
+def make_engine(device: torch.device, name: str = "auto") -> Engine:
+    """Return the engine for ``device``: every backend that runs there, the fastest first.
+
+    Its notes say, a line each, what a user should know about it. Raises UserError on another name.
+    """
+    if name not in NAMES:
+        raise UserError(f"--backend {name}: give one of {', '.join(NAMES)}")
+    if name == "reference":
+        return Engine()
+    if device.type == "cpu":
+        from autoquant.kernels.cpu.backend import CpuBackend
+
+        backend = CpuBackend()
+        missing = backend.missing(device)
+        if missing is not None:
+            return Engine(notes=(f"{missing}: candidates are computed in float, which is slower",))
+        return Engine((backend,), backend.notes())
+    return Engine()

@@ -1,0 +1,57 @@
+"""A quantized weight as it is held between candidates, with all that was made of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.kernels.engine import Engine
+from autoquant.kernels.operation import Operation, Product
+from autoquant.nn.runtime import Rows
+from autoquant.quant.weight import QuantizedWeight
+from autoquant.spec.recipe import ActivationScheme
+
+
+class HeldWeight:
+    """One quantized weight: its products, and its real numbers where something asks for them."""
+
+    def __init__(self, quantized: QuantizedWeight, engine: Engine) -> None:
+        self.quantized = quantized
+        self.engine = engine
+        self._real: Tensor | None = None
+        self._parts: dict[Rows, QuantizedWeight] = {None: quantized}
+        self._products: dict[tuple[Operation, ActivationScheme | None, Rows], Product | None] = {}
+
+    def real(self, parameter: nn.Parameter) -> Tensor:
+        """Return the real numbers in the shape, dtype and memory format of ``parameter``."""
+        if self._real is None:
+            real = torch.empty_like(parameter, requires_grad=False)
+            self._real = real.copy_(self.quantized.dequantize(parameter.dtype))
+        return self._real
+
+    def product(
+        self,
+        operation: Operation,
+        activation: ActivationScheme | None,
+        rows: Rows,
+        device: torch.device,
+    ) -> Product | None:
+        """Return the product with an activation, packed once; None where float computes it."""
+        key = (operation, activation, rows)
+        if key not in self._products:
+            if rows not in self._parts:
+                assert rows is not None
+                self._parts[rows] = self.quantized.rows(*rows)
+            part = self._parts[rows]
+            self._products[key] = self.engine.prepare(operation, part, activation, device)
+        return self._products[key]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held: the integers, a packed copy where there are products, the real numbers."""
+        total = self.quantized.q.numel()
+        if any(product is not None for product in self._products.values()):
+            total += 2 * self.quantized.q.numel()
+        if self._real is not None:
+            total += self._real.numel() * self._real.element_size()
+        return total

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from autoquant.cli.failures import report_failure
+from autoquant.kernels.cpu.heap import keep_freed_memory
 
 COMMANDS = {
     "search": "Find the best recipe for a model.",
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     # Idle threads that spin, as OpenMP's do unless told otherwise, make a machine with other work
     # several times slower; it must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_freed_memory()  # this process is ours, and evaluates one candidate after another
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from autoquant.cli.options import device_option, json_option, task_options
+from autoquant.cli.options import backend_option, device_option, json_option, task_options
 
 
 @click.command(epilog="Example: autoquant evaluate model.pt --task task.py --recipe recipe.yaml")
@@ -17,6 +17,7 @@ from autoquant.cli.options import device_option, json_option, task_options
     "--accept-changes", is_flag=True, help="Use the recipe although it is for another model file."
 )
 @device_option
+@backend_option("reference")
 @json_option
 def command(
     model: str,
@@ -27,6 +28,7 @@ def command(
     recipe: str | None,
     accept_changes: bool,
     device: str,
+    backend: str,
     as_json: bool,
 ) -> None:
     """Measure MODEL on its task and, with --recipe, the quantized model beside it.
@@ -48,7 +50,7 @@ def command(
     loaded = source.load(loaded_task)
     if loaded_recipe is not None:
         check_model(loaded_recipe, loaded, accept=accept_changes)
-    found = measure_recipe(loaded, loaded_task, loaded_recipe, device)
+    found = measure_recipe(loaded, loaded_task, loaded_recipe, device, backend)
     if as_json:
         print(json.dumps(found.plain()))
         return

@@ -50,6 +50,18 @@ def device_option(command: F) -> F:
     )(command)
 
 
+def backend_option(default: str) -> Callable[[F], F]:
+    """Return what adds --backend."""
+    return click.option(
+        "--backend",
+        type=click.Choice(["auto", "reference"]),
+        default=default,
+        show_default=True,
+        help="auto: real low-bit arithmetic wherever it is exact, which is fastest. reference: "
+        "float arithmetic on quantized values, as a saved model computes, number for number.",
+    )
+
+
 def storage_option(command: F) -> F:
     """Add --storage."""
     return click.option(

@@ -141,6 +141,11 @@ class ConsoleReporter:
             )
         trials = ", ".join(f"{n} {state}" for state, n in result.trials.items())
         out.print(f"study {result.study}: {trials}; {result.seconds:.1f} s on {result.device}")
+        if result.speed.candidates:
+            layers = ", ".join(f"{share:.0%} {by}" for by, share in result.speed.shares.items())
+            out.print(
+                f"{result.speed.per_second:.2f} candidates a second; layers computed in: {layers}"
+            )
         out.print(f"recipe: {result.recipe_path}", markup=False)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from autoquant.cli.options import (
+    backend_option,
     device_option,
     json_option,
     seconds,
@@ -56,6 +57,7 @@ from autoquant.cli.options import (
 @click.option("--study", metavar="NAME", help="Name of the study. Default: the model's.")
 @storage_option
 @device_option
+@backend_option("auto")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
 @click.option(
     "--out",
@@ -82,6 +84,7 @@ def command(
     study: str | None,
     storage: str | None,
     device: str,
+    backend: str,
     seed: int,
     out: str,
     as_json: bool,
@@ -96,7 +99,9 @@ def command(
     from autoquant.search.options import Options, check
 
     # All that is cheap to check comes before what takes seconds to import.
-    options = Options(max_drop, bits, size, trials, seconds(timeout), sampler, device, seed)
+    options = Options(
+        max_drop, bits, size, trials, seconds(timeout), sampler, device, seed, backend
+    )
     check(options)
     if task is not None and data is not None:
         raise UserError("--task and --data are two sources of data; give one")

@@ -29,6 +29,7 @@ class Options:
     sampler: str = "knapsack"
     device: str = "auto"
     seed: int = 0
+    backend: str = "auto"
 
     def plain(self) -> dict[str, Any]:
         """Return the options as JSON takes them."""

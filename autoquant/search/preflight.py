@@ -70,7 +70,7 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
         session.prepared.float_parts,
         parameters,
         reading.seconds,
-        session.splits.notes,
+        (*session.splits.notes, *session.prepared.engine.notes),
     )
 
 

@@ -48,11 +48,18 @@ class Evaluation:
 
 
 def measure_recipe(
-    loaded: LoadedModel, task: Task, recipe: Recipe | None, device: str = "auto"
+    loaded: LoadedModel,
+    task: Task,
+    recipe: Recipe | None,
+    device: str = "auto",
+    backend: str = "reference",
 ) -> Evaluation:
-    """Measure a recipe (None: the float model) on every split that the task has."""
+    """Measure a recipe (None: the float model) on every split that the task has.
+
+    ``backend`` is ``reference``, which computes what a saved model does, or ``auto``.
+    """
     folded = None if recipe is None else recipe.folded
-    session = open_session(loaded, task, choose_device(device), folded=folded)
+    session = open_session(loaded, task, choose_device(device), folded=folded, backend=backend)
     try:
         base = session.baseline("search")
         if session.evaluator.confirms:

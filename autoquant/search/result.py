@@ -12,6 +12,29 @@ from autoquant.spec.recipe import Recipe
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast candidates were measured: how many, in how many seconds, and what computed them.
+
+    ``layers`` are the seconds that quantized layers took, by backend.
+    """
+
+    candidates: int
+    seconds: float
+    layers: Mapping[str, float]
+
+    @property
+    def per_second(self) -> float:
+        """Candidates a second, with all that a trial takes."""
+        return self.candidates / max(self.seconds, 1e-9)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the layers' time that each backend computed."""
+        total = sum(self.layers.values())
+        return {name: seconds / total for name, seconds in self.layers.items() if total}
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What a search found. ``holds`` says whether the confirmed drop is within the maximum."""
 
@@ -24,6 +47,7 @@ class SearchResult:
     finalists: tuple[Finalist, ...]
     seconds: float
     device: str
+    speed: Speed
 
     def plain(self) -> dict[str, Any]:
         """Return the result as the JSON object of ``autoquant search --json``."""
@@ -47,4 +71,6 @@ class SearchResult:
             "trials": dict(self.trials),
             "seconds": self.seconds,
             "device": self.device,
+            "candidates_per_second": round(self.speed.per_second, 4),
+            "layers_computed_by": {k: round(v, 4) for k, v in self.speed.shares.items()},
         }

@@ -29,7 +29,7 @@ from autoquant.search.options import Options, check, check_budget, parse_size
 from autoquant.search.params import ParameterMap
 from autoquant.search.preflight import Preflight, preflight
 from autoquant.search.profile import profile, weight_schemes
-from autoquant.search.result import SearchResult
+from autoquant.search.result import SearchResult, Speed
 from autoquant.search.sampler import KnapsackSampler
 from autoquant.search.session import Session, choose_device, open_session
 from autoquant.search.source import (
@@ -99,6 +99,7 @@ def search(
     study: str | None = None,
     storage: str | None = None,
     device: str = "auto",
+    backend: str = "auto",
     seed: int = 0,
     out: str | os.PathLike[str] = ".",
     trust_pickle: bool = False,
@@ -114,7 +115,7 @@ def search(
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
-    options = Options(str(max_drop), bits, size, trials, timeout, name, device, seed)
+    options = Options(str(max_drop), bits, size, trials, timeout, name, device, seed, backend)
     file = None if isinstance(task, Task) else str(task)
     if not isinstance(task, Task):
         task = load_task(Path(task))
@@ -154,7 +155,9 @@ def start(
     check_folder(out)
     study = study or new_name(loaded.name, storage)
     Ledger.check_free(study, storage)
-    session = open_session(loaded, task, choose_device(options.device), say=reporter.say)
+    session = open_session(
+        loaded, task, choose_device(options.device), backend=options.backend, say=reporter.say
+    )
     spaces = space.resolve(session.prepared.sites)
     check_budget(options.bits, spaces, {s.name: s.numel for s in session.prepared.sites})
     _check_size(options.size, session, spaces)
@@ -276,7 +279,9 @@ def resume(
             f"study {ledger.name} is of a module in Python: go on with autoquant.resume(model=…)"
         )
     space = saved_space(ledger.name, header, accept_changes)
-    session = open_session(loaded, task, choose_device(options.device), say=reporter.say)
+    session = open_session(
+        loaded, task, choose_device(options.device), backend=options.backend, say=reporter.say
+    )
     if [s.name for s in session.prepared.sites] != [s["name"] for s in header["sites"]]:
         raise StudyError(
             f"study {ledger.name}: the model has other layers than when the study began; start a "
@@ -332,9 +337,16 @@ def _run(
         answered = answered or not reading.stopped
         return Outcome(m, done, reading.stopped)
 
+    before, started = len(ledger.trials()), time.monotonic()
+    session.prepared.engine.reset()
     run_trials(ledger, mapping, proposer, goal, measure, stop, reporter)
-    reporter.say("confirming")
     trials = ledger.trials()
+    speed = Speed(
+        len(trials) - before,
+        time.monotonic() - started,
+        {name: share.seconds for name, share in session.prepared.engine.shares().items()},
+    )
+    reporter.say("confirming")
     candidates = finalists(trials, mapping, goal, len(plain))
     if not candidates:
         raise StudyError(
@@ -364,6 +376,7 @@ def _run(
         tuple(confirmed),
         round(time.monotonic() - began, 3),
         session.device.type,
+        speed,
     )
 
 

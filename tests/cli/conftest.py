@@ -23,6 +23,8 @@ KEYS = {
     "trials",
     "seconds",
     "device",
+    "candidates_per_second",
+    "layers_computed_by",
 }
 METRIC_KEYS = {"name", "float", "quantized", "drop", "interval", "higher_is_better"}
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from autoquant.errors import TrialError
+from autoquant.kernels.engine import Engine
 from autoquant.measure.evaluator import Reading
 from autoquant.search.confirm import FINALISTS, confirm, confirm_one, finalists
 from autoquant.search.goal import Goal, Measurement
@@ -128,7 +129,7 @@ class FakeSession:
         self.asked = []
         self.model = None
         self.identity = ModelIdentity("net", "ab")
-        self.prepared = SimpleNamespace(folded={"bn": "a"})
+        self.prepared = SimpleNamespace(folded={"bn": "a"}, engine=Engine())
         self.sizes = SimpleNamespace(float_size_bytes=1600)
         self.evaluator = SimpleNamespace(
             confirms=confirms,

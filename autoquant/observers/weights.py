@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from autoquant.errors import SpecError, TrialError
-from autoquant.quant.affine import QParams, choose_qparams, fake_quantize
+from autoquant.kernels.cpu.native import squared_errors
+from autoquant.quant.affine import QParams, choose_qparams
 from autoquant.registry import unknown
 from autoquant.spec.calibration import WEIGHT_CALIBRATIONS, percentile_of
 
@@ -94,49 +94,45 @@ def _mse(
     else:
         directions = [torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])]
 
-    def error(factors: Tensor) -> Tensor:
-        return _squared_error(blocks, lo * factors[:, 0], hi * factors[:, 1], bits, symmetric)
+    def errors(factors: Tensor) -> Tensor:
+        p = choose_qparams(lo * factors[..., 0], hi * factors[..., 1], bits, symmetric=symmetric)
+        return _squared_errors(blocks, p)
 
-    best, least = both, error(both)
     step = (1.0 - _SMALLEST_FACTOR) / (_FACTORS - 1)
-    grid = [both * (1.0 - i * step) for i in range(1, _FACTORS)]
-    best, least = _keep_best(best, least, grid, error)
+    grid = torch.stack([both * (1.0 - i * step) for i in range(_FACTORS)])
+    best = _best(grid, errors(grid))
     for _ in range(_ROUNDS):
         for direction in directions:
-            offsets = [
-                i * step / (_STEPS + 1) * direction.to(both)
-                for i in range(-_STEPS, _STEPS + 1)
-                if i
-            ]
-            tried = [(best + offset).clamp(0.0, 1.0) for offset in offsets]
-            best, least = _keep_best(best, least, tried, error)
+            # The best so far comes first: what is no better does not replace it.
+            offsets = [0, *(i for i in range(-_STEPS, _STEPS + 1) if i)]
+            around = torch.stack([i * step / (_STEPS + 1) * direction.to(both) for i in offsets])
+            tried = (best + around[:, None]).clamp(0.0, 1.0)
+            best = _best(tried, errors(tried))
         step /= _STEPS + 1
     return lo * best[:, 0], hi * best[:, 1]
 
 
-def _keep_best(
-    best: Tensor, least: Tensor, tried: list[Tensor], error: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return the factors [n, 2] with the least error [n] of ``best`` and all that are ``tried``."""
-    for factors in tried:
-        errors = error(factors)
-        better = errors < least
-        least = torch.where(better, errors, least)
-        best = torch.where(better[:, None], factors, best)
-    return best, least
+def _best(factors: Tensor, errors: Tensor) -> Tensor:
+    """Return the first of the ``factors`` [tried, n, 2] with the least of ``errors`` [tried, n]."""
+    first = torch.from_numpy(errors.cpu().numpy().argmin(0)).to(factors.device)
+    return factors[first, torch.arange(factors.shape[1], device=factors.device)]
 
 
-def _squared_error(blocks: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Return Σ (x − Q(x))² [n] of each block, some numbers at a time."""
-    p = choose_qparams(lo, hi, bits, symmetric=symmetric)
+def _squared_errors(blocks: Tensor, p: QParams) -> Tensor:
+    """Return Σ (x − Q(x))², float64 [tried, n], of each block by parameters [tried, n]."""
+    found = squared_errors(blocks, p)
+    if found is not None:
+        return found
     n, k = blocks.shape
     rows, columns = max(_CHUNK // k, 1), min(k, _CHUNK)
-    errors = torch.zeros(n, dtype=torch.float64, device=blocks.device)
-    for i in range(0, n, rows):
-        part = QParams(
-            p.scale[i : i + rows, None], p.zero_point[i : i + rows, None], bits, p.symmetric
-        )
-        for j in range(0, k, columns):
-            x = blocks[i : i + rows, j : j + columns]
-            errors[i : i + rows] += fake_quantize(x, part).sub_(x).square_().sum(1)
+    errors = torch.zeros(p.scale.shape, dtype=torch.float64, device=blocks.device)
+    for t, (scale, zero_point) in enumerate(zip(p.scale, p.zero_point, strict=True)):
+        for i in range(0, n, rows):
+            span = slice(i, i + rows)
+            part = QParams(scale[span, None], zero_point[span, None], p.bits, p.symmetric)
+            for j in range(0, k, columns):
+                x = blocks[span, j : j + columns]
+                # Products with the inverse, as the library has them: the same sums either way.
+                y = part.clamp_(x * part.scale.reciprocal()).round_().mul_(part.scale)
+                errors[t, span] += y.sub_(x).double().square_().sum(1)
     return errors

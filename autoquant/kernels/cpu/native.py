@@ -29,6 +29,7 @@ _SIGNATURES = {
     "fake_quantize": (_POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, _FLOAT),
     "quantize_rows": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
     "fake_quantize_rows": (_POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
+    "squared_errors": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT),
     "finish_rows": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
 }
 
@@ -149,6 +150,35 @@ def finish_rows(y: Tensor, scale: Tensor, zero_point: Tensor, sums: Tensor, bias
         y.shape[0],
         y.shape[1],
     )
+
+
+_SPAN = 8192
+"""Columns that ``squared_errors`` sums at a time: SPAN in ``native.c``."""
+
+
+def squared_errors(blocks: Tensor, p: QParams) -> Tensor | None:
+    """Return Σ (x − Q(x))², float64 [tried, n], of float32 ``blocks`` [n, k] on a CPU.
+
+    ``p`` holds [tried, n]: parameters to try on each block. The least of a block's errors is exact,
+    others may be cut short as soon as they are beyond it. None where the library is missing.
+    """
+    native = library()
+    if native is None or blocks.device.type != "cpu":
+        return None
+    blocks, scale, zero_point = (t.contiguous() for t in (blocks, p.scale, p.zero_point))
+    (n, k), tried = blocks.shape, len(scale)
+    errors = torch.empty(tried, n, -(-k // _SPAN), dtype=torch.float64)
+    native.squared_errors(
+        blocks.data_ptr(),
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+        errors.data_ptr(),
+        n,
+        k,
+        tried,
+        p.bits,
+    )
+    return errors.sum(2)
 
 
 def _bounds(scheme: ActivationScheme) -> tuple[int, int]:

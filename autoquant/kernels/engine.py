@@ -72,6 +72,22 @@ class Engine:
             return fake_quantize(x, scheme, kind)
         return fake_quantize_activation(x, scheme, kind)
 
+    def gru_gates(self, x: Tensor, y: Tensor, h: Tensor) -> Tensor | None:
+        """Return a GRU's next state, None where the reference has to compute it."""
+        if not self.fast or x.device.type != "cpu":
+            return None
+        from autoquant.kernels.cpu.gates import gru_gates
+
+        return gru_gates(x, y, h)
+
+    def lstm_gates(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return an LSTM's next state and cell, None where the reference has to compute them."""
+        if not self.fast or x.device.type != "cpu":
+            return None
+        from autoquant.kernels.cpu.gates import lstm_gates
+
+        return lstm_gates(x, y, c)
+
     def note(self, backend: str, seconds: float) -> None:
         """Count one call of a layer."""
         ran = self._ran.get(backend)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from autoquant.kernels.engine import Engine
 from autoquant.nn.runtime import Multiply, SiteRuntime
 
 State = tuple[Tensor, ...]
@@ -44,30 +45,44 @@ class _Sited(nn.Module):
         weight = getattr(self, name)
         return lambda x, bias: F.linear(x, weight, bias)
 
+    def _engine(self) -> Engine | None:
+        """Return what may compute the gates; a saved model has none."""
+        site = next(iter(self.sites.values()), None)
+        return getattr(site, "engine", None)
+
 
 # --- one time step ---------------------------------------------------------------------------
 
 
-def _lstm_step(product: Multiply, projection: Function | None) -> Step:
+def _lstm_step(product: Multiply, projection: Function | None, engine: Engine | None) -> Step:
     """Return an LSTM's step; both biases are in the projected input already."""
 
     def step(x: Tensor, state: State) -> State:
         h, c = state
-        i, f, g, o = (product(h, None) + x).chunk(4, 1)
-        c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
-        h = o.sigmoid() * c.tanh()
+        y = product(h, None)
+        fused = None if engine is None else engine.lstm_gates(x, y, c)
+        if fused is not None:
+            h, c = fused
+        else:
+            i, f, g, o = (y + x).chunk(4, 1)
+            c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+            h = o.sigmoid() * c.tanh()
         return (h if projection is None else projection(h)), c
 
     return step
 
 
-def _gru_step(product: Multiply, bias: Tensor | None) -> Step:
+def _gru_step(product: Multiply, bias: Tensor | None, engine: Engine | None) -> Step:
     """Return a GRU's step; ``bias`` is inside the reset gate, so it can't join the input's."""
 
     def step(x: Tensor, state: State) -> State:
         (h,) = state
+        y = product(h, bias)
+        fused = None if engine is None else engine.gru_gates(x, y, h)
+        if fused is not None:
+            return (fused,)
         x_r, x_z, x_n = x.chunk(3, 1)
-        h_r, h_z, h_n = product(h, bias).chunk(3, 1)
+        h_r, h_z, h_n = y.chunk(3, 1)
         reset = (x_r + h_r).sigmoid_()
         update = (x_z + h_z).sigmoid_()
         new = torch.addcmul(x_n, reset, h_n).tanh_()
@@ -247,9 +262,9 @@ class QuantizedLSTM(_Recurrent, nn.LSTM):
     def _step(self, suffix: str) -> Step:
         product = self._product(f"weight_hh_{suffix}")
         if not self.proj_size:
-            return _lstm_step(product, None)
+            return _lstm_step(product, None, self._engine())
         down = self._product(f"weight_hr_{suffix}")
-        return _lstm_step(product, lambda h: down(h, None))
+        return _lstm_step(product, lambda h: down(h, None), self._engine())
 
     def forward(  # type: ignore[override]
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
@@ -278,7 +293,7 @@ class QuantizedGRU(_OneState, nn.GRU):  # type: ignore[misc]
 
     def _step(self, suffix: str) -> Step:
         product = self._product(f"weight_hh_{suffix}")
-        return _gru_step(product, getattr(self, f"bias_hh_{suffix}", None))
+        return _gru_step(product, getattr(self, f"bias_hh_{suffix}", None), self._engine())
 
 
 class QuantizedRNN(_OneState, nn.RNN):  # type: ignore[misc]
@@ -320,7 +335,7 @@ class QuantizedLSTMCell(_Cell, nn.LSTMCell):
     ) -> tuple[Tensor, Tensor]:
         """Return (h, c) in the shapes of ``nn.LSTMCell``."""
         state = hx if hx is not None else (self._zero(input), self._zero(input))
-        step = _lstm_step(self._product("weight_hh"), None)
+        step = _lstm_step(self._product("weight_hh"), None, self._engine())
         h, c = self._advance(input, state, self._sum_of_biases(), step)
         return h, c
 
@@ -331,7 +346,7 @@ class QuantizedGRUCell(_Cell, nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h in the shape of ``nn.GRUCell``'s."""
         state = (hx if hx is not None else self._zero(input),)
-        step = _gru_step(self._product("weight_hh"), self.bias_hh)
+        step = _gru_step(self._product("weight_hh"), self.bias_hh, self._engine())
         return self._advance(input, state, self.bias_ih, step)[0]
 
 

@@ -33,6 +33,9 @@ class Operation:
 
 LINEAR = Operation("linear")
 
+Clamp = tuple[float, float]
+"""Least and largest output: (0, ∞) is a ReLU, (0, 6) a ReLU6."""
+
 
 class Product(Protocol):
     """One weight and one activation scheme, ready to be computed."""
@@ -40,8 +43,10 @@ class Product(Protocol):
     backend: str
     """Name of the backend that computes it."""
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
         """Return the layer's output on the activation ``x``, as it is before quantization.
+
+        With ``clamp`` it is clamped.
 
         None says that this call has to be computed by the reference instead: another dtype than
         float32, NaN in the activation, a shape that the kernel can't take.

@@ -18,6 +18,7 @@ from autoquant.errors import ModelFileError
 from autoquant.kernels.engine import Engine
 from autoquant.nn.attention import disable_fast_path
 from autoquant.nn.fold import fold, fold_checked
+from autoquant.nn.follow import unfollow, watching
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.modules import QUANTIZED, QuantizedConv2d, quantized_class
 from autoquant.nn.operations import operation_of
@@ -92,7 +93,7 @@ def prepare(
             _convert(model.get_submodule(path), name, slot)
     disable_fast_path(model)
     if run is not None:
-        sites, unused = _trace(sites, slots, model, run)
+        sites, unused = _trace(sites, slots, model, run, follow=bool(engine.backends))
         float_parts = (*unused, *float_parts)
     return Prepared(model, sites, float_parts, slots, dict(folded or {}), engine)
 
@@ -112,16 +113,24 @@ def _trace(
     slots: Mapping[str, SiteSlot],
     model: nn.Module,
     run: Callable[[nn.Module], Any],
+    *,
+    follow: bool,
 ) -> tuple[tuple[Site, ...], tuple[FloatPart, ...]]:
-    """Return the sites that ``run`` uses, in order of use, and the unused ones as float parts."""
+    """Return the sites that ``run`` uses, in order of use, and the unused ones as float parts.
+
+    With ``follow``, ReLUs that follow a layer become a part of it.
+    """
     order: dict[str, None] = {}
     observed: set[str] = set()
     for name, slot in slots.items():
         slot.read = lambda name=name: order.setdefault(name)
         slot.observe = lambda _, name=name: observed.add(name)
     try:
-        with torch.no_grad():
+        layers = [m for m in model.modules() if vars(m).get("operation") is not None]
+        with torch.no_grad(), watching(layers, model) as lead:
             run(model)
+        if follow:
+            lead()
     finally:
         for slot in slots.values():
             slot.read = slot.observe = None
@@ -165,6 +174,7 @@ def deploy(
             packed = PackedSite(site.kind, parameter.dtype, stored, activation)
         for path, name in site.users:
             _pack(model.get_submodule(path), name, packed)
+    unfollow(model)
     for module in model.modules():
         if "float_class" in vars(module):
             _settle(module)

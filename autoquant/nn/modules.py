@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autoquant.kernels.operation import Operation
+from autoquant.kernels.operation import Clamp, Operation
 from autoquant.nn.attention import QuantizedMultiheadAttention
 from autoquant.nn.recurrent import (
     QuantizedGRU,
@@ -41,11 +41,13 @@ class _SiteWeight:
 class _QuantizedCall(_SiteWeight):
     """Computes as the original layer does, on a quantized input.
 
-    ``operation`` says what that is, None where no kernel can stand in for it.
+    ``operation`` says what that is, None where no kernel can stand in for it; ``clamp`` is a ReLU
+    that follows.
     """
 
     bias: Tensor | None
     operation: Operation | None = None
+    clamp: Clamp | None = None
 
     if TYPE_CHECKING:
 
@@ -55,7 +57,7 @@ class _QuantizedCall(_SiteWeight):
         """Return the layer's output on its quantized input."""
         compute = super().forward
         return self.sites["weight"].layer(
-            self.operation, input, self.bias, lambda x: compute(x, *args, **kwargs)
+            self.operation, input, self.bias, lambda x: compute(x, *args, **kwargs), self.clamp
         )
 
 

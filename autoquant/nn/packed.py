@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoquant.kernels.operation import Operation
+from autoquant.kernels.operation import Clamp, Operation
 from autoquant.nn.runtime import Multiply, Rows
 from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.affine import QParams, dequantize
@@ -102,8 +102,9 @@ class PackedSite(nn.Module):
         x: Tensor,
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
+        clamp: Clamp | None = None,
     ) -> Tensor:
-        """Return a layer's output on ``x``."""
+        """Return a layer's output on ``x``; a saved model has its ReLUs as modules."""
         return compute(self.quantize_input(x))
 
     def linear(self, *parts: Rows) -> tuple[Multiply, ...]:

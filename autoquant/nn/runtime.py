@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from autoquant.kernels.operation import Operation
+from autoquant.kernels.operation import Clamp, Operation
 
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
 """Activation [..., in], as it is before quantization, and bias [out] or None → [..., out]."""
@@ -35,11 +35,12 @@ class SiteRuntime(Protocol):
         x: Tensor,
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
+        clamp: Clamp | None = None,
     ) -> Tensor:
         """Return a layer's output on ``x``; ``compute`` gives it from the quantized activation.
 
         ``operation`` says what ``compute`` does with weight and bias, so that a kernel can stand
-        in for it; None where it is nothing that a kernel knows.
+        in for it; None where it is nothing that a kernel knows. ``clamp`` is a ReLU that follows.
         """
         ...
 

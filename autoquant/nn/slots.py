@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoquant.kernels.engine import FLOAT, Engine
-from autoquant.kernels.operation import LINEAR, Operation, Product
+from autoquant.kernels.operation import LINEAR, Clamp, Operation, Product
+from autoquant.nn.follow import clamp_, mark
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.runtime import Multiply, Rows
 from autoquant.nn.sites import Site
@@ -74,17 +75,20 @@ class SiteSlot:
         x: Tensor,
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
+        clamp: Clamp | None = None,
     ) -> Tensor:
-        """Return a layer's output on ``x``, by a kernel or by ``compute``."""
+        """Return a layer's output on ``x``, by a kernel or by ``compute``, clamped and marked."""
         start = time.perf_counter()
         product = None if operation is None else self._product(operation, None)
         if product is not None:
-            y = product(x, bias)
+            y = product(x, bias, clamp)
             if y is not None:
                 self.use()
                 self.engine.note(product.backend, time.perf_counter() - start)
-                return y
+                return y if clamp is None else mark(y, clamp)
         y = compute(self.quantize_input(x))
+        if clamp is not None:
+            y = mark(clamp_(y, clamp), clamp)
         self.engine.note(FLOAT, time.perf_counter() - start)
         return y
 

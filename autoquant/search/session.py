@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,9 @@ class Session:
     realizer: Realizer
     evaluator: Evaluator
     sizes: SizeModel
+    _measured: dict[object, tuple[Measurement, Reading, dict[str, SiteRecipe]]] = field(
+        default_factory=dict
+    )
 
     @property
     def model(self) -> nn.Module:
@@ -55,8 +58,20 @@ class Session:
     ) -> tuple[Measurement, Reading, dict[str, SiteRecipe]]:
         """Measure a recipe on one split; return also the reading and the calibrated sites.
 
-        Raises TrialError where the candidate, or the user's code on it, fails.
+        What was measured to its end before, by the same arithmetic, is not measured again. Raises
+        TrialError where the candidate, or the user's code on it, fails.
         """
+        key = (split, self.prepared.engine.fast, frozenset(sites.items()))
+        if key not in self._measured:
+            found = self._measure(sites, split, limit, watch)
+            if found[1].stopped:
+                return found
+            self._measured[key] = found
+        return self._measured[key]
+
+    def _measure(
+        self, sites: Mapping[str, SiteRecipe], split: str, limit: float | None, watch: Watch
+    ) -> tuple[Measurement, Reading, dict[str, SiteRecipe]]:
         try:
             done = self.realizer.apply(sites)
         except torch.OutOfMemoryError as error:

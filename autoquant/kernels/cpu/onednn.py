@@ -8,6 +8,7 @@ slower.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoquant.kernels.cpu.native import OFFSET, finish_rows, quantize, quantize_rows
-from autoquant.kernels.operation import Operation, Product
+from autoquant.kernels.operation import Clamp, Operation, Product
+from autoquant.kernels.reference import multiply
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
@@ -56,8 +58,6 @@ def prepare(
         return None
     if operation.kind == "linear":
         return LinearProduct(packed, activation)
-    if activation.dynamic and not activation.symmetric and any(operation.padding):
-        return None  # what pads a sample would be another integer in each
     return ConvProduct(packed, activation, operation)
 
 
@@ -137,28 +137,37 @@ class LinearProduct:
         self.pack = weight.packs["linear"]
         self.zero = _zeros(weight)
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
         """Return [..., out]; None for NaN, no rows, or another dtype than float32."""
         if not _takes(x) or x.dim() < 1 or x.shape[-1] != self.weight.q.shape[1]:
             return None
         if not self.activation.dynamic:
             q = quantize(x, self.activation)
             zero_point = (self.activation.zero_point or 0) + OFFSET
-            return None if q is None else self._run(q, self.activation.scale, zero_point, bias)
+            if q is None:
+                return None
+            return self._run(q, self.activation.scale, zero_point, bias, clamp)
         rows = quantize_rows(x, self.activation, "linear")
         if rows is None:
             return None
         q, scale, zero_points = rows
-        y = self._run(q, 1.0, OFFSET, None)
+        y = self._run(q, 1.0, OFFSET, None, None)
         finish_rows(
             y.view(-1, y.shape[-1]), scale, zero_points, self.weight.sums, _or_zeros(bias, y)
         )
-        return y
+        return y if clamp is None else y.clamp_(*clamp)
 
-    def _run(self, q: Tensor, scale: float | None, zero_point: int, bias: Tensor | None) -> Tensor:
+    def _run(
+        self,
+        q: Tensor,
+        scale: float | None,
+        zero_point: int,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+    ) -> Tensor:
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             q, scale, zero_point, self.pack, self.weight.scale, self.zero, bias,
-            1.0, 0, torch.float32, "none", [], "",
+            1.0, 0, torch.float32, *_post(clamp),
         )  # fmt: skip
         return y
 
@@ -182,6 +191,7 @@ class ConvProduct:
             weight.packs[key] = self._prepack()
         self.pack = weight.packs[key]
         self.zero = _zeros(weight)
+        self._edges: tuple[torch.Size, Tensor] | None = None
 
     def _prepack(self) -> Tensor:
         o = self.operation
@@ -191,24 +201,40 @@ class ConvProduct:
         )  # fmt: skip
         return pack
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
         """Return [batch, out, *spatial]; None for NaN, no numbers, or other dtypes or shapes."""
         if not _takes(x) or x.dim() != self.axes + 2 or not self._fits(x):
             return None
         if not self.activation.dynamic:
             q = quantize(x, self.activation)
-            return None if q is None else self._run(q, self.activation.scale, bias)
+            return None if q is None else self._run(q, self.activation.scale, bias, clamp)
         tokens = quantize_rows(x, self.activation, "conv")
         if tokens is None:
             return None
         q, scale, zero_points = tokens
-        y = self._run(q, 1.0, None)
+        y = self._run(q, 1.0, None, None)
         shape = (-1, *[1] * (y.dim() - 1))
         channels = (1, -1, *[1] * (y.dim() - 2))
         if not self.activation.symmetric:
-            y.sub_(zero_points.view(shape) * self.weight.sums.view(channels))
+            sums = self._edge_sums(x.shape[2:]) if any(self.operation.padding) else None
+            sums = self.weight.sums.view(channels) if sums is None else sums
+            y.sub_(zero_points.view(shape) * sums)
         y.mul_(scale.view(shape))
-        return y if bias is None else y.add_(bias.view(channels))
+        if bias is not None:
+            y.add_(bias.view(channels))
+        return y if clamp is None else y.clamp_(*clamp)
+
+    def _edge_sums(self, spatial: torch.Size) -> Tensor:
+        """Return what each output sums of its weights, scaled: less where the input is padded.
+
+        A sample's zero point is taken off inside the sample; what pads it is 0 already.
+        """
+        if self._edges is None or self._edges[0] != spatial:
+            ones = torch.ones(1, self.weight.q.shape[1] * self.operation.groups, *spatial)
+            whole = multiply(self.operation, ones, self.weight.q.to(torch.float32), None)
+            scale = self.weight.scale.view(1, -1, *[1] * len(spatial))
+            self._edges = spatial, whole * scale
+        return self._edges[1]
 
     def _fits(self, x: Tensor) -> bool:
         """Return whether there is an output; where there is none, the reference says so."""
@@ -218,14 +244,23 @@ class ConvProduct:
         ins = self.weight.q.shape[1] * o.groups
         return x.shape[1] == ins and all(r >= s for r, s in zip(room, spans, strict=True))
 
-    def _run(self, q: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
+    def _run(
+        self, q: Tensor, scale: float | None, bias: Tensor | None, clamp: Clamp | None
+    ) -> Tensor:
         o = self.operation
         y: Tensor = torch.ops.onednn.qconv_pointwise(
             _planar(q), scale, self.zero_point, self.pack, self.weight.scale, self.zero, bias,
             _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups,
-            1.0, 0, torch.float32, "none", [], "",
+            1.0, 0, torch.float32, *_post(clamp),
         )  # fmt: skip
         return y.squeeze(-2) if self.axes == 1 else y
+
+
+def _post(clamp: Clamp | None) -> tuple[str, list[float], str]:
+    """Return what oneDNN does with the output in the same pass."""
+    if clamp is None:
+        return "none", [], ""
+    return ("relu", [], "") if clamp == (0.0, math.inf) else ("hardtanh", list(clamp), "")
 
 
 def _takes(x: Tensor) -> bool:

@@ -50,7 +50,8 @@ def command(
 
     loaded_recipe = load(Path(recipe))
     from autoquant.export.model import check_model, quantize, write
-    from autoquant.search.run import Source, check_folder
+    from autoquant.search.run import check_folder
+    from autoquant.search.source import Source
 
     check_folder(Path(output).parent)
     source = Source(model, task, data, metric, trust_pickle)

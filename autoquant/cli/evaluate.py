@@ -40,7 +40,8 @@ def command(
     loaded_recipe = None if recipe is None else load(Path(recipe))
     from autoquant.export.model import check_model
     from autoquant.report.tables import megabytes, plain_number
-    from autoquant.search.run import Source, measure_recipe
+    from autoquant.search.remeasure import measure_recipe
+    from autoquant.search.source import Source
 
     source = Source(model, task, data, metric, trust_pickle)
     loaded_task = source.load_task()

@@ -21,7 +21,7 @@ from autoquant.search.goal import Goal
 from autoquant.search.ledger import REASON
 from autoquant.search.loop import Stop
 from autoquant.search.preflight import Preflight
-from autoquant.search.run import SearchResult
+from autoquant.search.result import SearchResult
 from autoquant.search.trials import measured
 
 

@@ -125,7 +125,8 @@ def run(
 
     chosen = SearchSpace.load(space)
     from autoquant.cli.progress import searching
-    from autoquant.search.run import Source, space_file, start
+    from autoquant.search.run import start
+    from autoquant.search.source import Source, space_file
 
     source = Source(model, task, data, metric, trust_pickle, space_file(space))
     with searching(as_json, storage) as reporter:

@@ -19,8 +19,8 @@ from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task, run_forward
 from autoquant.nn.archive import SUFFIX, save_archive
 from autoquant.nn.convert import prepare
-from autoquant.search.run import state_hash
 from autoquant.search.session import open_session
+from autoquant.search.source import state_hash
 from autoquant.spec.recipe import Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
-import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 from torch import nn
@@ -20,11 +17,11 @@ from torch import nn
 from autoquant.errors import StudyError, TrialError, UserError
 from autoquant.measure.evaluator import Watch
 from autoquant.measure.size import weight_bytes
-from autoquant.models.files import LoadedModel, load, sha256_of
+from autoquant.models.files import LoadedModel, sha256_of
 from autoquant.models.metrics import parse_max_drop
-from autoquant.models.task import Task, data_task, load_task
+from autoquant.models.task import Task, load_task
 from autoquant.search import samplers
-from autoquant.search.confirm import Finalist, confirm, confirm_one, finalists
+from autoquant.search.confirm import confirm, finalists
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import Ledger, count, names
 from autoquant.search.loop import Listener, Outcome, Stop, run_trials
@@ -32,13 +29,25 @@ from autoquant.search.options import Options, check, check_budget, parse_size
 from autoquant.search.params import ParameterMap
 from autoquant.search.preflight import Preflight, preflight
 from autoquant.search.profile import profile, weight_schemes
+from autoquant.search.result import SearchResult
 from autoquant.search.sampler import KnapsackSampler
 from autoquant.search.session import Session, choose_device, open_session
+from autoquant.search.source import (
+    Source,
+    absolute,
+    compare,
+    of_module,
+    saved_space,
+    saved_task,
+    source_of,
+    space_file,
+    space_header,
+)
 from autoquant.search.trials import best_trial, measured
 from autoquant.search.uniform import baselines
-from autoquant.spec.recipe import Recipe, SiteRecipe, SplitResult
+from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.recipe_file import dumps, save
-from autoquant.spec.space import SearchSpace, SiteSpace, shipped
+from autoquant.spec.space import SearchSpace, SiteSpace
 
 FORMAT = 1
 """Version of a study's header."""
@@ -74,73 +83,6 @@ class Silent:
 
     def step(self, number: int, done: int, total: int) -> None:
         """Do nothing."""
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found. ``holds`` says whether the confirmed drop is within the maximum."""
-
-    study: str
-    recipe: Recipe
-    recipe_path: Path
-    holds: bool
-    max_drop: float
-    trials: Mapping[str, int]
-    finalists: tuple[Finalist, ...]
-    seconds: float
-    device: str
-
-    def plain(self) -> dict[str, Any]:
-        """Return the result as the JSON object of ``autoquant search --json``."""
-        evidence = self.recipe.evidence
-        assert evidence is not None
-        result = evidence.reported
-        return {
-            "study": self.study,
-            "recipe": str(self.recipe_path),
-            "metric": {
-                "name": evidence.metric,
-                "float": result.baseline,
-                "quantized": result.quantized,
-                "drop": result.drop,
-                "interval": list(result.interval) if result.interval else None,
-                "higher_is_better": evidence.higher_is_better,
-            },
-            "average_weight_bits": evidence.average_weight_bits,
-            "size_bytes": evidence.size_bytes,
-            "float_size_bytes": evidence.float_size_bytes,
-            "trials": dict(self.trials),
-            "seconds": self.seconds,
-            "device": self.device,
-        }
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where model, task and search space come from; what a study keeps to find them again.
-
-    ``space`` is the space's file, None for one that ships with the package.
-    """
-
-    model: str
-    task: str | None = None
-    data: str | None = None
-    metric: str | None = None
-    trust_pickle: bool = False
-    space: str | None = None
-
-    def load_task(self) -> Task:
-        """Return the task; UserError where none is given."""
-        if self.task is not None:
-            return load_task(Path(self.task))
-        if self.data is not None:
-            return data_task(Path(self.data), self.metric)
-        raise UserError("give a task: --task TASK.py, or --data FILE with inputs and targets")
-
-    def load(self, task: Task | None) -> LoadedModel:
-        """Return the model."""
-        build = None if task is None else task.load_model
-        return load(Path(self.model), load_model=build, trust_pickle=self.trust_pickle)
 
 
 def search(
@@ -180,7 +122,7 @@ def search(
     kept = None if isinstance(space, SearchSpace) else space_file(space)
     if isinstance(model, nn.Module):
         source = Source("", file, space=kept)
-        loaded = _of_module(model)
+        loaded = of_module(model)
     else:
         source = Source(str(model), file, trust_pickle=trust_pickle, space=kept)
         loaded = source.load(task)
@@ -224,18 +166,18 @@ def start(
         "format": FORMAT,
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "model": {
-            "path": _absolute(source.model),
+            "path": absolute(source.model),
             "name": loaded.name,
             "sha256": loaded.sha256,
             "trust_pickle": source.trust_pickle,
         },
         "task": {
-            "path": _absolute(source.task),
-            "data": _absolute(source.data),
+            "path": absolute(source.task),
+            "data": absolute(source.data),
             "metric": source.metric,
             "sha256": task.sha256,
         },
-        "space": _space_header(space, source),
+        "space": space_header(space, source),
         "options": options.plain(),
         "out": str(out.resolve()),
         "sites": [
@@ -318,22 +260,22 @@ def resume(
             "go on with autoquant.resume(sampler=…)"
         )
     source = source_of(header)
-    task = task or _saved_task(ledger.name, source)
-    _compare(ledger.name, "task", header["task"]["sha256"], task.sha256, accept_changes)
+    task = task or saved_task(ledger.name, source)
+    compare(ledger.name, "task", header["task"]["sha256"], task.sha256, accept_changes)
     if model is not None:
-        loaded = _of_module(model)
-        _compare(ledger.name, "model", header["model"]["sha256"], loaded.sha256, accept_changes)
+        loaded = of_module(model)
+        compare(ledger.name, "model", header["model"]["sha256"], loaded.sha256, accept_changes)
     elif source.model:
         if not Path(source.model).exists():
             raise StudyError(f"study {ledger.name}: its model is gone: {source.model}")
         found = sha256_of(Path(source.model))
-        _compare(ledger.name, "model", header["model"]["sha256"], found, accept_changes)
+        compare(ledger.name, "model", header["model"]["sha256"], found, accept_changes)
         loaded = source.load(task)
     else:
         raise StudyError(
             f"study {ledger.name} is of a module in Python: go on with autoquant.resume(model=…)"
         )
-    space = _saved_space(ledger.name, header, accept_changes)
+    space = saved_space(ledger.name, header, accept_changes)
     session = open_session(loaded, task, choose_device(options.device), say=reporter.say)
     if [s.name for s in session.prepared.sites] != [s["name"] for s in header["sites"]]:
         raise StudyError(
@@ -347,63 +289,6 @@ def resume(
     goal = make_goal(session, options, flight)
     out = Path(header["out"])
     return _run(ledger, session, spaces, goal, options, out, sampler, reporter, began)
-
-
-def _compare(study: str, what: str, then: str, now: str, accept: bool) -> None:
-    if then != now and not accept:
-        raise StudyError(
-            f"study {study}: the {what} has changed since the study began (sha256 {then[:12]}… → "
-            f"{now[:12]}…); start a new study, or go on with --accept-changes"
-        )
-
-
-def _saved_task(study: str, source: Source) -> Task:
-    if source.task is None and source.data is None:
-        raise StudyError(
-            f"study {study} is of a Task in Python: go on with autoquant.resume(task=…)"
-        )
-    return source.load_task()
-
-
-def _saved_space(study: str, header: Mapping[str, Any], accept: bool) -> SearchSpace:
-    """Return the space as the study keeps it, which its trials are of, accepted changes or not.
-
-    Where it came from a file that is still there, or ships, that must hold the same text.
-    """
-    saved = header["space"]
-    if saved["shipped"] or (saved["path"] and Path(saved["path"]).exists()):
-        now = SearchSpace.load(saved["name"] if saved["shipped"] else Path(saved["path"]))
-        _compare(study, "space", saved["sha256"], _sha256(now.text), accept)
-    return SearchSpace.parse(saved["text"], saved["name"])
-
-
-def space_file(space: str | Path) -> str | None:
-    """Return the file that a --space names, None where it is the name of one that ships."""
-    return None if space in shipped() else str(space)
-
-
-def _space_header(space: SearchSpace, source: Source) -> dict[str, Any]:
-    """Return what a study keeps of its space; one made in Python has no place to be compared."""
-    ships = source.space is None and space.name in shipped()
-    return {
-        "name": space.name,
-        "path": _absolute(source.space),
-        "shipped": ships and SearchSpace.load(space.name).text == space.text,
-        "text": space.text,
-        "sha256": _sha256(space.text),
-    }
-
-
-def source_of(header: Mapping[str, Any]) -> Source:
-    """Return where a study's model and task come from."""
-    task = header["task"]
-    return Source(
-        header["model"]["path"] or "",
-        task["path"],
-        task["data"],
-        task["metric"],
-        header["model"]["trust_pickle"],
-    )
 
 
 def make_goal(session: Session, options: Options, found: Preflight) -> Goal:
@@ -519,92 +404,3 @@ def new_name(model: str, storage: str | None) -> str:
     if stem not in taken:
         return stem
     return next(f"{stem}-{i}" for i in range(2, len(taken) + 3) if f"{stem}-{i}" not in taken)
-
-
-def _of_module(model: nn.Module) -> LoadedModel:
-    """Return a copy of the user's own module to work on: it is folded and converted in place."""
-    name, digest = type(model).__name__, state_hash(model)
-    return LoadedModel(copy.deepcopy(model).eval(), "module", name, digest)
-
-
-def state_hash(model: nn.Module) -> str:
-    """Return a digest of a module's weights, for one that comes from no file."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            flat = value.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _absolute(path: str | None) -> str | None:
-    return str(Path(path).resolve()) if path else None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What ``autoquant evaluate`` measured, split by split."""
-
-    metric: str
-    higher_is_better: bool
-    splits: Mapping[str, SplitResult]
-    average_weight_bits: float
-    size_bytes: int
-    float_size_bytes: int
-
-    def plain(self) -> dict[str, Any]:
-        """Return it as JSON takes it."""
-        rows = {
-            name: {
-                "samples": s.samples,
-                "float": s.baseline,
-                "quantized": s.quantized,
-                "drop": s.drop,
-                "interval": list(s.interval) if s.interval else None,
-            }
-            for name, s in self.splits.items()
-        }
-        return {
-            "metric": {"name": self.metric, "higher_is_better": self.higher_is_better},
-            "splits": rows,
-            "average_weight_bits": self.average_weight_bits,
-            "size_bytes": self.size_bytes,
-            "float_size_bytes": self.float_size_bytes,
-        }
-
-
-def measure_recipe(
-    loaded: LoadedModel, task: Task, recipe: Recipe | None, device: str = "auto"
-) -> Evaluation:
-    """Measure a recipe (None: the float model) on every split that the task has."""
-    folded = None if recipe is None else recipe.folded
-    session = open_session(loaded, task, choose_device(device), folded=folded)
-    try:
-        base = session.baseline("search")
-        if session.evaluator.confirms:
-            session.baseline("confirm")
-        goal = Goal(float("inf"), session.sizes.float_size_bytes)
-        sites = {} if recipe is None else recipe.sites
-        seed = 0 if recipe is None else recipe.seed
-        evidence = confirm_one(session, sites, goal, seed).recipe.evidence
-    except TrialError as error:
-        raise UserError(f"{task.source}: {error}") from error
-    assert evidence is not None
-    splits = {"search": evidence.search}
-    if evidence.confirm is not None:
-        splits["confirm"] = evidence.confirm
-    if not base.samples:
-        splits = {name: replace(s, interval=None) for name, s in splits.items()}
-    return Evaluation(
-        evidence.metric,
-        evidence.higher_is_better,
-        splits,
-        evidence.average_weight_bits,
-        evidence.size_bytes,
-        evidence.float_size_bytes,
-    )

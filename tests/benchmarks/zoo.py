@@ -21,7 +21,7 @@ import torch
 from autoquant.models.files import load
 from autoquant.models.task import load_task
 from autoquant.report.tables import megabytes
-from autoquant.search.run import measure_recipe
+from autoquant.search.remeasure import measure_recipe
 from autoquant.search.session import open_session
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 from tests.benchmarks.machine import describe_machine

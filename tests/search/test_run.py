@@ -21,18 +21,10 @@ from autoquant.search.goal import Goal
 from autoquant.search.ledger import Ledger
 from autoquant.search.loop import FAILURES, Stop
 from autoquant.search.preflight import Preflight
-from autoquant.search.run import (
-    SearchResult,
-    Silent,
-    Source,
-    check_folder,
-    measure_recipe,
-    new_name,
-    resume,
-    search,
-    space_file,
-    state_hash,
-)
+from autoquant.search.remeasure import measure_recipe
+from autoquant.search.result import SearchResult
+from autoquant.search.run import Silent, check_folder, new_name, resume, search
+from autoquant.search.source import Source, space_file, state_hash
 from autoquant.search.trials import measured
 from autoquant.spec.recipe_file import load
 from autoquant.spec.space import SearchSpace

@@ -1,0 +1,50 @@
+"""What a search found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoquant.search.confirm import Finalist
+from autoquant.spec.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found. ``holds`` says whether the confirmed drop is within the maximum."""
+
+    study: str
+    recipe: Recipe
+    recipe_path: Path
+    holds: bool
+    max_drop: float
+    trials: Mapping[str, int]
+    finalists: tuple[Finalist, ...]
+    seconds: float
+    device: str
+
+    def plain(self) -> dict[str, Any]:
+        """Return the result as the JSON object of ``autoquant search --json``."""
+        evidence = self.recipe.evidence
+        assert evidence is not None
+        result = evidence.reported
+        return {
+            "study": self.study,
+            "recipe": str(self.recipe_path),
+            "metric": {
+                "name": evidence.metric,
+                "float": result.baseline,
+                "quantized": result.quantized,
+                "drop": result.drop,
+                "interval": list(result.interval) if result.interval else None,
+                "higher_is_better": evidence.higher_is_better,
+            },
+            "average_weight_bits": evidence.average_weight_bits,
+            "size_bytes": evidence.size_bytes,
+            "float_size_bytes": evidence.float_size_bytes,
+            "trials": dict(self.trials),
+            "seconds": self.seconds,
+            "device": self.device,
+        }

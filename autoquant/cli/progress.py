@@ -16,7 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from autoquant.cli.failures import Interrupted
-from autoquant.report.tables import console, layers_table, megabytes, plain_number, preflight_lines
+from autoquant.report.tables import (
+    console,
+    latency_lines,
+    layers_table,
+    megabytes,
+    plain_number,
+    preflight_lines,
+)
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import REASON
 from autoquant.search.loop import Stop
@@ -133,6 +140,16 @@ class ConsoleReporter:
             f"({evidence.size_bytes / evidence.float_size_bytes:.1%})",
             markup=False,
         )
+        if evidence.latency is not None:
+            lines = latency_lines(evidence.latency, result.latency_checks, result.max_latency)
+            for line in lines:
+                out.print(line, markup=False)
+        if evidence.bit_operations is not None and evidence.float_bit_operations:
+            share = evidence.bit_operations / evidence.float_bit_operations
+            out.print(
+                f"{evidence.bit_operations:.3g} bit operations, {share:.1%} of the float model's",
+                markup=False,
+            )
         if not result.holds:
             out.print(
                 f"no recipe kept the drop within {plain_number(result.max_drop)} on the confirm "

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import TrialError, UserError
+from autoquant.measure.cost import CostModel
 from autoquant.measure.evaluator import Evaluator, Reading, Watch
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
@@ -38,6 +39,7 @@ class Session:
     realizer: Realizer
     evaluator: Evaluator
     sizes: SizeModel
+    costs: CostModel
 
     @property
     def model(self) -> nn.Module:
@@ -65,13 +67,16 @@ class Session:
         reading = self.evaluator.read(self.model, split, limit=limit, watch=watch)
         drop = self.evaluator.drop(split, reading.value)
         loss = max(drop, 1e-9) if reading.divergence is None else reading.divergence
+        costs = self.costs.of(done)
         measurement = Measurement(
             reading.value,
             drop,
             loss,
-            self.sizes.average_bits(done),
-            self.sizes.bytes(done),
+            costs.average_weight_bits,
+            costs.size_bytes,
             reading.seconds,
+            costs.latency,
+            costs.bit_operations,
         )
         return measurement, reading, done
 
@@ -135,6 +140,7 @@ def open_session(
     _choose_layout(prepared, run)
     say("calibrating")
     statistics = calibrate(prepared, splits.calibrate or (None,), run)
+    sizes = SizeModel(prepared, size)
     return Session(
         ModelIdentity(loaded.name, loaded.sha256),
         task,
@@ -144,7 +150,8 @@ def open_session(
         statistics,
         Realizer(prepared, statistics),
         evaluator,
-        SizeModel(prepared, size),
+        sizes,
+        CostModel(sizes),
     )
 
 

@@ -83,7 +83,7 @@ def test_what_a_trial_keeps(ledger):
     m = measurement(8)
     assert first.value == GOAL.objective(m)
     assert first.constraints == {"drop": m.drop - 0.05}
-    expected = dataclasses.asdict(m) | {"objective": GOAL.objective(m), "feasible": True}
+    expected = m.plain() | {"objective": GOAL.objective(m), "feasible": True}
     assert first.user_attrs == {MEASURED: expected, SCALES: {"a": [0.5, 2]}}
     assert first.system_attrs["mine"] == 0
     assert first.datetime_start <= first.datetime_complete

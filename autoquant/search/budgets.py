@@ -1,0 +1,77 @@
+"""The multiple-choice knapsack with several budgets, as an integer program.
+
+One budget is solved far faster by ``knapsack``; with two there is no order of best bargains any
+more, so branch and cut (HiGHS: Huangfu and Hall 2018) does it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+Array = NDArray[np.float64]
+Rows = Sequence[Array]
+"""Rows[s] holds what each option of site s costs."""
+
+NODES = 500
+"""Most nodes of the search tree: a count and not a time, so that the answer is repeatable."""
+GAP = 1e-6
+"""Relative distance from the optimum at which an answer is good enough."""
+TOLERANCE = 1e-9
+"""By how much, relative to it, a budget may be exceeded: rounding, not more."""
+MARGIN = 2e-6
+"""What a budget is tightened by, relative to it, where HiGHS's own tolerance exceeded it."""
+
+
+def solve_within(value: Rows, budgets: Sequence[tuple[Rows, float]]) -> list[int] | None:
+    """Return the options of least ``value`` in all whose costs keep every budget.
+
+    None where there is no such choice.
+    """
+    chosen = _solve(value, budgets, 0.0)
+    if chosen is not None and not keeps(chosen, budgets):
+        chosen = _solve(value, budgets, MARGIN)
+    return chosen if chosen is not None and keeps(chosen, budgets) else None
+
+
+def keeps(chosen: Sequence[int], budgets: Sequence[tuple[Rows, float]]) -> bool:
+    """Return whether the options ``chosen`` keep every budget."""
+    return all(
+        sum(float(row[i]) for row, i in zip(cost, chosen, strict=True))
+        <= limit + TOLERANCE * max(abs(limit), 1e-30)
+        for cost, limit in budgets
+    )
+
+
+def _solve(value: Rows, budgets: Sequence[tuple[Rows, float]], margin: float) -> list[int] | None:
+    sizes = [len(row) for row in value]
+    total = sum(sizes)
+    starts = np.cumsum([0, *sizes])
+    sites = np.repeat(np.arange(len(sizes)), sizes)
+    once = csr_array((np.ones(total), (sites, np.arange(total))), shape=(len(sizes), total))
+    constraints = [LinearConstraint(once, 1.0, 1.0)]
+    for cost, limit in budgets:
+        if not np.isfinite(limit):
+            continue
+        flat = np.concatenate(list(cost))
+        # HiGHS's tolerances are absolute, and a limit is anything from microseconds to gigabytes.
+        unit = max(abs(limit), 1e-30)
+        top = (limit - margin * abs(limit)) / unit
+        constraints.append(LinearConstraint(flat[None] / unit, -np.inf, top))
+    flat = np.concatenate(list(value))
+    unit = max(float(np.abs(flat).max()), 1e-30)
+    result = milp(
+        flat / unit,
+        integrality=np.ones(total),
+        bounds=Bounds(0.0, 1.0),
+        constraints=constraints,
+        options={"node_limit": NODES, "mip_rel_gap": GAP},
+    )
+    if result.x is None:
+        return None
+    return [int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(starts)]

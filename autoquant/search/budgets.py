@@ -20,7 +20,7 @@ Rows = Sequence[Array]
 
 NODES = 500
 """Most nodes of the search tree: a count and not a time, so that the answer is repeatable."""
-GAP = 1e-6
+GAP = 1e-4
 """Relative distance from the optimum at which an answer is good enough."""
 TOLERANCE = 1e-9
 """By how much, relative to it, a budget may be exceeded: rounding, not more."""
@@ -33,10 +33,32 @@ def solve_within(value: Rows, budgets: Sequence[tuple[Rows, float]]) -> list[int
 
     None where there is no such choice.
     """
-    chosen = _solve(value, budgets, 0.0)
-    if chosen is not None and not keeps(chosen, budgets):
-        chosen = _solve(value, budgets, MARGIN)
-    return chosen if chosen is not None and keeps(chosen, budgets) else None
+    kept = [
+        undominated(np.stack([value[s], *(cost[s] for cost, _ in budgets)]))
+        for s in range(len(value))
+    ]
+    few = [(_take(cost, kept), limit) for cost, limit in budgets]
+    for margin in (0.0, MARGIN):
+        chosen = _solve(_take(value, kept), few, margin)
+        if chosen is None:
+            return None
+        found = [int(rows[i]) for rows, i in zip(kept, chosen, strict=True)]
+        if keeps(found, budgets):
+            return found
+    return None
+
+
+def undominated(table: Array) -> NDArray[np.int64]:
+    """Return the options (columns) that no other one beats or equals in every row."""
+    less = (table[:, :, None] <= table[:, None, :]).all(0)  # [i, j]: i is as good as j everywhere
+    order = np.arange(table.shape[1])
+    equal = less & less.T
+    beats = less & (~equal | (order[:, None] < order[None, :]))
+    return np.flatnonzero(~beats.any(0))
+
+
+def _take(rows: Rows, kept: Sequence[NDArray[np.int64]]) -> list[Array]:
+    return [row[which] for row, which in zip(rows, kept, strict=True)]
 
 
 def keeps(chosen: Sequence[int], budgets: Sequence[tuple[Rows, float]]) -> bool:
@@ -60,7 +82,7 @@ def _solve(value: Rows, budgets: Sequence[tuple[Rows, float]], margin: float) ->
             continue
         flat = np.concatenate(list(cost))
         # HiGHS's tolerances are absolute, and a limit is anything from microseconds to gigabytes.
-        unit = max(abs(limit), 1e-30)
+        unit = max(abs(limit), 1e-9 * float(np.abs(flat).max()), 1e-30)
         top = (limit - margin * abs(limit)) / unit
         constraints.append(LinearConstraint(flat[None] / unit, -np.inf, top))
     flat = np.concatenate(list(value))

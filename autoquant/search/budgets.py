@@ -6,8 +6,11 @@ more, so branch and cut (HiGHS: Huangfu and Hall 2018) does it.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,13 +90,43 @@ def _solve(value: Rows, budgets: Sequence[tuple[Rows, float]], margin: float) ->
         constraints.append(LinearConstraint(flat[None] / unit, -np.inf, top))
     flat = np.concatenate(list(value))
     unit = max(float(np.abs(flat).max()), 1e-30)
-    result = milp(
-        flat / unit,
-        integrality=np.ones(total),
-        bounds=Bounds(0.0, 1.0),
-        constraints=constraints,
-        options={"node_limit": NODES, "mip_rel_gap": GAP},
-    )
+    with silent_output():
+        result = milp(
+            flat / unit,
+            integrality=np.ones(total),
+            bounds=Bounds(0.0, 1.0),
+            constraints=constraints,
+            options={"node_limit": NODES, "mip_rel_gap": GAP},
+        )
     if result.x is None:
         return None
     return [int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(starts)]
+
+
+@contextlib.contextmanager
+def silent_output() -> Iterator[None]:
+    """Keep out of standard output what HiGHS prints: a forgotten remark, where --json must go.
+
+    It comes from C, past ``sys.stdout``, so the file descriptor is what is turned away.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing can be printed anyway
+        yield
+        return
+    _flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        _flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _flush() -> None:
+    """Write out what C has buffered."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).fflush(None)

@@ -11,7 +11,8 @@ import torch
 
 from autoquant.errors import TrialError, UserError
 from autoquant.measure.cost import BitOperations, CostModel, count_macs
-from autoquant.measure.latency import LatencyModel, measure_latency, site_choices, whole_seconds
+from autoquant.measure.latency import LatencyModel, site_choices
+from autoquant.measure.layers import measure_latency, whole_seconds
 from autoquant.measure.size import weight_bytes
 from autoquant.measure.units import Run
 from autoquant.models.data import batch_size, to_device

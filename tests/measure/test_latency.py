@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from autoquant.measure import latency as module
-from autoquant.measure.latency import LatencyModel, measure_latency, site_choices
+from autoquant.measure import layers as module
+from autoquant.measure.latency import LatencyModel, site_choices
 from autoquant.measure.latency_cache import LatencyCache
+from autoquant.measure.layers import measure_latency
 from autoquant.measure.speed import FLOAT, speed_class
 from autoquant.measure.timing import WARM_UP
 from autoquant.measure.units import SIGNATURES, choose, find_units, signature

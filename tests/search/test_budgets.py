@@ -1,13 +1,15 @@
 """Several budgets at once: as good as trying everything."""
 
+import ctypes
 import itertools
+import os
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoquant.search.budgets import keeps, solve_within, undominated
+from autoquant.search.budgets import keeps, silent_output, solve_within, undominated
 
 
 @st.composite
@@ -76,6 +78,18 @@ def test_undominated(columns):
         rivals = [columns[i] for i in kept if i != j]
         beaten = any(all(a <= b for a, b in zip(r, column, strict=True)) for r in rivals)
         assert beaten or j in kept
+
+
+def test_nothing_is_printed(capfd):
+    """What comes from C, buffered or not, must not end up in the JSON of a search."""
+    libc = ctypes.CDLL(None)
+    os.write(1, b"before\n")
+    libc.puts(b"buffered before")
+    with silent_output():
+        os.write(1, b"raw\n")
+        libc.puts(b"buffered")
+    os.write(1, b"after\n")
+    assert capfd.readouterr().out == "before\nbuffered before\nafter\n"
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0])

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor, nn
 
 from autoquant.errors import UserError
-from autoquant.measure import latency as latency_module
+from autoquant.measure import layers
 from autoquant.models.task import Task
 from autoquant.report.tables import latency_lines, preflight_lines, trials_table
 from autoquant.search import pricing
@@ -77,7 +77,7 @@ def clock(call: Any) -> float:
 def _setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(latency_module, "clock_of", lambda device: clock)
+    monkeypatch.setattr(layers, "clock_of", lambda device: clock)
 
 
 def searched(task: Task | None = None, space: str = SPACE, **words: Any) -> SearchResult:
@@ -270,7 +270,7 @@ def test_a_resumed_study_keeps_its_table(sampler, monkeypatch):
     whole = searched(trials=14, study="whole", **words)
     searched(trials=7, study="pieces", **words)
     # Another speed of the machine would be another limit, and other trials.
-    monkeypatch.setattr(latency_module, "clock_of", lambda device: lambda call: (call(), 9.0)[1])
+    monkeypatch.setattr(layers, "clock_of", lambda device: lambda call: (call(), 9.0)[1])
     result = resume("pieces", model=net(), task=task_of(), trials=14)
     assert [t.params for t in trials("pieces")] == [t.params for t in trials("whole")]
     assert [t.value for t in trials("pieces")] == [t.value for t in trials("whole")]

@@ -30,6 +30,7 @@ from autoquant.search.loop import Stop
 from autoquant.search.preflight import Preflight
 from autoquant.search.result import SearchResult
 from autoquant.search.trials import measured
+from autoquant.spec.costs import describe_seconds
 
 
 class ConsoleReporter:
@@ -93,6 +94,8 @@ class ConsoleReporter:
                 f"best #{best.number}: drop {m['drop']:.4g}, {m['average_weight_bits']:.2f} bits, "
                 f"{megabytes(m['size_bytes'])}"
             )
+            if "latency" in m:
+                text += f", {describe_seconds(m['latency'])}"
         self.progress.update(self.bar, completed=self.done, best=text, left=self._left())
         if trial.state == TrialState.FAIL:
             self.console.print(

@@ -48,6 +48,12 @@ def test_a_slow_call_is_warm_after_one():
     assert clock.calls == 1 + 3
 
 
+def test_a_slow_layer_is_timed_three_times():
+    clock = Clock(0.2)
+    assert median_seconds(lambda: None, clock, error=-1.0) == 0.2
+    assert clock.calls == 1 + 3
+
+
 def test_an_outlier_does_not_count():
     assert median_seconds(lambda: None, Clock(1.0, 1.0, 50.0), budget=1e9) == 1.0
 

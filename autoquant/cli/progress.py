@@ -16,13 +16,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from autoquant.cli.failures import Interrupted
-from autoquant.report.tables import console, layers_table, megabytes, plain_number, preflight_lines
+from autoquant.report.tables import (
+    console,
+    latency_lines,
+    layers_table,
+    megabytes,
+    plain_number,
+    preflight_lines,
+)
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import REASON
 from autoquant.search.loop import Stop
 from autoquant.search.preflight import Preflight
 from autoquant.search.result import SearchResult
 from autoquant.search.trials import measured
+from autoquant.spec.costs import describe_seconds
 
 
 class ConsoleReporter:
@@ -86,6 +94,8 @@ class ConsoleReporter:
                 f"best #{best.number}: drop {m['drop']:.4g}, {m['average_weight_bits']:.2f} bits, "
                 f"{megabytes(m['size_bytes'])}"
             )
+            if "latency" in m:
+                text += f", {describe_seconds(m['latency'])}"
         self.progress.update(self.bar, completed=self.done, best=text, left=self._left())
         if trial.state == TrialState.FAIL:
             self.console.print(
@@ -133,6 +143,16 @@ class ConsoleReporter:
             f"({evidence.size_bytes / evidence.float_size_bytes:.1%})",
             markup=False,
         )
+        if evidence.latency is not None:
+            lines = latency_lines(evidence.latency, result.latency_checks, result.max_latency)
+            for line in lines:
+                out.print(line, markup=False)
+        if evidence.bit_operations is not None and evidence.float_bit_operations:
+            share = evidence.bit_operations / evidence.float_bit_operations
+            out.print(
+                f"{evidence.bit_operations:.3g} bit operations, {share:.1%} of the float model's",
+                markup=False,
+            )
         if not result.holds:
             out.print(
                 f"no recipe kept the drop within {plain_number(result.max_drop)} on the confirm "

@@ -18,7 +18,8 @@ from autoquant.cli.options import (
 
 
 @click.command(
-    epilog="Example: autoquant search model.pt --task task.py --max-drop 1% --timeout 10m"
+    epilog="Example: autoquant search model.pt --task task.py --max-drop 1% --timeout 10m; "
+    "as fast as possible: autoquant search model.pt --task task.py --objective latency"
 )
 @click.argument("model", type=click.Path())
 @task_options
@@ -42,6 +43,18 @@ from autoquant.cli.options import (
 )
 @click.option(
     "--size", metavar="N%", help="Budget: model size, as a share of the float one (25%) or 4MB."
+)
+@click.option(
+    "--max-latency",
+    metavar="TIME",
+    help="Most time for one batch of the task's data: 20ms, 0.5s, 300us or, as a share of the "
+    "float model's, 60%. Each layer is timed on the device itself, under every choice.",
+)
+@click.option(
+    "--objective",
+    metavar="NAME",
+    help="What is made small under --max-drop: size, bits, latency or bitops "
+    "(multiplications × weight bits × activation bits). Default: size.",
 )
 @click.option(
     "--trials", type=int, metavar="N", help="Trials in all. Default: 60, or as --timeout allows."
@@ -78,6 +91,8 @@ def command(
     max_drop: str,
     bits: float | None,
     size: str | None,
+    max_latency: str | None,
+    objective: str | None,
     trials: int | None,
     timeout: str | None,
     sampler: str,
@@ -92,15 +107,27 @@ def command(
     """Find the best recipe for MODEL and write it to DIR/recipe.yaml.
 
     The best recipe is the smallest model whose metric drops no more than --max-drop or, with a
-    budget (--bits or --size), the best metric within it. The study is kept after every trial:
+    budget (--bits or --size), the best metric within it. --max-latency keeps either fast enough,
+    and --objective makes something else than the size small. The study is kept after every trial:
     Ctrl-C, a crash or a kill lose at most the trial in flight, and `autoquant resume` goes on.
     """
     from autoquant.errors import UserError
     from autoquant.search.options import Options, check
 
     # All that is cheap to check comes before what takes seconds to import.
+    limit = seconds(timeout)
     options = Options(
-        max_drop, bits, size, trials, seconds(timeout), sampler, device, seed, backend
+        max_drop,
+        bits,
+        size,
+        trials,
+        limit,
+        sampler,
+        device,
+        seed,
+        max_latency,
+        objective,
+        backend,
     )
     check(options)
     if task is not None and data is not None:

@@ -156,7 +156,7 @@ def unfollow(model: nn.Module) -> None:
     """Make every ReLU of ``model`` the original module again."""
     for module in model.modules():
         if isinstance(module, FollowingReLU | FollowingReLU6):
-            module.__class__ = module.float_type
+            module.__class__ = module.float_type  # type: ignore[assignment]
         vars(module).pop("clamp", None)
 
 

@@ -12,13 +12,17 @@ from rich.table import Table
 
 from autoquant.search.ledger import REASON
 from autoquant.search.trials import measured
+from autoquant.spec.costs import LatencyEvidence, describe_seconds
 from autoquant.spec.recipe import Recipe, SiteRecipe
 
 if TYPE_CHECKING:
     from autoquant.nn.sites import FloatPart
     from autoquant.search.preflight import Preflight
+    from autoquant.search.pricing import LatencyCheck
 
 
+OPTIONAL = {"latency": "latency", "bit_operations": "bit operations"}
+"""Costs that a trial has where its search asked for them → their column."""
 BIAS = "biases are added in float"
 """The reason that needs no list of names: every layer has one."""
 WIDTH = 160
@@ -79,14 +83,17 @@ def layers_table(recipe: Recipe) -> Table:
 
 def trials_table(trials: Sequence[FrozenTrial], title: str) -> Table:
     """Return a table of trials: what each measured, or why it failed."""
-    columns = ("trial", "state", "metric", "drop", "bits", "size", "feasible", "seconds")
+    found = [m for t in trials if (m := t.user_attrs.get("measured")) is not None]
+    asked = [name for name in OPTIONAL if any(name in m for m in found)]
+    costs = (OPTIONAL[name] for name in asked)
+    columns = ("trial", "state", "metric", "drop", "bits", "size", *costs, "feasible", "seconds")
     table = _table(title, *columns)
     for trial in trials:
         m = trial.user_attrs.get("measured")
         state = trial.state.name.lower()
         if m is None:
             reason = trial.user_attrs.get(REASON, "")
-            table.add_row(str(trial.number), f"{state}: {reason}", *[""] * 6)
+            table.add_row(str(trial.number), f"{state}: {reason}", *[""] * (len(columns) - 2))
             continue
         table.add_row(
             str(trial.number),
@@ -95,10 +102,43 @@ def trials_table(trials: Sequence[FrozenTrial], title: str) -> Table:
             plain_number(m["drop"]),
             f"{m['average_weight_bits']:.3f}",
             megabytes(m["size_bytes"]),
+            *(_cost(name, m.get(name)) for name in asked),
             "yes" if m["feasible"] and trial.state == TrialState.COMPLETE else "no",
             f"{m['seconds']:.2f}",
         )
     return table
+
+
+def _cost(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return describe_seconds(value) if name == "latency" else f"{value:.3g}"
+
+
+def latency_lines(
+    evidence: LatencyEvidence, checks: Sequence[LatencyCheck], limit: float | None
+) -> Iterator[str]:
+    """Yield how long the result takes, and how well that was predicted."""
+    of = evidence.float_seconds
+    batch = f"a batch of {evidence.samples}" if evidence.samples else "evaluate(model)"
+    found = evidence.predicted if evidence.measured is None else evidence.measured
+    how = "predicted" if evidence.measured is None else "measured"
+    yield (
+        f"{describe_seconds(found)} for {batch} ({how}; predicted "
+        f"{describe_seconds(evidence.predicted)}), {found / max(of, 1e-12):.1%} of the float "
+        f"model's {describe_seconds(of)}, on {evidence.device}"
+    )
+    yield from map(check_line, checks)
+    if limit is not None and found > limit:
+        yield f"note: that is more than the {describe_seconds(limit)} asked for"
+
+
+def check_line(check: LatencyCheck) -> str:
+    """Return one prediction beside its measurement."""
+    return (
+        f"  {check.recipe}: predicted {describe_seconds(check.predicted)}, measured "
+        f"{describe_seconds(check.measured)} ({check.error:+.1%})"
+    )
 
 
 def studies_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -141,4 +181,13 @@ def preflight_lines(found: Preflight) -> Iterator[str]:
         if reason == BIAS:
             named = f"the biases of {len(parts)} layers"
         yield f"  stays in float, {share:.2%} of the parameters: {named}: {reason}"
+    latency = found.latency
+    if latency is not None:
+        batch = f"a batch of {latency.samples}" if latency.samples else "evaluate(model)"
+        yield (
+            f"latency for {batch} on {latency.device}: float "
+            f"{describe_seconds(latency.float_seconds)}, fastest recipe "
+            f"{describe_seconds(latency.fastest)} (predicted)"
+        )
+        yield from map(check_line, latency.checks)
     yield from (f"note: {note}" for note in found.notes)

@@ -16,6 +16,7 @@ from autoquant.search.goal import Goal, Measurement
 from autoquant.search.params import ParameterMap
 from autoquant.search.session import Session
 from autoquant.search.trials import measured
+from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult, choices_key
 
 Row = tuple[FrozenTrial, dict[str, Any]]
@@ -144,10 +145,22 @@ def confirm_one(
         m.average_weight_bits,
         m.size_bytes,
         session.sizes.float_size_bytes,
+        *_costs(session, m),
     )
     recipe = Recipe(done, session.identity, evidence, session.prepared.folded, seed)
     holds = evidence.reported.drop <= goal.max_drop + 1e-12
     return Finalist(number, recipe, m, holds)
+
+
+def _costs(
+    session: Session, m: Measurement
+) -> tuple[LatencyEvidence | None, float | None, float | None]:
+    """Return what the evidence says of latency and bit operations, where a search asked."""
+    table, operations = session.costs.latency, session.costs.operations
+    latency = None
+    if table is not None and m.latency is not None:
+        latency = table.evidence(m.latency)
+    return latency, m.bit_operations, None if operations is None else operations.total({})
 
 
 def _result(session: Session, split: str, drop: float, reading: Reading, seed: int) -> SplitResult:

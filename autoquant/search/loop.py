@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import time
 from collections.abc import Callable, Mapping
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.errors import StudyError, TrialError
-from autoquant.search.goal import Goal, Measurement
+from autoquant.search.goal import ROUNDING, Goal, Measurement
 from autoquant.search.ledger import MEASURED, REASON, Ledger, finished
 from autoquant.search.params import ParameterMap
 from autoquant.search.trials import SCALES, best_trial, better, scales
+from autoquant.spec.costs import Costs
 from autoquant.spec.recipe import SiteRecipe
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Outcome:
 
 
 Measure = Callable[[Mapping[str, SiteRecipe], "Watch"], Outcome]
+Price = Callable[[Mapping[str, SiteRecipe]], Costs]
+"""Says what a candidate costs, in far less than a millisecond a layer."""
 
 
 class Listener(Protocol):
@@ -64,8 +66,11 @@ def run_trials(
     measure: Measure,
     stop: Stop,
     listener: Listener,
+    price: Price | None = None,
 ) -> None:
     """Run trials until ``stop``; every finished one is in the ledger, whatever ends the loop.
+
+    A candidate whose ``price`` is over a limit of the goal is written as pruned, and not measured.
 
     Raises StudyError where ten trials in a row failed, naming the reason, and whatever the
     ledger raises; KeyboardInterrupt passes through with the trial in flight dropped.
@@ -78,7 +83,7 @@ def run_trials(
     while stop.trials is None or number < stop.trials:
         if stop.seconds is not None and time.monotonic() - started >= stop.seconds:
             return
-        trial = _run_one(ledger, mapping, proposer, goal, measure, listener, number)
+        trial = _run_one(ledger, mapping, proposer, goal, measure, listener, number, price)
         failures = failures + 1 if trial.state == TrialState.FAIL else 0
         if better(trial, best):
             best = trial
@@ -98,6 +103,7 @@ def _run_one(
     measure: Measure,
     listener: Listener,
     number: int,
+    price: Price | None,
 ) -> FrozenTrial:
     began = datetime.datetime.now()
     proposal = proposer.propose(number)
@@ -108,6 +114,8 @@ def _run_one(
         "started": began,
         "system_attrs": proposal.system_attrs,
     }
+    if price is not None and not goal.affords(costs := price(sites)):
+        return _write(ledger, proposer, _refused(goal, costs, common), number)
     try:
         outcome = measure(sites, lambda done, total: listener.step(number, done, total))
     except TrialError as error:
@@ -115,8 +123,7 @@ def _run_one(
     else:
         m = outcome.measurement
         attrs = {
-            MEASURED: dataclasses.asdict(m)
-            | {"objective": goal.objective(m), "feasible": goal.feasible(m)},
+            MEASURED: m.plain() | {"objective": goal.objective(m), "feasible": goal.feasible(m)},
             SCALES: scales(outcome.sites),
         }
         trial = finished(
@@ -126,10 +133,22 @@ def _run_one(
             user_attrs=attrs,
             **common,
         )
+    return _write(ledger, proposer, trial, number)
+
+
+def _write(ledger: Ledger, proposer: Proposer, trial: FrozenTrial, number: int) -> FrozenTrial:
     trial = proposer.told(trial)
     ledger.add(trial)
     trial.number = number
     return trial
+
+
+def _refused(goal: Goal, costs: Costs, common: dict[str, Any]) -> FrozenTrial:
+    """Return the trial of a candidate that costs more than the goal allows."""
+    excess = goal.excess(costs)
+    over = ", ".join(name for name, v in excess.items() if v > ROUNDING)
+    attrs = {REASON: f"over the limit by arithmetic ({over}), not measured"}
+    return finished(TrialState.PRUNED, constraints=excess, user_attrs=attrs, **common)
 
 
 def _failures(trials: list[FrozenTrial]) -> int:

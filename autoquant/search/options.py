@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant.errors import UserError
+from autoquant.spec.costs import OBJECTIVES
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.space import SiteSpace
 
@@ -29,7 +30,14 @@ class Options:
     sampler: str = "knapsack"
     device: str = "auto"
     seed: int = 0
+    max_latency: str | None = None
+    objective: str | None = None
     backend: str = "auto"
+
+    @property
+    def asks_latency(self) -> bool:
+        """Whether latency has to be known."""
+        return self.max_latency is not None or self.objective == "latency"
 
     def plain(self) -> dict[str, Any]:
         """Return the options as JSON takes them."""
@@ -76,12 +84,32 @@ def parse_size(text: str, float_size_bytes: int) -> int:
     return math.floor(float(match[1]) * _BYTES[unit])
 
 
+_LATENCY = re.compile(r"(\d{1,12}(?:\.\d+)?)\s*(%|s|ms|us|µs|μs)", re.IGNORECASE)
+_LATENCY_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6}
+
+
+def parse_latency(text: str, float_seconds: float) -> float:
+    """Return the seconds of "20ms" or "60%" (of the float model); UserError on anything else."""
+    match = _LATENCY.fullmatch(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise UserError(
+            f"--max-latency {text!r}: write a time (20ms, 0.5s, 300us) or a share of the float "
+            "model's (60%)"
+        )
+    unit = match[2].lower()
+    return float(match[1]) * (float_seconds / 100 if unit == "%" else _LATENCY_SECONDS[unit])
+
+
 def check(options: Options) -> None:
     """Raise UserError on an option that no model could satisfy."""
     if options.bits is not None and not 2 <= options.bits <= FLOAT_BITS:
         raise UserError(f"--bits {options.bits:g}: average weight bits lie between 2 and 16")
     if options.bits is not None and options.size is not None:
         raise UserError("--bits and --size are two budgets; give one")
+    if options.max_latency is not None:
+        parse_latency(options.max_latency, 1.0)
+    if options.objective is not None and options.objective not in OBJECTIVES:
+        raise UserError(f"--objective {options.objective!r}: give {', '.join(OBJECTIVES)}")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: give an integer from 0 to {2**32 - 1}")
     if options.trials is not None and options.trials < 1:

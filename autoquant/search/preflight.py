@@ -19,6 +19,7 @@ from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.convert import deploy
 from autoquant.nn.fold import same_outputs
 from autoquant.nn.sites import FloatPart, Site
+from autoquant.search.pricing import LatencyReport
 from autoquant.search.session import Session
 from autoquant.search.uniform import uniform
 from autoquant.spec.space import SiteSpace
@@ -39,6 +40,7 @@ class Preflight:
     parameters: int
     seconds: float
     notes: tuple[str, ...]
+    latency: LatencyReport | None = None
 
     def share(self, part: FloatPart) -> float:
         """Return the share of the model's parameters that ``part`` holds."""

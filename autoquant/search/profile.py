@@ -77,8 +77,14 @@ def profile(
     statistics: Mapping[str, SiteStatistics],
     spaces: Mapping[str, SiteSpace],
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    speeds: bool = False,
 ) -> Profile:
-    """Return the profile of every site over the choices of its space."""
+    """Return the profile of every site over the choices of its space.
+
+    ``speeds`` makes an option of every choice of activation, too, that may be faster or slower
+    than another; without it an option has the one of least damage.
+    """
     options, weights, activations = {}, {}, {}
     for site in prepared.sites:
         progress(site.name)
@@ -98,7 +104,7 @@ def profile(
             for scheme in activation_schemes(space)
             if known.inputs is not None
         }
-        made = _options(site, space, weights[site.name], activations[site.name])
+        made = _options(site, space, weights[site.name], activations[site.name], speeds)
         floats = site.numel * parameter.element_size()
         options[site.name] = tuple(
             replace(o, bytes=floats) if o.recipe.weight is None else o for o in made
@@ -176,25 +182,43 @@ def _options(
     space: SiteSpace,
     weights: Mapping[WeightScheme, float],
     activations: Mapping[ActivationScheme, float],
+    speeds: bool,
 ) -> tuple[Option, ...]:
-    """Return for each width and granularity the choice of least damage."""
+    """Return for each width and granularity (and speed) the choice of least damage."""
     if space.fixed is not None:
         damage = sum(weights.values()) + sum(activations.values())
         return (_option(site, space.fixed.canonical(), damage),)
-    activation, activation_damage = _best_activation(space, activations)
     floats = FLOAT_BITS in space.choices["activation_bits"]
-    best: dict[tuple[int, str], Option] = {}
+    one = _best_activation(space, activations)
+    beside = _fastest_activations(activations, floats) if speeds else [one]
+    best: dict[tuple[object, ...], Option] = {}
     for scheme, damage in weights.items():
-        recipe = SiteRecipe(scheme, activation, _fixed_rate(space))
-        option = _option(site, recipe, damage + activation_damage)
-        key = (scheme.bits, scheme.granularity)
-        if key not in best or option.damage < best[key].damage:
-            best[key] = option
+        for activation, activation_damage in beside:
+            recipe = SiteRecipe(scheme, activation, _fixed_rate(space))
+            option = _option(site, recipe, damage + activation_damage)
+            key = (scheme.bits, scheme.granularity, scheme.scheme if speeds else "", activation)
+            if key not in best or option.damage < best[key].damage:
+                best[key] = option
     found = list(best.values())
     if FLOAT_BITS in space.choices["weight_bits"]:
-        skip = SiteRecipe(None, None if floats else activation)
-        found.append(_option(site, skip, 0.0 if floats else activation_damage))
+        skip = SiteRecipe(None, None if floats else one[0])
+        found.append(_option(site, skip, 0.0 if floats else one[1]))
     return tuple(found)
+
+
+def _fastest_activations(
+    activations: Mapping[ActivationScheme, float], floats: bool
+) -> list[tuple[ActivationScheme | None, float]]:
+    """Return the activation of least damage for each speed, and float where it is offered."""
+    best: dict[tuple[object, ...], ActivationScheme] = {}
+    for a, damage in activations.items():
+        key = (a.bits, a.granularity, a.scheme)
+        if key not in best or damage < activations[best[key]]:
+            best[key] = a
+    found: list[tuple[ActivationScheme | None, float]] = [
+        (a, activations[a]) for a in best.values()
+    ]
+    return [*found, (None, 0.0)] if floats or not found else found
 
 
 def _fixed_rate(space: SiteSpace) -> float | None:

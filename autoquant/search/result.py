@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.search.confirm import Finalist
+from autoquant.search.pricing import LatencyCheck
 from autoquant.spec.recipe import Recipe
 
 
@@ -36,7 +37,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found. ``holds`` says whether the confirmed drop is within the maximum."""
+    """What a search found. ``holds`` says whether the confirmed drop is within the maximum.
+
+    ``max_latency`` is in seconds; ``latency_checks`` compare predictions with whole models.
+    """
 
     study: str
     recipe: Recipe
@@ -48,6 +52,8 @@ class SearchResult:
     seconds: float
     device: str
     speed: Speed
+    max_latency: float | None = None
+    latency_checks: tuple[LatencyCheck, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Return the result as the JSON object of ``autoquant search --json``."""
@@ -73,4 +79,19 @@ class SearchResult:
             "device": self.device,
             "candidates_per_second": round(self.speed.per_second, 4),
             "layers_computed_by": {k: round(v, 4) for k, v in self.speed.shares.items()},
+            **self._costs(),
         }
+
+    def _costs(self) -> dict[str, Any]:
+        """Return latency and bit operations, where they were asked for."""
+        evidence = self.recipe.evidence
+        assert evidence is not None
+        found: dict[str, Any] = {}
+        if evidence.latency is not None:
+            checks = [check.plain() for check in self.latency_checks]
+            more = {"max_seconds": self.max_latency, "checks": checks}
+            found["latency"] = evidence.latency.plain() | more
+        if evidence.bit_operations is not None:
+            found["bit_operations"] = evidence.bit_operations
+            found["float_bit_operations"] = evidence.float_bit_operations
+        return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from autoquant.errors import StudyError, TrialError, UserError
@@ -23,11 +23,19 @@ from autoquant.models.task import Task, load_task
 from autoquant.search import samplers
 from autoquant.search.confirm import confirm, finalists
 from autoquant.search.goal import Goal
-from autoquant.search.ledger import Ledger, count, names
+from autoquant.search.ledger import MEASURED, Ledger, count, names
 from autoquant.search.loop import Listener, Outcome, Stop, run_trials
-from autoquant.search.options import Options, check, check_budget, parse_size
+from autoquant.search.options import Options, check, check_budget, parse_latency, parse_size
 from autoquant.search.params import ParameterMap
 from autoquant.search.preflight import Preflight, preflight
+from autoquant.search.pricing import (
+    LatencyCheck,
+    check_latency,
+    check_one,
+    header_of,
+    price,
+    saved_costs,
+)
 from autoquant.search.profile import profile, weight_schemes
 from autoquant.search.result import SearchResult, Speed
 from autoquant.search.sampler import KnapsackSampler
@@ -45,7 +53,7 @@ from autoquant.search.source import (
 )
 from autoquant.search.trials import best_trial, measured
 from autoquant.search.uniform import baselines
-from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import dumps, save
 from autoquant.spec.space import SearchSpace, SiteSpace
 
@@ -104,18 +112,34 @@ def search(
     out: str | os.PathLike[str] = ".",
     trust_pickle: bool = False,
     reporter: Reporter | None = None,
+    max_latency: str | None = None,
+    objective: str | None = None,
 ) -> SearchResult:
     """Find the best recipe for ``model`` and write it to ``out``/recipe.yaml.
 
     ``model`` is a module, which is left as it is, or a model file; ``task`` a Task or a task file;
     ``space`` a search space, the name of one, or its file. Without a budget the answer is the
     smallest model that loses at most ``max_drop``; with ``bits`` or ``size``, the best metric
-    within it. ``timeout`` is in seconds. Raises UserError, in one line, on anything the user can
-    mend.
+    within it. ``max_latency`` ("20ms", or "60%" of the float model's) limits the time for one batch
+    of the task's data, and ``objective`` (size, bits, latency, bitops) says what is made small
+    under ``max_drop``. ``timeout`` is in seconds. Raises UserError, in one line, on anything the
+    user can mend.
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
-    options = Options(str(max_drop), bits, size, trials, timeout, name, device, seed, backend)
+    options = Options(
+        str(max_drop),
+        bits,
+        size,
+        trials,
+        timeout,
+        name,
+        device,
+        seed,
+        max_latency,
+        objective,
+        backend,
+    )
     file = None if isinstance(task, Task) else str(task)
     if not isinstance(task, Task):
         task = load_task(Path(task))
@@ -163,6 +187,8 @@ def start(
     _check_size(options.size, session, spaces)
     reporter.say("preflight")
     found = preflight(session, spaces)
+    price(session, spaces, options, reporter.say)
+    found = replace(found, latency=check_latency(session, spaces, options))
     reporter.preflight(found)
     goal = make_goal(session, options, found)
     header = {
@@ -196,6 +222,7 @@ def start(
             "size_bytes": session.sizes.float_size_bytes,
         },
         "max_drop": goal.max_drop,
+        **header_of(session.costs, found.latency),
     }
     ledger = Ledger.create(study, storage, header)
     return _run(ledger, session, spaces, goal, options, out, own, reporter, began)
@@ -290,6 +317,7 @@ def resume(
     spaces = space.resolve(session.prepared.sites)
     reporter.say("preflight")
     flight = preflight(session, spaces)
+    saved_costs(session, header)
     reporter.preflight(flight)
     goal = make_goal(session, options, flight)
     out = Path(header["out"])
@@ -301,11 +329,17 @@ def make_goal(session: Session, options: Options, found: Preflight) -> Goal:
     metric = session.evaluator.metric
     assert metric is not None
     size = session.sizes.float_size_bytes
+    table, limit = session.costs.latency, options.max_latency
+    base = 1.0 if table is None else table.float_seconds
     return Goal(
         parse_max_drop(options.max_drop).absolute(metric, found.value),
         size,
         options.bits,
         None if options.size is None else parse_size(options.size, size),
+        None if limit is None else parse_latency(limit, base),
+        options.objective,
+        base,
+        session.costs.of({}).bit_operations or 1.0,
     )
 
 
@@ -321,7 +355,8 @@ def _run(
     began: float,
 ) -> SearchResult:
     mapping = ParameterMap(spaces)
-    plain = list(baselines(spaces))
+    # What arithmetic rules out is never tried, but something uniform is, where it can be.
+    plain = [sites for sites in baselines(spaces) if goal.affords(session.costs.of(sites))]
     most = 1 if not mapping.distributions else options.most_trials
     stop = Stop(most, options.timeout)
     # From here on whoever interrupts the search is told which study to resume.
@@ -339,7 +374,7 @@ def _run(
 
     before, started = len(ledger.trials()), time.monotonic()
     session.prepared.engine.reset()
-    run_trials(ledger, mapping, proposer, goal, measure, stop, reporter)
+    run_trials(ledger, mapping, proposer, goal, measure, stop, reporter, session.costs.of)
     trials = ledger.trials()
     speed = Speed(
         len(trials) - before,
@@ -348,12 +383,13 @@ def _run(
     )
     reporter.say("confirming")
     candidates = finalists(trials, mapping, goal, len(plain))
-    if not candidates:
+    refused = sum(t.state == TrialState.PRUNED and MEASURED not in t.user_attrs for t in trials)
+    if not candidates and not refused:
         raise StudyError(
             f"study {ledger.name}: no trial was completed, so there is no recipe; give more "
             "--trials or --timeout"
         )
-    if goal.budgeted and best_trial(trials) is None:
+    if not candidates or (goal.budgeted and best_trial(trials) is None):
         raise StudyError(
             f"study {ledger.name}: none of its {len(trials)} trials is within the budget; go on "
             f"with `autoquant resume {ledger.name}` and more --trials"
@@ -362,13 +398,14 @@ def _run(
         chosen, confirmed = confirm(session, mapping, goal, candidates, options.seed)
     except TrialError as error:
         raise StudyError(f"study {ledger.name}: {error}") from error
+    recipe, checks = _time_result(session, chosen.recipe, ledger.header)
     path = out / "recipe.yaml"
     # The study first: `autoquant export` then has the recipe even where ``path`` can't be written.
-    ledger.note(recipe=dumps(chosen.recipe), best=chosen.trial)
-    save(chosen.recipe, path)
+    ledger.note(recipe=dumps(recipe), best=chosen.trial)
+    save(recipe, path)
     return SearchResult(
         ledger.name,
-        chosen.recipe,
+        recipe,
         path,
         chosen.holds,
         goal.max_drop,
@@ -377,7 +414,22 @@ def _run(
         round(time.monotonic() - began, 3),
         session.device.type,
         speed,
+        goal.latency,
+        checks,
     )
+
+
+def _time_result(
+    session: Session, recipe: Recipe, header: Mapping[str, Any]
+) -> tuple[Recipe, tuple[LatencyCheck, ...]]:
+    """Return the result with its measured latency, where that was asked for, and all checks."""
+    table, evidence = session.costs.latency, recipe.evidence
+    if table is None or evidence is None:
+        return recipe, ()
+    done = tuple(LatencyCheck.read(row) for row in header.get("latency_checks", ()))
+    found = check_one(session, "result", recipe.sites)
+    latency = table.evidence(found.predicted, found.measured)
+    return replace(recipe, evidence=replace(evidence, latency=latency)), (*done, found)
 
 
 def _proposer(
@@ -392,9 +444,10 @@ def _proposer(
 ) -> samplers.Proposer:
     if own is None and options.sampler == samplers.DEFAULT:
         reporter.say("profiling the layers")
-        table = profile(session.prepared, session.statistics, mapping.spaces)
+        speeds = not session.costs.indifferent
+        table = profile(session.prepared, session.statistics, mapping.spaces, speeds=speeds)
         rest = session.sizes.rest
-        sampler = KnapsackSampler(mapping, table, goal, rest, options.seed)
+        sampler = KnapsackSampler(mapping, table, goal, rest, options.seed, session.costs)
         then: samplers.Proposer = samplers.KnapsackProposer(sampler, ledger.trials)
     else:
         make = (

@@ -6,7 +6,8 @@ given all measured trials, a Bayesian linear regression, is sampled for each pro
 sampling: Thompson 1933; Russo et al. 2018, arXiv 1707.02038) and the knapsack solved for it. With
 a budget, the budget is spent; with a maximum drop, the cheapest recipe is taken whose predicted
 loss is about the one at which all trials together say that the drop is reached. A layer that could
-be quantized and stays in float must pay for the speed that it costs: it is priced above its size.
+be quantized and stays in float must pay for the speed that it costs: it is priced above its size,
+unless the speed is known. More than one limit at a time makes the knapsack an integer program.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from autoquant.measure.cost import CostModel
+from autoquant.measure.speed import speed_class
+from autoquant.search.budgets import solve_within
 from autoquant.search.estimate import fit_drops
 from autoquant.search.goal import Goal
 from autoquant.search.knapsack import cheapest, solve
 from autoquant.search.ledger import MEASURED
 from autoquant.search.params import ParameterMap
-from autoquant.search.profile import Profile
+from autoquant.search.profile import Option, Profile
 from autoquant.spec.recipe import SiteRecipe, choices_key
 from autoquant.spec.space import SiteSpace
 
@@ -68,11 +72,18 @@ class KnapsackSampler(BaseSampler):
 
     A proposal depends on the seed, the trial's number and the finished trials before it, and on
     nothing else, so a resumed study goes on as if it had never stopped. ``rest_bytes`` is the size
-    of what is not quantized.
+    of what is not quantized; ``costs`` knows the latency and the bit operations, where the goal is
+    about them, and keeps proposals within every limit.
     """
 
     def __init__(
-        self, mapping: ParameterMap, profile: Profile, goal: Goal, rest_bytes: int, seed: int
+        self,
+        mapping: ParameterMap,
+        profile: Profile,
+        goal: Goal,
+        rest_bytes: int,
+        seed: int,
+        costs: CostModel | None = None,
     ) -> None:
         self.mapping = mapping
         self.profile = profile
@@ -80,28 +91,66 @@ class KnapsackSampler(BaseSampler):
         self.rest_bytes = rest_bytes
         self.seed = seed
         self.names = list(mapping.spaces)
-        self.by_size = goal.bits is None
+        self.costs = costs
         self._seen: dict[int, Seen | None] = {}
-        options = [profile.options[n] for n in self.names]
+        self._options = {n: self._worth(n, profile.options[n]) for n in self.names}
+        options = [self._options[n] for n in self.names]
         self._damage = [np.array([o.damage for o in row]) for row in options]
-        self._cost = [
-            np.array([self._price(name, o.recipe) for o in row])
-            for name, row in zip(self.names, options, strict=True)
-        ]
-        surcharge = FLOAT_SURCHARGE * sum(float(cost.max()) for cost in self._cost)
-        for row, cost in zip(options, self._cost, strict=True):
-            floats = np.array([o.recipe.weight is None for o in row])
-            if not floats.all():
-                cost[floats] += surcharge
+        self._cost = self._prices(goal.cost)
+        self._budgets = self._limits()
+        if goal.cost in ("size", "bits") and goal.latency is None:
+            surcharge = FLOAT_SURCHARGE * sum(float(cost.max()) for cost in self._cost)
+            for row, cost in zip(options, self._cost, strict=True):
+                floats = np.array([o.recipe.weight is None for o in row])
+                if not floats.all():
+                    cost[floats] += surcharge
 
-    def _price(self, name: str, recipe: SiteRecipe) -> float:
-        """Return what a choice costs of the budget: bits, or bytes where size is what counts."""
-        if not self.by_size:
-            return float(self.profile.numel[name] * recipe.weight_bits)
-        for option in self.profile.options[name]:
-            if option.recipe.weight == recipe.weight:
-                return float(option.bytes)
-        return self.profile.numel[name] * recipe.weight_bits / 8.0
+    def _worth(self, name: str, options: tuple[Option, ...]) -> tuple[Option, ...]:
+        """Return the options that a search may propose of itself.
+
+        A quantized weight with a float activation is one only where that is what makes it fast.
+        """
+        if self.costs is None or self.costs.latency is None:
+            return options
+        fastest: dict[object, float] = {}
+        for o in options:
+            if o.recipe.weight is not None and o.recipe.activation is not None:
+                seconds = self.costs.price("latency", name, o.recipe)
+                fastest[o.recipe.weight] = min(seconds, fastest.get(o.recipe.weight, np.inf))
+        return tuple(
+            o
+            for o in options
+            if o.recipe.activation is not None
+            or o.recipe.weight not in fastest
+            or self.costs.price("latency", name, o.recipe) < fastest[o.recipe.weight]
+        )
+
+    def _prices(self, kind: str) -> list[np.ndarray]:
+        """Return what each option of each site adds to a cost of the ``kind``."""
+        rows = ((name, self._options[name]) for name in self.names)
+        return [np.array([self._price(kind, name, o) for o in row]) for name, row in rows]
+
+    def _price(self, kind: str, name: str, option: Option) -> float:
+        if kind == "size":
+            return float(option.bytes)
+        if kind == "bits":
+            return float(self.profile.numel[name] * option.recipe.weight_bits)
+        assert self.costs is not None
+        return self.costs.price(kind, name, option.recipe)
+
+    def _limits(self) -> list[tuple[list[np.ndarray], float]]:
+        """Return the budgets of the goal: the prices of all options, and their most in all."""
+        goal, found = self.goal, []
+        if goal.bits is not None:
+            weights = sum(self.profile.numel[n] for n in self.names)
+            found.append((self._prices("bits"), goal.bits * weights))
+        if goal.size_bytes is not None:
+            found.append((self._prices("size"), float(goal.size_bytes - self.rest_bytes)))
+        if goal.latency is not None:
+            assert self.costs is not None
+            assert self.costs.latency is not None
+            found.append((self._prices("latency"), goal.latency - self.costs.latency.rest))
+        return found
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -153,7 +202,8 @@ class KnapsackSampler(BaseSampler):
             limit = target / typical * float(np.exp(AIM * rng.standard_normal()))
             sites = self._solve(weights, limit, incumbent)
             if attempt or rng.random() < MUTATIONS:
-                sites = self._mutate(sites, rng)
+                mutated = self._mutate(sites, rng)
+                sites = mutated if self._affords(mutated) else sites
             if choices_key(sites) not in taken:
                 break
         return sites
@@ -203,29 +253,41 @@ class KnapsackSampler(BaseSampler):
         root = np.linalg.inv(lower).T
         return typical, np.maximum(mean, 0.05), root
 
-    def _size_budget(self) -> float | None:
-        """Return the cost that the goal allows, or None where it is the drop that is limited."""
-        if self.goal.bits is not None:
-            return self.goal.bits * sum(self.profile.numel[n] for n in self.names)
-        if self.goal.size_bytes is not None:
-            return float(self.goal.size_bytes - self.rest_bytes)
-        return None
-
     def _solve(self, weights: np.ndarray, limit: float, incumbent: Seen | None) -> Sites:
-        """Return the least damage within the budget, or the least cost with damage ``limit``."""
+        """Return the least damage within the budgets, or the least cost with damage ``limit``."""
         damage = [w * d for w, d in zip(weights, self._damage, strict=True)]
-        budget = self._size_budget()
-        if budget is None:
-            chosen = cheapest(damage, self._cost, limit)
+        chosen = self._choose(damage, limit)
+        rows = zip(self.names, chosen, strict=True)
+        sites = {name: self._options[name][index].recipe for name, index in rows}
+        if incumbent is None:
+            return sites
+        known = {n: self._inherit(r, incumbent.sites[n]) for n, r in sites.items()}
+        return known if self._affords(known) else sites
+
+    def _choose(self, damage: list[np.ndarray], limit: float) -> list[int]:
+        """Return the option of each site."""
+        if not self._budgets:
+            return cheapest(damage, self._cost, limit)
+        if len(self._budgets) == 1 and self.goal.budgeted:
+            found = solve(damage, self._cost, self._budgets[0][1])
+            found = found or [int(np.argmin(c)) for c in self._cost]
+        elif self.goal.budgeted:
+            found = solve_within(damage, self._budgets)
         else:
-            chosen = solve(damage, self._cost, budget) or [int(np.argmin(c)) for c in self._cost]
-        sites = {}
-        for name, index in zip(self.names, chosen, strict=True):
-            recipe = self.profile.options[name][index].recipe
-            if incumbent is not None:
-                recipe = _inherit(recipe, incumbent.sites[name])
-            sites[name] = recipe
-        return sites
+            found = solve_within(self._cost, [*self._budgets, (damage, limit)])
+            # No recipe keeps both the drop and the budgets: the least damage within the budgets.
+            found = found or solve_within(damage, self._budgets)
+        return found or [int(np.argmin(c)) for c in self._budgets[-1][0]]
+
+    def _inherit(self, recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
+        """Return ``recipe`` with what was learned of its site; never as slow as another choice."""
+        found = _inherit(recipe, known)
+        if self.costs is None or self.costs.indifferent:
+            return found
+        return found if speed_class(found) == speed_class(recipe) else recipe
+
+    def _affords(self, sites: Sites) -> bool:
+        return self.costs is None or self.goal.affords(self.costs.of(sites))
 
     def _mutate(self, sites: Sites, rng: np.random.Generator) -> Sites:
         """Return ``sites`` with a dimension other than the bits changed at a few of them."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from autoquant.errors import TrialError, UserError
 from autoquant.kernels.engine import make_engine
+from autoquant.measure.cost import CostModel
 from autoquant.measure.evaluator import Evaluator, Reading, Watch
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
@@ -39,6 +40,7 @@ class Session:
     realizer: Realizer
     evaluator: Evaluator
     sizes: SizeModel
+    costs: CostModel
     _measured: dict[object, tuple[Measurement, Reading, dict[str, SiteRecipe]]] = field(
         default_factory=dict
     )
@@ -81,13 +83,16 @@ class Session:
         reading = self.evaluator.read(self.model, split, limit=limit, watch=watch)
         drop = self.evaluator.drop(split, reading.value)
         loss = max(drop, 1e-9) if reading.divergence is None else reading.divergence
+        costs = self.costs.of(done)
         measurement = Measurement(
             reading.value,
             drop,
             loss,
-            self.sizes.average_bits(done),
-            self.sizes.bytes(done),
+            costs.average_weight_bits,
+            costs.size_bytes,
             reading.seconds,
+            costs.latency,
+            costs.bit_operations,
         )
         return measurement, reading, done
 
@@ -152,6 +157,7 @@ def open_session(
     _choose_layout(prepared, run)
     say("calibrating")
     statistics = calibrate(prepared, splits.calibrate or (None,), run)
+    sizes = SizeModel(prepared, size)
     return Session(
         ModelIdentity(loaded.name, loaded.sha256),
         task,
@@ -161,7 +167,8 @@ def open_session(
         statistics,
         Realizer(prepared, statistics),
         evaluator,
-        SizeModel(prepared, size),
+        sizes,
+        CostModel(sizes),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.search.ledger import MEASURED
+from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.recipe import Evidence, ModelIdentity, Recipe, SiteRecipe, SplitResult
 
 SCALES = "scales"
@@ -53,10 +54,23 @@ def trial_recipe(
         m["average_weight_bits"],
         m["size_bytes"],
         base["size_bytes"],
+        _latency(m, header),
+        m.get("bit_operations"),
+        header.get("float_bit_operations"),
     )
     identity = ModelIdentity(header["model"]["name"], header["model"]["sha256"])
     calibrated = with_scales(sites, trial.user_attrs.get(SCALES, {}))
     return Recipe(calibrated, identity, evidence, header["folded"], header["options"]["seed"])
+
+
+def _latency(m: Mapping[str, Any], header: Mapping[str, Any]) -> LatencyEvidence | None:
+    """Return what a trial predicted of its latency, None where its study did not ask."""
+    table = header.get("latency")
+    if table is None or m.get("latency") is None:
+        return None
+    return LatencyEvidence(
+        m["latency"], None, table["float_seconds"], table["samples"], table["device"]
+    )
 
 
 def measured(trial: FrozenTrial) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.formats import FLOAT_BITS
 
 VERSION = 1
@@ -127,7 +128,8 @@ class Evidence:
     """What was measured of a recipe: the metric, the split each number came from, the size.
 
     ``confirm`` is None where the task could not be split; then the drop was measured on the data
-    that the search saw.
+    that the search saw. ``latency`` and the bit operations of one batch are None where the search
+    was not asked for them.
     """
 
     metric: str
@@ -137,6 +139,9 @@ class Evidence:
     average_weight_bits: float
     size_bytes: int
     float_size_bytes: int
+    latency: LatencyEvidence | None = None
+    bit_operations: float | None = None
+    float_bit_operations: float | None = None
 
     @property
     def reported(self) -> SplitResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from autoquant.errors import SpecError
 from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS, WEIGHT_CALIBRATIONS, percentile_of
+from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.documents import (
     Fields,
     as_number,
@@ -62,6 +64,9 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     bits = fields.number("average_weight_bits", 0.0, low=0)
     size = fields.integer("size_bytes", 0, low=0)
     float_size = fields.integer("float_size_bytes", 0, low=0)
+    latency = _latency(fields.take("latency", None), f"{where}: latency")
+    operations = _optional(fields, "bit_operations")
+    float_operations = _optional(fields, "float_bit_operations")
     seed = fields.integer("seed", 0, low=0)
     folded = fields.take("folded", None) or {}
     if not isinstance(folded, dict) or not all(
@@ -79,7 +84,12 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
         sites[name] = site_from_plain(site, f"{where}: {label(name)}")
     evidence = None
     if metric is not None:
-        evidence = _evidence(Fields(metric, f"{where}: metric"), bits, size, float_size)
+        evidence = replace(
+            _evidence(Fields(metric, f"{where}: metric"), bits, size, float_size),
+            latency=latency,
+            bit_operations=operations,
+            float_bit_operations=float_operations,
+        )
     return Recipe(sites, _model(model, where), evidence, folded, seed)
 
 
@@ -175,6 +185,30 @@ def _evidence(fields: Fields, bits: float, size: int, float_size: int) -> Eviden
     return Evidence(name, higher, search, result, bits, size, float_size)
 
 
+def _optional(fields: Fields, name: str) -> float | None:
+    """Return a field that only some searches write."""
+    return fields.number(name, low=0) if name in fields else None
+
+
+def _latency(data: Any, where: str) -> LatencyEvidence | None:
+    if data is None:
+        return None
+    fields = Fields(data, where)
+    found = fields.take("seconds", None)
+    measured = None if found is None else as_number(found)
+    if found is not None and (measured is None or measured < 0):
+        raise fields.fail("seconds", found, "a number ≥ 0, or null")
+    evidence = LatencyEvidence(
+        fields.number("predicted_seconds", low=0),
+        measured,
+        fields.number("float_seconds", low=0),
+        fields.integer("samples", 0, low=0),
+        fields.text("device"),
+    )
+    fields.close()
+    return evidence
+
+
 def _split(fields: Fields) -> SplitResult:
     found = fields.take("interval", None)
     ends = [as_number(x) for x in found] if isinstance(found, list) else []
@@ -238,6 +272,11 @@ def dumps(recipe: Recipe) -> str:
         head["average_weight_bits"] = evidence.average_weight_bits
         head["size_bytes"] = evidence.size_bytes
         head["float_size_bytes"] = evidence.float_size_bytes
+        if evidence.latency is not None:
+            head["latency"] = evidence.latency.plain()
+        for name in ("bit_operations", "float_bit_operations"):
+            if getattr(evidence, name) is not None:
+                head[name] = getattr(evidence, name)
     head["seed"] = recipe.seed
     if recipe.folded:
         head["folded"] = dict(recipe.folded)

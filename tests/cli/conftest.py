@@ -94,10 +94,16 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: dict) -> Path:
+def project(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: dict,
+) -> Path:
     """Return a folder with model.pt and task.py, which is the working directory."""
     (tmp_path / "task.py").write_text(TASK)
     torch.save(weights, tmp_path / "model.pt")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -284,6 +284,13 @@ OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
         ("--size 5%", "smallest recipe has", "of the float model"),
     ),
     "bits and size": ((*SEARCH, "--bits", "5", "--size", "20%"), ("--bits and --size",)),
+    "a latency without a unit": ((*SEARCH, "--max-latency", "20"), ("--max-latency '20'", "20ms")),
+    "a latency of nothing": ((*SEARCH, "--max-latency", "0ms"), ("--max-latency '0ms'",)),
+    "a latency that nothing keeps": (
+        (*SEARCH, "--max-latency", "0.001us"),
+        ("--max-latency 0.001us", "the space's fastest recipe takes", "give that or more"),
+    ),
+    "no such objective": ((*SEARCH, "--objective", "speed"), ("--objective 'speed'", "bitops")),
     "bits are a word": ((*SEARCH, "--bits", "five"), ("--bits", "'five'")),
     "size without unit": ((*SEARCH, "--size", "20"), ("--size '20'", "25%")),
     "no trials": ((*SEARCH, "--trials", "0"), ("--trials 0",)),

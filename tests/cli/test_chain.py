@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,34 @@ def test_a_budget_is_kept(project, cli):
     assert found["average_weight_bits"] <= 3.5
     found = json.loads(cli("search", "model.pt", *words, "--size", "25%", "--study", "b").out)
     assert found["size_bytes"] <= 0.25 * found["float_size_bytes"]
+
+
+def test_latency_and_bit_operations_where_they_are_asked_for(project, cli):
+    words = ("search", "model.pt", "--task", "task.py", "--trials", 12)
+    result = cli(*words, "--max-latency", "10s", "--study", "a", "--json")
+    assert result.status == 0, result.err
+    found = json.loads(result.out)["latency"]
+    assert found["max_seconds"] == 10
+    assert found["samples"] == 40
+    assert 0 < found["predicted_seconds"] < 10
+    assert [c["recipe"] for c in found["checks"]][-1] == "result"
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    assert recipe["latency"]["seconds"] == found["seconds"]
+    assert "latency for a batch of 40" in result.err
+    assert (Path(os.environ["XDG_CACHE_HOME"]) / "autoquant" / "latency.json").exists()
+    assert " latency " in cli("show", "a").out
+    resumed = cli("resume", "a", "--trials", 13)
+    assert resumed.status == 0, resumed.err
+    assert "of the float model's" in resumed.out
+    assert cli("export", "a", "--bits", 8, "-o", "cut.yaml").status == 0
+    cut = yaml.safe_load((project / "cut.yaml").read_text())
+    assert cut["latency"]["seconds"] is None
+    used = ("model.pt", "--task", "task.py")
+    assert cli("apply", "recipe.yaml", *used, "-o", "q.safetensors").status == 0
+    assert cli("evaluate", *used, "--recipe", "recipe.yaml").status == 0
+    result = cli(*words, "--objective", "bitops", "--study", "b")
+    assert result.status == 0, result.err
+    assert "bit operations," in result.out
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch.export.save

@@ -131,6 +131,7 @@ class FakeSession:
         self.identity = ModelIdentity("net", "ab")
         self.prepared = SimpleNamespace(folded={"bn": "a"}, engine=Engine())
         self.sizes = SimpleNamespace(float_size_bytes=1600)
+        self.costs = SimpleNamespace(latency=None, operations=None)
         self.evaluator = SimpleNamespace(
             confirms=confirms,
             metric=SimpleNamespace(name="accuracy", higher_is_better=True),

@@ -14,6 +14,7 @@ from autoquant.search.loop import FAILURES, Outcome, Stop, run_trials
 from autoquant.search.params import ParameterMap
 from autoquant.search.samplers import Proposal
 from autoquant.search.trials import SCALES, best_trial
+from autoquant.spec.costs import Costs
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe
 from autoquant.spec.space import DEFAULTS, SiteSpace
 
@@ -83,7 +84,7 @@ def test_what_a_trial_keeps(ledger):
     m = measurement(8)
     assert first.value == GOAL.objective(m)
     assert first.constraints == {"drop": m.drop - 0.05}
-    expected = dataclasses.asdict(m) | {"objective": GOAL.objective(m), "feasible": True}
+    expected = m.plain() | {"objective": GOAL.objective(m), "feasible": True}
     assert first.user_attrs == {MEASURED: expected, SCALES: {"a": [0.5, 2]}}
     assert first.system_attrs["mine"] == 0
     assert first.datetime_start <= first.datetime_complete
@@ -116,6 +117,32 @@ def test_a_candidate_that_fails_is_recorded_and_the_search_goes_on(ledger):
     assert trials[2].params == {"a.weight_bits": 4}
     assert hears.trials[2] == (2, "FAIL", 1)
     assert proposer.told_of == ["FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_a_candidate_that_costs_too_much_is_written_and_not_measured(ledger):
+    asked = []
+
+    def one(sites, watch):
+        asked.append(sites["a"].weight.bits)
+        return measure(sites, watch)
+
+    proposer, hears = Cycle(), Hears()
+    goal = dataclasses.replace(GOAL, size_bytes=500, minimize="size")
+    run_trials(ledger, MAPPING, proposer, goal, one, Stop(6, None), hears, costs)
+    trials = Ledger.open("s", None).trials()
+    assert asked == [4, 4]
+    refused = [t for t in trials if t.params["a.weight_bits"] != 4]
+    assert len(refused) == 4
+    for trial in refused:
+        assert trial.state == TrialState.PRUNED
+        assert trial.user_attrs == {REASON: "over the limit by arithmetic (size), not measured"}
+        assert trial.constraints == {"size": 100.0 * trial.params["a.weight_bits"] - 500}
+    assert proposer.told_of == ["PRUNED"] * 6
+
+
+def costs(sites):
+    bits = sites["a"].weight.bits
+    return Costs(float(bits), 100 * bits)
 
 
 def test_ten_in_a_row_end_it_nine_do_not(ledger):

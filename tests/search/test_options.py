@@ -1,6 +1,7 @@
 """What a user asks for, as values."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,8 +15,10 @@ from autoquant.search.options import (
     check_budget,
     narrowest,
     parse_duration,
+    parse_latency,
     parse_size,
 )
+from autoquant.spec.costs import OBJECTIVES
 from autoquant.spec.recipe import SiteRecipe, WeightScheme
 from autoquant.spec.space import SiteSpace
 
@@ -27,6 +30,8 @@ options = st.builds(
     trials=st.none() | st.integers(1),
     timeout=st.none() | st.floats(1, 1e6),
     seed=st.integers(0, 2**32 - 1),
+    max_latency=st.none() | st.text(max_size=5),
+    objective=st.none() | st.sampled_from(OBJECTIVES),
 )
 
 
@@ -35,6 +40,8 @@ def test_a_study_keeps_them_as_json(found):
     plain = json.loads(json.dumps(found.plain()))
     assert Options.read(plain) == found
     assert Options.read(plain | {"from a later release": 1}) == found
+    before = {k: v for k, v in plain.items() if k not in ("max_latency", "objective")}
+    assert Options.read(before) == replace(found, max_latency=None, objective=None)
 
 
 def test_how_many_trials():
@@ -82,12 +89,39 @@ def test_what_is_no_size(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("20ms", 0.02), ("0.5s", 0.5), ("300us", 3e-4), (" 5 µs ", 5e-6), ("1S", 1), ("60%", 1.2)],
+)
+def test_latencies(text, seconds):
+    assert parse_latency(text, 2.0) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "20", "0ms", "0%", "-3ms", "5 m", "ms", "9" * 400 + "s", "%"])
+def test_what_is_no_latency(text):
+    words = r"^--max-latency .*: write a time \(20ms, 0\.5s, 300us\) or a share of the float"
+    for refuse in (
+        lambda: parse_latency(text, 1.0),
+        lambda: check(Options(max_latency=text)),
+    ):
+        with pytest.raises(UserError, match=words):
+            refuse()
+
+
+def test_who_asks_for_latency():
+    assert not Options().asks_latency
+    assert not Options(objective="bitops").asks_latency
+    assert Options(objective="latency").asks_latency
+    assert Options(max_latency="60%").asks_latency
+
+
+@pytest.mark.parametrize(
     ("found", "words"),
     [
         (Options(bits=1.9), "--bits 1.9: average weight bits lie between 2 and 16"),
         (Options(bits=17), "--bits 17"),
         (Options(bits=float("nan")), "--bits nan"),
         (Options(bits=4, size="25%"), "--bits and --size are two budgets; give one"),
+        (Options(objective="speed"), "--objective 'speed': give size, bits, latency, bitops"),
         (Options(trials=0), "--trials 0: give at least 1"),
         (Options(trials=-3), "--trials -3"),
         (Options(seed=-1), "--seed -1: give an integer from 0 to 4294967295"),

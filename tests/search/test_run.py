@@ -36,6 +36,13 @@ rules:
     activation_bits: [8, 16]
     activation_calibration: [max, mse]
 """
+GROUPS = """\
+autoquant_space: 1
+rules:
+  - weight_bits: [4, 2]
+    weight_granularity: [per_group_32, per_channel]
+"""
+REFUSED = "over the limit by arithmetic (size), not measured"
 LOCKED = """\
 autoquant_space: 1
 rules:
@@ -284,13 +291,22 @@ def test_a_timeout_before_the_first_trial(monkeypatch):
 
 
 def test_a_budget_that_no_trial_keeps():
-    words = {"sampler": "random", "trials": 2}
+    """Uniform recipes take the first granularity, whose scales are too large for this size."""
+    words = {"space": GROUPS, "sampler": "random", "trials": 2}
     with pytest.raises(StudyError, match="study s: none of its 2 trials is within the budget"):
-        searched(bits=2.0, **words)
+        searched(size="640b", **words)
     result = resume("s", model=net(), task=task_of(), trials=30)
     evidence = result.recipe.evidence
     assert evidence is not None
-    assert evidence.average_weight_bits <= 2
+    assert evidence.size_bytes <= 640
+    for trial in trials():
+        m = measured(trial)
+        assert (m is None) == (trial.state == TrialState.PRUNED)
+        if m is None:
+            assert trial.user_attrs["reason"] == REFUSED
+            assert trial.constraints["size"] > 0
+        else:
+            assert m["size_bytes"] <= 640
 
 
 def test_the_first_answer_is_never_stopped_early():

@@ -4,6 +4,8 @@ import datetime
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from autoquant.search.params import ParameterMap
 from autoquant.search.profile import Option, Profile
 from autoquant.search.sampler import KnapsackSampler
 from autoquant.search.uniform import baselines
+from autoquant.spec.costs import Costs
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme, choices_key
 from autoquant.spec.space import DEFAULTS, DIMENSIONS, LearningRates, SiteSpace
 
@@ -293,3 +296,70 @@ def test_a_per_token_scale_that_becomes_static_gets_a_calibration_of_the_space()
         for i in range(20)
     }
     assert moved == {SiteRecipe(WeightScheme(8), ActivationScheme(8, calibration="mse"))}
+
+
+class Table:
+    """Costs with a latency: so many seconds for each weight, fewer where it is narrow."""
+
+    indifferent = False
+
+    def __init__(self, problem):
+        self.problem = problem
+        self.latency = SimpleNamespace(rest=50.0)
+        rng = np.random.default_rng(3)
+        self.speed = {name: float(rng.uniform(0.2, 3.0)) for name in problem.spaces}
+
+    def price(self, kind, name, recipe):
+        assert kind == "latency"
+        return self.problem.numel[name] * self.speed[name] * (1.0 + (recipe.weight_bits >= 6))
+
+    def of(self, sites):
+        m = self.problem.measure(sites)
+        return Costs(m.average_weight_bits, m.size_bytes, m.latency)
+
+
+class Timed(Problem):
+    def sampler(self, seed=0):
+        table = Table(self)
+        return KnapsackSampler(self.mapping, self.profile, self.goal, self.rest, seed, table)
+
+    def measure(self, sites):
+        table = Table(self)
+        seconds = sum(table.price("latency", name, recipe) for name, recipe in sites.items())
+        return replace(super().measure(sites), latency=50.0 + seconds)
+
+
+def share_of_slowest(problem, share):
+    """Return the seconds that are a share of what lies between the fastest and the slowest."""
+    rows = [
+        [Table(problem).price("latency", n, o.recipe) for o in row]
+        for n, row in problem.profile.options.items()
+    ]
+    low, high = sum(map(min, rows)), sum(map(max, rows))
+    return 50.0 + low + share * (high - low)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"bits": 5.5, "latency": 0.5},
+        {"size_bytes": 5500, "latency": 0.4},
+        {"latency": 0.8},
+        {"minimize": "latency"},
+        {"minimize": "latency", "bits": 5.5},
+        {"minimize": "bits", "latency": 0.8},
+    ],
+)
+def test_limits_on_latency_are_kept_and_the_optimum_is_found(words):
+    goal = Goal(0.05, 20_000, float_latency=1e4, **words)
+    problem = Timed(plain_spaces(7), goal)
+    if goal.latency is not None:
+        problem.goal = replace(goal, latency=share_of_slowest(problem, goal.latency))
+    start = len(list(baselines(problem.spaces)))
+    done = problem.run(60)
+    table = Table(problem)
+    for trial in done[start:]:
+        assert problem.goal.affords(table.of(problem.mapping.decode(trial.params)))
+    best = problem.optimum()
+    assert np.isfinite(best)
+    assert best_of(done) <= 1.15 * best

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from autoquant.errors import SpecError
 from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS, WEIGHT_CALIBRATIONS
+from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.formats import FORMATS
 from autoquant.spec.granularity import WEIGHT_GRANULARITIES
 from autoquant.spec.recipe import (
@@ -86,6 +88,51 @@ def test_a_recipe_without_a_second_split_says_so(tmp_path):
     text = dumps(Recipe({"fc": SiteRecipe()}, None, evidence))
     assert "the drop is on what search saw" in text
     assert loads(text).evidence.confirm is None
+
+
+COSTLY = Evidence(
+    "accuracy",
+    True,
+    SplitResult(0, 0.5, 0.4, 0.1),
+    None,
+    8.0,
+    1,
+    4,
+    LatencyEvidence(0.0123, 0.0125, 0.02, 64, "a processor"),
+    1e9,
+    4e9,
+)
+
+
+def test_costs_survive_yaml_where_they_were_asked_for():
+    for evidence in (
+        COSTLY,
+        replace(COSTLY, latency=replace(COSTLY.latency, measured=None)),
+        replace(COSTLY, latency=None),
+        replace(COSTLY, bit_operations=None, float_bit_operations=None),
+    ):
+        text = dumps(Recipe({"fc": SiteRecipe()}, None, evidence))
+        assert loads(text).evidence == evidence
+        assert ("latency" in text) == (evidence.latency is not None)
+        assert ("bit_operations" in text) == (evidence.bit_operations is not None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("float_seconds: 0.02", "float_seconds: fast", "latency: float_seconds: found 'fast'"),
+        ("seconds: 0.0125", "seconds: -1", "latency: seconds: found -1"),
+        ("device: a processor", "device: 3", "latency: device: found 3"),
+        ("samples: 64", "sample: 64", "latency: unknown field 'sample'"),
+        ("\nbit_operations: 1", "\nbit_operations: -1", "bit_operations: found"),
+    ],
+)
+def test_costs_that_are_wrong(old, new, words):
+    text = dumps(Recipe({"fc": SiteRecipe()}, None, COSTLY))
+    assert old in text
+    with pytest.raises(SpecError) as raised:
+        loads(text.replace(old, new))
+    assert words in str(raised.value)
 
 
 def test_version_1_is_readable_for_ever():

@@ -25,6 +25,8 @@ from autoquant.spec.recipe import ActivationScheme
 
 MOST_SUMMED = (2**31 - 1) // (255 * 128)
 """Most products of two bytes whose sum always fits into 32 bits."""
+LARGEST_SCALE = 2.0**64
+"""Largest scale of a token: beyond it (one that holds ∞), the order of products matters."""
 PAIR_LIMIT = 2**15 - 1
 """Largest sum of two products that is exact without VNNI: they are added in 16 bits."""
 
@@ -148,7 +150,7 @@ class LinearProduct:
                 return None
             return self._run(q, self.activation.scale, zero_point, bias, clamp)
         rows = quantize_rows(x, self.activation, "linear")
-        if rows is None:
+        if rows is None or bool((rows[1] > LARGEST_SCALE).any()):
             return None
         q, scale, zero_points = rows
         y = self._run(q, 1.0, OFFSET, None, None)
@@ -209,7 +211,7 @@ class ConvProduct:
             q = quantize(x, self.activation)
             return None if q is None else self._run(q, self.activation.scale, bias, clamp)
         tokens = quantize_rows(x, self.activation, "conv")
-        if tokens is None:
+        if tokens is None or bool((tokens[1] > LARGEST_SCALE).any()):
             return None
         q, scale, zero_points = tokens
         y = self._run(q, 1.0, None, None)
@@ -251,8 +253,10 @@ class ConvProduct:
         y: Tensor = torch.ops.onednn.qconv_pointwise(
             _planar(q), scale, self.zero_point, self.pack, self.weight.scale, self.zero, bias,
             _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups,
-            1.0, 0, torch.float32, *_post(clamp),
+            1.0, 0, torch.float32, *_post(clamp if self.axes < 3 else None),
         )  # fmt: skip
+        if self.axes == 3 and clamp is not None:  # oneDNN's operator for volumes takes none
+            return y.clamp_(*clamp)
         return y.squeeze(-2) if self.axes == 1 else y
 
 

@@ -1,0 +1,153 @@
+"""The compiled library computes what the definitions do, bit for bit."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoquant.kernels.cpu import native
+from autoquant.kernels.cpu.gates import gru_gates, lstm_gates
+from autoquant.quant.activation import fake_quantize_activation, token_qparams
+from autoquant.quant.affine import QParams, choose_qparams, fake_quantize, quantize
+from autoquant.spec.recipe import ActivationScheme
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled library here")
+
+numbers = st.floats(width=32, allow_nan=False)
+schemes = st.sampled_from(("symmetric", "asymmetric"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(numbers, min_size=1, max_size=70),
+    st.floats(2.0**-100, 2.0**100, width=32),
+    st.integers(2, 8),
+    st.data(),
+)
+def test_static_quantization(values, scale, bits, data):
+    half = 1 << (bits - 1)
+    zero_point = data.draw(st.integers(-half, half - 1))
+    x = torch.tensor(values)
+    scheme = ActivationScheme(bits, scale=scale, zero_point=zero_point)
+    p = QParams(torch.tensor(scale), torch.tensor(float(zero_point)), bits)
+    assert torch.equal(native.quantize(x, scheme).int() - native.OFFSET, quantize(x, p).int())
+    found = native.fake_quantize(x, scheme, "linear")
+    assert torch.equal(found, fake_quantize_activation(x, scheme, "linear"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.lists(numbers, min_size=19, max_size=19), min_size=1, max_size=5),
+    st.integers(2, 8),
+    schemes,
+)
+def test_quantization_by_rows(values, bits, scheme):
+    x = torch.tensor(values)
+    dynamic = ActivationScheme(bits, "per_token", scheme)
+    p = token_qparams(x, dynamic, "linear")
+    q, scale, zero_point = native.quantize_rows(x, dynamic, "linear")
+    assert torch.equal(scale, p.scale.flatten())
+    assert torch.equal(zero_point, p.zero_point.flatten())
+    assert torch.equal(q.int() - native.OFFSET, quantize(x, p).int())
+    found = native.fake_quantize(x, dynamic, "linear")
+    assert torch.equal(found, fake_quantize_activation(x, dynamic, "linear"))
+
+
+@pytest.mark.parametrize("shape", [(3, 40_000), (2, 3, 130, 131), (70_001,), (5, 7, 11, 2, 3)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_sizes_that_several_threads_share_and_every_layout(shape, kind):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    static = ActivationScheme(8, scale=0.03, zero_point=-7)
+    views = [x, x.transpose(0, -1), x[..., ::2]]
+    if x.dim() == 4:
+        views.append(x.contiguous(memory_format=torch.channels_last))
+    for view in views:
+        for scheme in (static, ActivationScheme(6, "per_token")):
+            found = native.fake_quantize(view, scheme, kind)
+            assert torch.equal(found, fake_quantize_activation(view, scheme, kind))
+        p = QParams(torch.tensor(0.03), torch.tensor(-7.0), 8)
+        q = native.quantize(view, static)
+        assert torch.equal(q.int() - native.OFFSET, quantize(view, p).int())
+
+
+def test_nan_is_reported_wherever_it_is():
+    static = ActivationScheme(8, scale=0.1, zero_point=0)
+    dynamic = ActivationScheme(8, "per_token")
+    for position in (0, 15, 16, 32_768, 99_999):
+        x = torch.randn(100_000)
+        x[position] = math.nan
+        assert native.quantize(x, static) is None
+        assert native.quantize_rows(x[None], dynamic, "linear") is None
+        for scheme in (static, dynamic):
+            found = native.fake_quantize(x[None], scheme, "linear")
+            expected = fake_quantize_activation(x[None], scheme, "linear")
+            assert torch.equal(found.isnan(), expected.isnan())
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.sampled_from((1, 15, 16, 130, 8192, 8193)),
+    st.integers(1, 5),
+    st.integers(2, 8),
+    schemes,
+    st.integers(0, 2**31),
+)
+def test_the_least_squared_error_is_exact_and_no_other_is_below_it(n, k, tried, bits, scheme, seed):
+    torch.manual_seed(seed)
+    blocks = torch.randn(n, k)
+    span = torch.rand(tried, n) * 3
+    p = choose_qparams(-span, span, bits, symmetric=scheme == "symmetric")
+    found = native.squared_errors(blocks, p)
+    expected = torch.stack(
+        [
+            (fake_quantize(blocks, QParams(s[:, None], z[:, None], bits)) - blocks)
+            .double()
+            .square()
+            .sum(1)
+            for s, z in zip(p.scale, p.zero_point, strict=True)
+        ]
+    )
+    torch.testing.assert_close(found.amin(0), expected.amin(0), rtol=1e-5, atol=1e-9)
+    assert bool((found <= expected * (1 + 1e-5) + 1e-9).all())
+
+
+def test_gates_are_those_of_torch():
+    torch.manual_seed(0)
+    for rows, n in ((1, 1), (3, 17), (250, 64)):
+        for spread in (0.1, 3.0, 60.0):
+            with torch.no_grad():
+                cell = torch.nn.GRUCell(n, n)
+                x, h = torch.randn(rows, n) * spread, torch.randn(rows, n)
+                projected = torch.nn.functional.linear(x, cell.weight_ih, cell.bias_ih)
+                hidden = torch.nn.functional.linear(h, cell.weight_hh, cell.bias_hh)
+                found = gru_gates(projected, hidden, h)
+                torch.testing.assert_close(found, cell(x, h), rtol=2e-6, atol=2e-6)
+                lstm = torch.nn.LSTMCell(n, n)
+                c = torch.randn(rows, n)
+                projected = torch.nn.functional.linear(x, lstm.weight_ih, lstm.bias_ih)
+                hidden = torch.nn.functional.linear(h, lstm.weight_hh, lstm.bias_hh)
+                found = lstm_gates(projected, hidden, c)
+                expected = lstm(x, (h, c))
+                for a, b in zip(found, expected, strict=True):
+                    torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+def test_gates_take_a_row_of_a_sequence_and_refuse_what_is_not_theirs():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        sequence, y, h = torch.randn(4, 9, 12), torch.randn(4, 12), torch.randn(4, 4)
+        assert torch.equal(
+            gru_gates(sequence[:, 3], y, h), gru_gates(sequence[:, 3].contiguous(), y, h)
+        )
+        assert gru_gates(sequence[:, 3].double(), y, h) is None
+        assert gru_gates(sequence[:, 3], y, h[:, :3]) is None
+        assert lstm_gates(sequence[:, 3], y, h) is None
+        bad = y.clone()
+        bad[1, 2] = math.nan
+        assert bool(gru_gates(sequence[:, 3], bad, h)[1].isnan().any())
+    assert gru_gates(sequence[:, 3], y, h) is None  # gradients go through the operators of torch

@@ -1,0 +1,199 @@
+"""Products of integers equal the reference; what they can't do they refuse."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoquant.kernels.cpu import native, onednn
+from autoquant.kernels.operation import LINEAR, Operation
+from autoquant.kernels.reference import reference
+from autoquant.spec.recipe import ActivationScheme, WeightScheme
+from tests.kernels.cases import SCHEMES, calibrated, operations, quantized
+
+pytestmark = pytest.mark.skipif(
+    onednn.missing(torch.device("cpu")) is not None, reason="no oneDNN here"
+)
+CONV = Operation("conv2d", (1, 1), (1, 1), (1, 1), 1)
+
+
+def relative_error(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def check(operation, x, w, weights, activations, *, bias=True, clamp=None, tolerance=1e-5):
+    b = torch.randn(w.shape[0]) if bias else None
+    product = onednn.prepare(operation, quantized(w, weights), activations)
+    assert product is not None
+    expected = reference(operation, x, quantized(w, weights), activations, b)
+    if clamp is not None:
+        expected = expected.clamp(*clamp)
+    found = product(x, b, clamp)
+    assert found is not None
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) <= tolerance
+    return found
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    operations(),
+    st.builds(
+        WeightScheme,
+        st.integers(2, 8),
+        st.sampled_from(("per_tensor", "per_channel")),
+        st.sampled_from(SCHEMES),
+    ),
+    st.builds(
+        ActivationScheme,
+        st.integers(2, 8),
+        st.sampled_from(("per_tensor", "per_token")),
+        st.sampled_from(SCHEMES),
+    ),
+    st.booleans(),
+    st.sampled_from((None, (0.0, math.inf), (0.0, 6.0))),
+    st.sampled_from((torch.contiguous_format, torch.channels_last)),
+    st.integers(0, 2**32 - 1),
+)
+def test_products_equal_the_reference(drawn, weights, activations, bias, clamp, layout, seed):
+    operation, x_shape, w_shape = drawn
+    torch.manual_seed(seed)
+    x, w = torch.randn(x_shape) * 3 + 0.5, torch.randn(w_shape)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=layout)
+    activations = calibrated(activations, x)
+    if onednn.prepare(operation, quantized(w, weights), activations) is None:
+        # All that is refused: the integers less their zero point take more than a byte.
+        q = quantized(w, weights)
+        centered = q.q.int() - q.qparams.zero_point.int()
+        assert weights.bits == 8
+        assert centered.abs().max() > 127
+        return
+    check(operation, x, w, weights, activations, bias=bias, clamp=clamp)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv3d"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("tokens", ["per_tensor", "per_token"])
+def test_every_case_that_is_claimed(kind, granularity, scheme, bits, tokens):
+    torch.manual_seed(0)
+    axes = 0 if kind == "linear" else int(kind[4])
+    operation = LINEAR if axes == 0 else Operation(kind, (1,) * axes, (1,) * axes, (1,) * axes, 2)
+    x = torch.randn(3, 17) if axes == 0 else torch.randn(2, 6, *(7,) * axes)
+    # An asymmetric weight of 8 bits is taken where its range is nearly even about zero.
+    w = torch.randn(8, 17) if axes == 0 else torch.randn(8, 3, *(3,) * axes)
+    if (bits, scheme) == (8, "asymmetric"):
+        w = w.clamp(-1, 127 / 128)
+        w.flatten(1)[:, 0], w.flatten(1)[:, 1] = -1.0, 127 / 128
+    for asymmetric in SCHEMES:
+        for activation_bits in range(4, 9):
+            made = calibrated(ActivationScheme(activation_bits, tokens, asymmetric), x)
+            check(operation, x, w, WeightScheme(bits, granularity, scheme), made)
+
+
+def test_what_integers_cannot_do_is_refused():
+    eight = ActivationScheme(8, scale=0.1, zero_point=0)
+    w = torch.randn(4, 64)
+    assert onednn.prepare(LINEAR, quantized(w, WeightScheme(4)), None) is None
+    groups = quantized(w, WeightScheme(4, "per_group_32"))
+    assert onednn.prepare(LINEAR, groups, eight) is None
+    one_sided = quantized(w.abs(), WeightScheme(8, "per_channel", "asymmetric"))
+    assert onednn.prepare(LINEAR, one_sided, eight) is None
+    assert onednn.missing(torch.device("cuda")) is not None
+
+
+def test_calls_that_the_kernel_cannot_take_are_the_references():
+    product = onednn.prepare(
+        LINEAR, quantized(torch.randn(4, 8), WeightScheme(8)), ActivationScheme(8, "per_token")
+    )
+    conv = onednn.prepare(
+        CONV,
+        quantized(torch.randn(4, 3, 3, 3), WeightScheme(8)),
+        ActivationScheme(8, scale=0.1, zero_point=3),
+    )
+    for x in (
+        torch.randn(2, 8, dtype=torch.float64),
+        torch.randn(2, 8).half(),
+        torch.zeros(0, 8),
+        torch.randn(2, 7),
+        torch.tensor([[math.nan] * 8]),
+    ):
+        assert product(x, None) is None
+    for x in (torch.randn(3, 5, 5), torch.zeros(0, 3, 5, 5), torch.randn(1, 2, 5, 5)):
+        assert conv(x, None) is None
+    x = torch.randn(2, 3, 5, 5)
+    x[1, 2, 4, 4] = math.nan
+    assert conv(x, None) is None
+
+
+@pytest.mark.parametrize("tokens", ["per_tensor", "per_token"])
+def test_infinities_saturate_and_zeros_stay_zeros(tokens):
+    torch.manual_seed(0)
+    w = torch.randn(5, 16)
+    w[2] = 0.0  # a channel of all zeros
+    x = torch.randn(4, 16)
+    x[0] = 0.0
+    x[1, 3], x[1, 4] = math.inf, -math.inf
+    made = calibrated(ActivationScheme(8, tokens, "asymmetric"), x[2:])
+    if tokens == "per_token":  # such a token's scale is near the end of float32
+        product = onednn.prepare(LINEAR, quantized(w, WeightScheme(8)), made)
+        assert product(x, None) is None
+        x = x.clamp(-9.0, 9.0)
+    found = check(LINEAR, x, w, WeightScheme(8), made)
+    assert bool(found.isfinite().all())
+
+
+def test_scales_at_the_ends_of_float32():
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 16) * 1e-36, torch.randn(5, 16)
+    for scheme in SCHEMES:
+        made = calibrated(ActivationScheme(8, "per_tensor", scheme), x)
+        check(LINEAR, x, w, WeightScheme(8), made, bias=False)
+        check(LINEAR, x, w, WeightScheme(8), ActivationScheme(8, "per_token", scheme), bias=False)
+
+
+def test_a_transposed_view_and_a_slice_are_taken_as_they_are():
+    torch.manual_seed(0)
+    whole = torch.randn(40, 6, 9)
+    made = calibrated(ActivationScheme(8), whole)
+    for x in (whole.transpose(0, 1), whole[::2, :, 1:8], whole[:, 3].unsqueeze(0)):
+        for scheme in (made, ActivationScheme(8, "per_token")):
+            check(LINEAR, x, torch.randn(5, x.shape[-1]), WeightScheme(6), scheme)
+
+
+def test_without_the_compiled_library_the_numbers_are_the_same(monkeypatch):
+    torch.manual_seed(0)
+    x, w, b = torch.randn(3, 4, 6, 6), torch.randn(5, 4, 3, 3), torch.randn(5)
+    for scheme in SCHEMES:
+        for tokens in ("per_tensor", "per_token"):
+            made = calibrated(ActivationScheme(8, tokens, scheme), x)
+            product = onednn.prepare(CONV, quantized(w, WeightScheme(8)), made)
+            compiled = product(x, b)
+            with monkeypatch.context() as patch:
+                patch.setattr(native, "library", lambda: None)
+                eager = product(x, b)
+                assert product(x * math.nan, b) is None
+            assert torch.equal(compiled, eager)
+
+
+def test_without_vnni_only_sums_that_stay_exact_are_taken(monkeypatch):
+    monkeypatch.setattr(onednn, "has_vnni", lambda: False)
+    eight, four = ActivationScheme(8, scale=0.1, zero_point=0), WeightScheme(4)
+    assert onednn.prepare(LINEAR, quantized(torch.randn(4, 8), WeightScheme(8)), eight) is None
+    torch.manual_seed(0)
+    check(LINEAR, torch.randn(3, 8), torch.randn(4, 8), four, eight)
+
+
+def test_packed_weights_are_shared_between_activations_and_freed_with_their_integers():
+    q = quantized(torch.randn(4, 8), WeightScheme(8))
+    before = len(onednn._cache)
+    products = [onednn.prepare(LINEAR, q, ActivationScheme(8, scale=s)) for s in (0.1, 0.2)]
+    assert products[0].pack is products[1].pack
+    assert len(onednn._cache) == before + 1
+    del q, products
+    assert len(onednn._cache) == before

@@ -20,7 +20,7 @@ GRAM_BUDGET = 1 << 30
 """Bytes that all second-moment matrices together may take; beyond, their diagonals serve."""
 GRAM_COLUMNS = 4096
 """Widest input of which the whole second-moment matrix is kept."""
-GRAM_ROWS = 4096
+GRAM_ROWS = 2048
 """Most rows (tokens, positions) of one call that enter the second moments, evenly spread."""
 
 
@@ -52,8 +52,11 @@ class _Recorder:
         if x.numel() == 0:
             return
         dims = token_dims(self.site.kind, x.dim())
-        # Tokens are rows: the collector takes its last axis for the features of one.
-        self.collector.update(x.flatten(-len(dims)))
+        # Tokens are rows: the collector takes its last axis for the features of one. Their order
+        # does not matter, and in that of memory nothing is copied.
+        last = x.dim() == 4 and len(dims) == 3 and not x.is_contiguous()
+        tokens = x.permute(0, 2, 3, 1) if last else x
+        self.collector.update(tokens.flatten(-len(dims)))
         rows = input_rows(x, self.site, self.module)
         if rows is None:
             return
@@ -91,17 +94,27 @@ def input_rows(x: Tensor, site: Site, module: nn.Module) -> Tensor | None:
     else:
         x = x.reshape(-1, *x.shape[-3:])
         kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    groups = module.groups
+    if isinstance(module, nn.Conv2d) and _is_pointwise(module):
+        flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        flat = flat[_spread(flat.shape[0], GRAM_ROWS, flat.device)]
+        return flat.unflatten(1, (groups, -1)).movedim(1, 0)
     left, right, top, bottom = _padding(module)
+    positions = x.shape[-1] * x.shape[-2] // (stride[0] * stride[1])
+    x = x[_spread(x.shape[0], max(1, GRAM_ROWS // max(positions, 1)), x.device)]
     if any((left, right, top, bottom)):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, (left, right, top, bottom), mode=mode)
-    positions = x.shape[-1] * x.shape[-2] // (stride[0] * stride[1])
-    x = x[_spread(x.shape[0], max(1, GRAM_ROWS // max(positions, 1)), x.device)]
     columns = F.unfold(x, kernel, dilation=dilation, padding=0, stride=stride)
     columns = columns[..., _spread(columns.shape[-1], GRAM_ROWS // x.shape[0] or 1, x.device)]
-    groups = module.groups
     n = columns.shape[1] // groups
     return columns.unflatten(1, (groups, n)).permute(1, 0, 3, 2).reshape(groups, -1, n)
+
+
+def _is_pointwise(module: nn.Conv2d) -> bool:
+    """Return whether every position of the input is one row of what the weights see."""
+    ones = set(module.kernel_size) == {1} and set(module.stride) == {1}
+    return ones and not any(module._reversed_padding_repeated_twice)
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, int, int, int]:

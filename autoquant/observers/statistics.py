@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autoquant.kernels.cpu.native import histogram
+
 BINS_PER_SIDE = 4096
 BINS = 2 * BINS_PER_SIDE
 
@@ -174,9 +176,21 @@ class StatisticsCollector:
 
     def _add_numbers(self, flat: Tensor) -> None:
         """Add finite numbers, float32 [n], all within (−R, R)."""
+        bin_width = 2.0**self._exponent / BINS_PER_SIDE
+        counted = histogram(flat, 1.0 / bin_width, self._counts)
+        if counted is None:
+            counted = self._count_eagerly(flat, bin_width)
+        total, square, zeros = counted
+        self._counts[BINS_PER_SIDE] -= zeros
+        self._count += flat.numel()
+        self._zeros += zeros
+        self._sum += total * bin_width
+        self._square += square * bin_width**2
+
+    def _count_eagerly(self, flat: Tensor, bin_width: float) -> tuple[float, float, int]:
+        """Count numbers by operators; return Σ y and Σ y² in units of a bin, and the zeros."""
         on_cpu = flat.device.type == "cpu"
         size = min(flat.numel(), _CPU_CHUNK if on_cpu else _DEVICE_CHUNK)
-        bin_width = 2.0**self._exponent / BINS_PER_SIDE
         scaled, scratch = flat.new_empty(size), flat.new_empty(size)
         indices = flat.new_empty(size, dtype=torch.int16)
         total = square = 0.0
@@ -197,11 +211,7 @@ class StatisticsCollector:
                 self._counts += counts.view(_LANES, BINS).sum(0)
             else:
                 self._counts += torch.bincount(i.add_(BINS_PER_SIDE), minlength=BINS).cpu()
-        self._counts[BINS_PER_SIDE] -= zeros
-        self._count += flat.numel()
-        self._zeros += zeros
-        self._sum += total * bin_width
-        self._square += square * bin_width**2
+        return total, square, zeros
 
 
 def _flatten(x: Tensor) -> Tensor:

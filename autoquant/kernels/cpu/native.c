@@ -11,6 +11,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -227,6 +228,67 @@ EXPORT int squared_errors(const float *x, const float *scale, const float *zero_
         }
     }
     return 0;
+}
+
+#define COUNTERS 4 /* so that equal numbers in a row do not wait for each other's count */
+#define PIECE 4096
+
+VECTORS static void bin_piece(const float *restrict x, int32_t *restrict bin, ptrdiff_t n,
+                              float inverse, int32_t half, double *restrict sums,
+                              int64_t *restrict zeros) {
+    double total[LANES] = {0}, square[LANES] = {0};
+    int32_t none[LANES] = {0};
+    for (ptrdiff_t i = 0; i < n; i += LANES) {
+        const ptrdiff_t end = smaller(LANES, n - i);
+        for (ptrdiff_t j = 0; j < end; ++j) {
+            const float v = x[i + j], y = v * inverse;
+            total[j] += (double)y;
+            square[j] += (double)y * (double)y;
+            none[j] += v == 0.0f;
+            /* A tiny negative number may have become −0, which is no bin below 0. */
+            bin[i + j] = (int32_t)floorf(y) - (y == 0.0f && v < 0.0f) + half;
+        }
+    }
+    for (int j = 0; j < LANES; ++j) {
+        sums[0] += total[j];
+        sums[1] += square[j];
+        *zeros += none[j];
+    }
+}
+
+/* Counts of x [n] in bins [2 half] that are 1 / inverse wide, from −half of them on; sums of x and
+ * of x² in units of a bin [parts, 2], PART numbers each; how many are 0. Returns 1 without memory. */
+#define PART 65536
+EXPORT int histogram(const float *x, ptrdiff_t n, float inverse, int32_t half, int64_t *counts,
+                     double *sums, int64_t *zeros) {
+    const ptrdiff_t parts = (n + PART - 1) / PART, bins = 2 * (ptrdiff_t)half;
+    int failed = 0;
+    int64_t none = 0;
+#pragma omp parallel reduction(| : failed) reduction(+ : none) if (parts > 1)
+    {
+        int32_t *local = calloc((size_t)(COUNTERS * bins), sizeof *local);
+        int32_t *bin = malloc(PIECE * sizeof *bin);
+        failed = local == NULL || bin == NULL;
+#pragma omp for schedule(static)
+        for (ptrdiff_t p = 0; p < parts; ++p) {
+            sums[2 * p] = sums[2 * p + 1] = 0;
+            const ptrdiff_t stop = smaller((p + 1) * PART, n);
+            for (ptrdiff_t i = p * PART; i < stop && !failed; i += PIECE) {
+                const ptrdiff_t size = smaller(PIECE, stop - i);
+                bin_piece(x + i, bin, size, inverse, half, sums + 2 * p, &none);
+                for (ptrdiff_t j = 0; j < size; ++j) ++local[(j % COUNTERS) * bins + bin[j]];
+            }
+        }
+        if (!failed) {
+#pragma omp critical
+            for (ptrdiff_t b = 0; b < bins; ++b)
+                for (int c = 0; c < COUNTERS; ++c) counts[b] += local[c * bins + b];
+        }
+        free(local);
+        free(bin);
+    }
+    *zeros = none;
+    return failed;
 }
 
 /* e^x for x from −87 to 88, within 2 units in the last place: 2^n by its bits, and the Taylor series

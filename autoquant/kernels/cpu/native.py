@@ -30,6 +30,7 @@ _SIGNATURES = {
     "quantize_rows": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
     "fake_quantize_rows": (_POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
     "squared_errors": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT),
+    "histogram": (_POINTER, _SIZE, _FLOAT, _INT, _POINTER, _POINTER, _POINTER),
     "gru_gates": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "lstm_gates": (*[_POINTER] * 5, _SIZE, _SIZE, _SIZE),
     "finish_rows": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
@@ -152,6 +153,39 @@ def finish_rows(y: Tensor, scale: Tensor, zero_point: Tensor, sums: Tensor, bias
         y.shape[0],
         y.shape[1],
     )
+
+
+_PART = 65536
+"""Numbers that ``histogram`` sums at a time: PART in ``native.c``."""
+
+
+def histogram(x: Tensor, inverse_width: float, counts: Tensor) -> tuple[float, float, int] | None:
+    """Count finite float32 numbers ``x`` [n], in place; return Σ y, Σ y² and how many are 0.
+
+    ``counts`` [bins] is int64, half of the bins are below 0, and y is x in units of a bin's width;
+    all lie within the bins. None, with nothing counted, where the library is missing.
+    """
+    native = library()
+    if native is None or x.device.type != "cpu":
+        return None
+    x = x.contiguous()
+    sums = torch.empty(-(-x.numel() // _PART), 2, dtype=torch.float64)
+    zeros = ctypes.c_int64()
+    found = counts.clone()
+    failed = native.histogram(
+        x.data_ptr(),
+        x.numel(),
+        inverse_width,
+        len(counts) // 2,
+        found.data_ptr(),
+        sums.data_ptr(),
+        ctypes.byref(zeros),
+    )
+    if failed:
+        return None
+    counts.copy_(found)
+    total, square = sums.sum(0).tolist()
+    return total, square, zeros.value
 
 
 _SPAN = 8192

@@ -71,6 +71,12 @@ from autoquant.cli.options import (
 @storage_option
 @device_option
 @backend_option("auto")
+@click.option(
+    "--prune/--no-prune",
+    default=True,
+    show_default=True,
+    help="Stop candidates early that surely can't win, by a paired test over the samples so far.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
 @click.option(
     "--out",
@@ -100,6 +106,7 @@ def command(
     storage: str | None,
     device: str,
     backend: str,
+    prune: bool,
     seed: int,
     out: str,
     as_json: bool,
@@ -128,6 +135,7 @@ def command(
         max_latency,
         objective,
         backend,
+        prune,
     )
     check(options)
     if task is not None and data is not None:

@@ -46,6 +46,18 @@ class Reading:
     stopped: bool = False
 
 
+@dataclass(frozen=True)
+class Bar:
+    """What a candidate has to reach: to lose at most ``limit`` against ``rival`` (None: the float
+    model). One that is beyond it by STOP_ERRORS standard errors of the paired difference, sample
+    by sample, can't win and is stopped. ``name`` tells one bar from another.
+    """
+
+    limit: float
+    rival: Evidence | None = None
+    name: str = "float"
+
+
 class Evaluator:
     """Runs a model over the splits of a task and scores it.
 
@@ -87,16 +99,15 @@ class Evaluator:
         model: nn.Module,
         split: str,
         *,
-        limit: float | None = None,
+        bar: Bar | None = None,
         watch: Watch = lambda done, total: None,
     ) -> Reading:
         """Return the reading of a quantized ``model``; the baseline must have been measured.
 
-        With ``limit`` (a drop), a candidate that is beyond it by STOP_ERRORS standard errors of
-        the paired difference is stopped early. Raises TrialError where the user's code fails or
-        the metric is not a finite number.
+        With ``bar``, a candidate that is surely below it is stopped early. Raises TrialError where
+        the user's code fails or the metric is not a finite number.
         """
-        return self._read(model, split, limit=limit, watch=watch)
+        return self._read(model, split, bar=bar, watch=watch)
 
     def drop(self, split: str, value: float) -> float:
         """Return how much worse ``value`` is than the float model's metric on ``split``."""
@@ -109,7 +120,7 @@ class Evaluator:
         split: str,
         *,
         baseline: bool = False,
-        limit: float | None = None,
+        bar: Bar | None = None,
         watch: Watch = lambda done, total: None,
     ) -> Reading:
         start = time.perf_counter()
@@ -131,7 +142,7 @@ class Evaluator:
                 pairs.append((outputs, targets))
                 done += batch_size(inputs)
                 watch(done, total)
-                if limit is not None and done < total and self._hopeless(split, pairs, limit):
+                if bar is not None and done < total and self._hopeless(split, pairs, bar):
                     stopped = True
                     break
         if self.metric is None:
@@ -198,10 +209,10 @@ class Evaluator:
             return None  # masked with −∞: no signal to compare the noise with
         return METRICS.get(name).evidence(shared).score()
 
-    def _hopeless(self, split: str, pairs: list[tuple[Any, Any]], limit: float) -> bool:
-        """Return whether the paired loss so far is surely beyond ``limit``."""
+    def _hopeless(self, split: str, pairs: list[tuple[Any, Any]], bar: Bar) -> bool:
+        """Return whether the paired loss so far is surely beyond ``bar``."""
         metric: Metric = self.metric  # type: ignore[assignment]
-        reference = self._float[split].evidence
+        reference = bar.rival or self._float[split].evidence
         if not metric.bounded or reference is None:
             return False
         theirs = metric.per_sample_loss(reference)
@@ -212,7 +223,7 @@ class Evaluator:
             return False
         worse = ours - theirs[: len(ours)]
         error = float(worse.std(ddof=1)) / math.sqrt(len(worse))
-        return float(worse.mean()) - STOP_ERRORS * error > limit
+        return float(worse.mean()) - STOP_ERRORS * error > bar.limit
 
 
 def _bytes(outputs: Any) -> int:

@@ -33,6 +33,7 @@ class Options:
     max_latency: str | None = None
     objective: str | None = None
     backend: str = "auto"
+    prune: bool = True
 
     @property
     def asks_latency(self) -> bool:

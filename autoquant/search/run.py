@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from autoquant.errors import StudyError, TrialError, UserError
-from autoquant.measure.evaluator import Watch
+from autoquant.measure.evaluator import Bar, Watch
 from autoquant.measure.size import weight_bytes
 from autoquant.models.files import LoadedModel, sha256_of
 from autoquant.models.metrics import parse_max_drop
@@ -108,6 +108,7 @@ def search(
     storage: str | None = None,
     device: str = "auto",
     backend: str = "auto",
+    prune: bool = True,
     seed: int = 0,
     out: str | os.PathLike[str] = ".",
     trust_pickle: bool = False,
@@ -139,6 +140,7 @@ def search(
         max_latency,
         objective,
         backend,
+        prune,
     )
     file = None if isinstance(task, Task) else str(task)
     if not isinstance(task, Task):
@@ -364,11 +366,22 @@ def _run(
     proposer = _proposer(ledger, session, mapping, plain, goal, options, own, reporter)
     answered = any(measured(trial) is not None for trial in ledger.trials())
 
+    def bar() -> Bar | None:
+        # However bad, one candidate is measured to its end: there must be an answer.
+        if not options.prune or not answered:
+            return None
+        if not goal.budgeted:
+            return Bar(goal.max_drop)
+        best = best_trial(ledger.trials())
+        if best is None:
+            return None
+        # Measured before, but for a search that was resumed.
+        rival = session.measure(mapping.decode(best.params), "search")[1].evidence
+        return None if rival is None else Bar(0.0, rival, f"trial {best.number}")
+
     def measure(sites: Mapping[str, SiteRecipe], watch: Watch) -> Outcome:
         nonlocal answered
-        # However bad, one candidate is measured to its end: there must be an answer.
-        limit = None if goal.budgeted or not answered else goal.max_drop
-        m, reading, done = session.measure(sites, "search", limit=limit, watch=watch)
+        m, reading, done = session.measure(sites, "search", bar=bar(), watch=watch)
         answered = answered or not reading.stopped
         return Outcome(m, done, reading.stopped)
 

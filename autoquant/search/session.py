@@ -12,7 +12,7 @@ from torch import nn
 from autoquant.errors import TrialError, UserError
 from autoquant.kernels.engine import make_engine
 from autoquant.measure.cost import CostModel
-from autoquant.measure.evaluator import Evaluator, Reading, Watch
+from autoquant.measure.evaluator import Bar, Evaluator, Reading, Watch
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
 from autoquant.models.data import Splits, make_splits
@@ -25,6 +25,8 @@ from autoquant.search.goal import Measurement
 from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe
 
 Say = Callable[[str], None]
+Measured = tuple[Measurement, Reading, dict[str, SiteRecipe]]
+"""What measuring a recipe gave: the measurement, the reading, and the calibrated sites."""
 
 
 @dataclass
@@ -41,9 +43,7 @@ class Session:
     evaluator: Evaluator
     sizes: SizeModel
     costs: CostModel
-    _measured: dict[object, tuple[Measurement, Reading, dict[str, SiteRecipe]]] = field(
-        default_factory=dict
-    )
+    _measured: dict[object, tuple[object, Measured]] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -55,32 +55,35 @@ class Session:
         sites: Mapping[str, SiteRecipe],
         split: str,
         *,
-        limit: float | None = None,
+        bar: Bar | None = None,
         watch: Watch = lambda done, total: None,
-    ) -> tuple[Measurement, Reading, dict[str, SiteRecipe]]:
+    ) -> Measured:
         """Measure a recipe on one split; return also the reading and the calibrated sites.
 
         What was measured to its end before, by the same arithmetic, is not measured again. Raises
         TrialError where the candidate, or the user's code on it, fails.
         """
         key = (split, self.prepared.engine.fast, frozenset(sites.items()))
-        if key not in self._measured:
-            found = self._measure(sites, split, limit, watch)
-            if found[1].stopped:
-                return found
-            self._measured[key] = found
-        return self._measured[key]
+        rule = None if bar is None else (bar.name, bar.limit)
+        kept = self._measured.get(key)
+        # A bar that it was not held against may stop it: in a resumed search it would.
+        if kept is not None and (rule is None or kept[0] == rule):
+            return kept[1]
+        found = self._measure(sites, split, bar, watch)
+        if not found[1].stopped:
+            self._measured[key] = rule, found
+        return found
 
     def _measure(
-        self, sites: Mapping[str, SiteRecipe], split: str, limit: float | None, watch: Watch
-    ) -> tuple[Measurement, Reading, dict[str, SiteRecipe]]:
+        self, sites: Mapping[str, SiteRecipe], split: str, bar: Bar | None, watch: Watch
+    ) -> Measured:
         try:
             done = self.realizer.apply(sites)
         except torch.OutOfMemoryError as error:
             raise TrialError("out of memory on the accelerator") from error
         except MemoryError as error:
             raise TrialError("out of memory") from error
-        reading = self.evaluator.read(self.model, split, limit=limit, watch=watch)
+        reading = self.evaluator.read(self.model, split, bar=bar, watch=watch)
         drop = self.evaluator.drop(split, reading.value)
         loss = max(drop, 1e-9) if reading.divergence is None else reading.divergence
         costs = self.costs.of(done)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from autoquant.errors import TrialError
 from autoquant.measure import evaluator
-from autoquant.measure.evaluator import Evaluator
+from autoquant.measure.evaluator import Bar, Evaluator
 from autoquant.models.data import make_splits
 from autoquant.models.task import Task
 
@@ -173,7 +173,7 @@ def test_limit_stops_a_hopeless_candidate_early():
     seen: list[tuple[int, int]] = []
     bad = Linear(3.0)
     whole = found.read(bad, "search")
-    early = found.read(bad, "search", limit=0.01, watch=lambda *args: seen.append(args))
+    early = found.read(bad, "search", bar=Bar(0.01), watch=lambda *args: seen.append(args))
     assert whole.samples == 750
     assert found.drop("search", whole.value) > 0.2
     assert early.stopped
@@ -192,9 +192,20 @@ def test_limit_stops_a_hopeless_candidate_early():
 def test_limit_leaves_a_good_candidate_alone():
     found = evaluator_of(task_of(2000))
     found.baseline(Linear(), "search")
-    assert not found.read(Linear(0.001), "search", limit=0.01).stopped
-    assert not found.read(Linear(3.0), "search", limit=1.0).stopped
+    assert not found.read(Linear(0.001), "search", bar=Bar(0.01)).stopped
+    assert not found.read(Linear(3.0), "search", bar=Bar(1.0)).stopped
     assert not found.read(Linear(3.0), "search").stopped
+
+
+def test_a_rival_that_is_surely_better_stops_a_candidate():
+    found = evaluator_of(task_of(2000))
+    found.baseline(Linear(), "search")
+    good, bad = found.read(Linear(0.001), "search"), found.read(Linear(3.0), "search")
+    against_good, against_bad = (Bar(0.0, r.evidence, "rival") for r in (good, bad))
+    assert found.read(Linear(3.0), "search", bar=against_good).stopped
+    # Neither one that is better nor one that is as good is stopped.
+    assert not found.read(Linear(0.001), "search", bar=against_bad).stopped
+    assert not found.read(Linear(0.001), "search", bar=against_good).stopped
 
 
 def test_limit_is_not_for_metrics_without_bounds():
@@ -202,7 +213,7 @@ def test_limit_is_not_for_metrics_without_bounds():
     pairs = list(zip(x.split(50), functional.one_hot(y, 3).float().split(50), strict=True))
     found = evaluator_of(Task(evaluation_data=lambda: pairs, metric="mse"))
     found.baseline(Linear(), "search")
-    assert not found.read(Linear(3.0), "search", limit=0.01).stopped
+    assert not found.read(Linear(3.0), "search", bar=Bar(0.01)).stopped
 
 
 def test_watch_hears_of_every_batch():

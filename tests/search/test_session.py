@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.errors import TrialError, UserError
+from autoquant.measure.evaluator import Bar
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.search import session as module
@@ -203,3 +204,24 @@ def test_recipe_says_which_model_it_is_of():
     recipe = session.recipe({"head": SiteRecipe(WEIGHT, None)})
     assert recipe.model == module.ModelIdentity("m", "0" * 64)
     assert recipe.folded == {"norm": "conv"}
+
+
+def test_what_was_measured_to_its_end_is_not_measured_again(monkeypatch):
+    session = opened()
+    session.baseline("search")
+    calls = []
+    read = session.evaluator.read
+    monkeypatch.setattr(
+        session.evaluator, "read", lambda *a, **k: (calls.append(k.get("bar")), read(*a, **k))[1]
+    )
+    sites = {s.name: SiteRecipe(WeightScheme(8)) for s in session.prepared.sites}
+    first = session.measure(sites, "search")
+    assert session.measure(dict(sites), "search") is first
+    assert len(calls) == 1
+    # A bar that it was not held against may stop it, and the reference may compute otherwise.
+    session.measure(sites, "search", bar=Bar(0.5))
+    with session.prepared.engine.reference():
+        session.measure(sites, "search")
+    assert len(calls) == 3
+    session.measure(sites, "search", bar=Bar(0.5))
+    assert len(calls) == 3

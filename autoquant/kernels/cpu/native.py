@@ -45,10 +45,10 @@ def library() -> ctypes.CDLL | None:
         if path.exists():
             try:
                 loaded = ctypes.CDLL(str(path))
-            except OSError:  # built for another machine
+                for name, signature in _SIGNATURES.items():
+                    getattr(loaded, name).argtypes = signature
+            except (OSError, AttributeError):  # built for another machine, or from older source
                 continue
-            for name, signature in _SIGNATURES.items():
-                getattr(loaded, name).argtypes = signature
             return loaded
     return None
 

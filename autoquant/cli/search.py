@@ -10,6 +10,7 @@ import click
 from autoquant.cli.options import (
     device_option,
     json_option,
+    memory_option,
     seconds,
     storage_option,
     task_options,
@@ -57,6 +58,7 @@ from autoquant.cli.options import (
 @storage_option
 @device_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
+@memory_option
 @click.option(
     "--out",
     metavar="DIR",
@@ -83,6 +85,7 @@ def command(
     storage: str | None,
     device: str,
     seed: int,
+    memory: str | None,
     out: str,
     as_json: bool,
 ) -> None:
@@ -96,7 +99,8 @@ def command(
     from autoquant.search.options import Options, check
 
     # All that is cheap to check comes before what takes seconds to import.
-    options = Options(max_drop, bits, size, trials, seconds(timeout), sampler, device, seed)
+    limit = seconds(timeout)
+    options = Options(max_drop, bits, size, trials, limit, sampler, device, seed, memory)
     check(options)
     if task is not None and data is not None:
         raise UserError("--task and --data are two sources of data; give one")

@@ -23,7 +23,7 @@ from autoquant.nn.sites import FloatPart, Site, find_sites, layout_of
 from autoquant.nn.slots import SiteSlot
 from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.weight import QuantizedWeight
-from autoquant.spec.recipe import ActivationScheme
+from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,12 @@ class Prepared:
     def switch(
         self, name: str, weight: QuantizedWeight | None, activation: ActivationScheme | None
     ) -> None:
-        """Give one site its weight and activation; None means float."""
+        """Give one site its weight and activation; None means float.
+
+        The choice has no name until whoever made it gives one (``SiteSlot.choice``).
+        """
         slot = self.slots[name]
+        slot.choice = None
         parameter = slot.parameter
         slot.override = None
         if weight is not None:
@@ -59,6 +63,7 @@ class Prepared:
         for slot in self.slots.values():
             slot.override = None
             slot.activation = None
+            slot.choice = FLOAT_SITE
 
 
 def prepare(

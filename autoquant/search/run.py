@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 from torch import nn
 
-from autoquant.errors import StudyError, TrialError, UserError
+from autoquant.errors import StudyError, TaskError, TrialError, UserError
 from autoquant.measure.evaluator import Watch
 from autoquant.measure.size import weight_bytes
 from autoquant.models.files import LoadedModel, load, sha256_of
@@ -158,6 +158,7 @@ def search(
     storage: str | None = None,
     device: str = "auto",
     seed: int = 0,
+    memory: str | None = None,
     out: str | os.PathLike[str] = ".",
     trust_pickle: bool = False,
     reporter: Reporter | None = None,
@@ -167,12 +168,14 @@ def search(
     ``model`` is a module, which is left as it is, or a model file; ``task`` a Task or a task file;
     ``space`` a search space, the name of one, or its file. Without a budget the answer is the
     smallest model that loses at most ``max_drop``; with ``bits`` or ``size``, the best metric
-    within it. ``timeout`` is in seconds. Raises UserError, in one line, on anything the user can
+    within it. ``timeout`` is in seconds; ``memory`` ("512MB", "0") is what results of layers may
+    take so that they are not computed again, None for 2 GiB or a quarter of what is free. Raises
+    UserError, in one line, on anything the user can
     mend.
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
-    options = Options(str(max_drop), bits, size, trials, timeout, name, device, seed)
+    options = Options(str(max_drop), bits, size, trials, timeout, name, device, seed, memory)
     file = None if isinstance(task, Task) else str(task)
     if not isinstance(task, Task):
         task = load_task(Path(task))
@@ -289,16 +292,18 @@ def resume(
     storage: str | None = None,
     trials: int | None = None,
     timeout: float | None = None,
+    memory: str | None = None,
     accept_changes: bool = False,
     model: nn.Module | None = None,
     task: Task | None = None,
     sampler: BaseSampler | None = None,
     reporter: Reporter | None = None,
 ) -> SearchResult:
-    """Go on with a study from its storage alone; ``trials`` and ``timeout`` replace its own.
+    """Go on with a study from its storage alone.
 
-    A study of a module or Task in Python needs them again. Raises StudyError where the model, the
-    task or the space is not what the study began with, unless ``accept_changes``.
+    ``trials`` and ``timeout``, and ``memory``, replace the study's own. A study of a module or Task
+    in Python needs them again. Raises StudyError where the model, the task or the space is not what
+    the study began with, unless ``accept_changes``.
     """
     began = time.monotonic()
     reporter = reporter or Silent()
@@ -312,6 +317,9 @@ def resume(
     options = Options.read(header["options"])
     if trials is not None or timeout is not None:
         options = replace(options, trials=trials, timeout=timeout)
+    if memory is not None:
+        options = replace(options, memory=memory)
+    check(options)
     if sampler is None and options.sampler not in samplers.names():
         raise StudyError(
             f"study {ledger.name} was begun with a sampler of one's own ({options.sampler}): "
@@ -434,6 +442,10 @@ def _run(
     plain = list(baselines(spaces))
     most = 1 if not mapping.distributions else options.most_trials
     stop = Stop(most, options.timeout)
+    try:
+        session.reuse(options.memory_bytes, reporter.say)
+    except TrialError as error:
+        raise TaskError(f"{session.task.source}: on the float model: {error}") from error
     # From here on whoever interrupts the search is told which study to resume.
     reporter.begin(ledger.name, goal, ledger.trials(), stop)
     proposer = _proposer(ledger, session, mapping, plain, goal, options, own, reporter)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoquant.errors import TrialError, UserError
+from autoquant.errors import OutOfMemory, TrialError, UserError
 from autoquant.measure.outputs import fingerprint
 from autoquant.measure.reuse import Reuse
 from autoquant.models.data import Splits, batch_size, to_device
@@ -49,10 +49,6 @@ class Reading:
     divergence: float | None
     seconds: float
     stopped: bool = False
-
-
-class OutOfMemory(TrialError):
-    """A candidate needs more memory than there is."""
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory:

@@ -8,13 +8,14 @@ is another recipe's by then. Every output must be the same, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autoquant.errors import OutOfMemory, TrialError
 from autoquant.measure.outputs import as_words
 from autoquant.measure.reuse import Reuse
 from autoquant.methods.realize import Realizer
@@ -36,8 +37,9 @@ def check(
 ) -> bool:
     """Switch ``reuse`` off, saying why, where ``run`` gives other outputs with it.
 
-    ``run`` runs the model on the data that ``key`` names. Leaves the model in float. Raises
-    whatever the user's code raises on the float model; a recipe that fails is left out.
+    Return whether it is on. ``run`` runs the model on the data that ``key`` names; a recipe under
+    which it raises TrialError is left out. Leaves the model in float. Raises TrialError where the
+    float model fails.
     """
     if not reuse.on:
         return False
@@ -45,31 +47,47 @@ def check(
     recipes: list[Mapping[str, SiteRecipe]] = [{}, {sites[0]: CHANGED}, {sites[-1]: CHANGED}]
     random = torch.get_rng_state()
     try:
-        expected = [_frozen(_run(reuse, realizer, r, run)) for r in recipes]
+        expected = _expected(reuse, realizer, recipes, run)
         drawn = not torch.equal(random, torch.get_rng_state())
         reuse.watching = True
         for i in ORDER:
+            if i not in expected:
+                continue
             realizer.apply(recipes[i])
             with reuse.batch(key, by_content=by_content):
                 found = run()
-            if not reuse.on:
-                return False
-            if not same_bits(found, expected[i]):
+            if reuse.on and not same_bits(found, expected[i]):
                 why = "draws random numbers" if drawn else "keeps something between calls"
                 reuse.switch_off(f"the model {why}")
-                return False
+            if not reuse.on:
+                break
     finally:
         reuse.watching = False
         realizer.to_float()
-    return True
+    return reuse.on
 
 
-def _run(
-    reuse: Reuse, realizer: Realizer, recipe: Mapping[str, SiteRecipe], run: Callable[[], Any]
-) -> Any:
-    realizer.apply(recipe)
-    with reuse.paused():
-        return run()
+def _expected(
+    reuse: Reuse,
+    realizer: Realizer,
+    recipes: Sequence[Mapping[str, SiteRecipe]],
+    run: Callable[[], Any],
+) -> dict[int, Any]:
+    """Return what ``run`` gives without reuse under each of ``recipes`` that does not fail."""
+    expected = {}
+    for i, recipe in enumerate(recipes):
+        try:
+            realizer.apply(recipe)
+            with reuse.paused():
+                expected[i] = _frozen(run())
+        except OutOfMemory:
+            raise
+        except TrialError:
+            if not recipe:
+                raise
+    if len(expected) < 2:
+        reuse.switch_off("no recipe but float could be tried")
+    return expected
 
 
 def _frozen(outputs: Any) -> Any:

@@ -10,11 +10,10 @@ import psutil
 import torch
 from torch import nn
 
-from autoquant.errors import UserError
+from autoquant.errors import OutOfMemory, UserError
 from autoquant.measure.evaluator import (
     OUT_OF_MEMORY,
     Evaluator,
-    OutOfMemory,
     Reading,
     Watch,
     out_of_memory,

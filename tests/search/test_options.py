@@ -14,6 +14,7 @@ from autoquant.search.options import (
     check_budget,
     narrowest,
     parse_duration,
+    parse_memory,
     parse_size,
 )
 from autoquant.spec.recipe import SiteRecipe, WeightScheme
@@ -27,6 +28,7 @@ options = st.builds(
     trials=st.none() | st.integers(1),
     timeout=st.none() | st.floats(1, 1e6),
     seed=st.integers(0, 2**32 - 1),
+    memory=st.none() | st.text(max_size=5),
 )
 
 
@@ -92,6 +94,7 @@ def test_what_is_no_size(text):
         (Options(trials=-3), "--trials -3"),
         (Options(seed=-1), "--seed -1: give an integer from 0 to 4294967295"),
         (Options(seed=2**32), "--seed 4294967296"),
+        (Options(memory="much"), "--memory 'much'"),
     ],
 )
 def test_what_no_model_could_satisfy(found, words):
@@ -121,3 +124,19 @@ def test_a_budget_below_the_narrowest_recipe():
     thirds = {"a": space(4), "b": space(8)}
     with pytest.raises(UserError, match=r"has 5\.333 average .* give --bits 5\.34 or more"):
         check_budget(5, thirds, {"a": 2, "b": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("0MB", 0), ("512MB", 512 * 10**6), (" 2 GiB", 2**31), ("1.5kb", 1500), ("9b", 9)],
+)
+def test_memory(text, size):
+    assert parse_memory(text) == Options(memory=text).memory_bytes == size
+    assert Options().memory_bytes is None
+
+
+@pytest.mark.parametrize("text", ["", "5", "25%", "-1MB", "1TB", "MB", "0%"])
+def test_what_is_no_memory(text):
+    message = r"^--memory .*: write a size such as 512MB or 2GB, or 0 for none$"
+    with pytest.raises(UserError, match=message):
+        parse_memory(text)

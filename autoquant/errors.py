@@ -7,6 +7,7 @@ AutoquantError
 │   ├── SpecError      a recipe or search space with a wrong, missing or unknown field
 │   └── StudyError     a study that does not exist, is corrupt, or belongs to another model
 └── TrialError         one candidate failed; it is recorded as failed and the search goes on
+    └── OutOfMemory    it needed more memory than there was
 """
 
 from __future__ import annotations
@@ -38,3 +39,7 @@ class StudyError(UserError):
 
 class TrialError(AutoquantError):
     """One candidate failed; the search records the reason and goes on."""
+
+
+class OutOfMemory(TrialError):
+    """A candidate needs more memory than there is."""

@@ -72,6 +72,16 @@ def storage_option(command: F) -> F:
     )(command)
 
 
+def memory_option(command: F) -> F:
+    """Add --memory."""
+    return click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory for results of layers, so that what candidates share is computed once (512MB, "
+        "2GB; 0 for none). Default: 2GiB, or a quarter of what is free where that is less.",
+    )(command)
+
+
 def json_option(command: F) -> F:
     """Add --json."""
     return click.option(

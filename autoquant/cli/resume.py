@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from autoquant.cli.options import json_option, seconds, storage_option
+from autoquant.cli.options import json_option, memory_option, seconds, storage_option
 
 
 @click.command(epilog="Example: autoquant resume mobilenet --trials 200")
@@ -14,6 +14,7 @@ from autoquant.cli.options import json_option, seconds, storage_option
     "--trials", type=int, metavar="N", help="Trials in all, instead of what the study was given."
 )
 @click.option("--timeout", metavar="TIME", help="Stop after this long (90s, 10m, 2h).")
+@memory_option
 @click.option(
     "--accept-changes",
     is_flag=True,
@@ -25,6 +26,7 @@ def command(
     storage: str | None,
     trials: int | None,
     timeout: str | None,
+    memory: str | None,
     accept_changes: bool,
     as_json: bool,
 ) -> None:
@@ -43,6 +45,7 @@ def command(
             storage=storage,
             trials=trials,
             timeout=limit,
+            memory=memory,
             accept_changes=accept_changes,
             reporter=reporter,
         )

@@ -11,6 +11,7 @@ from autoquant.cli.options import (
     backend_option,
     device_option,
     json_option,
+    memory_option,
     seconds,
     storage_option,
     task_options,
@@ -78,6 +79,7 @@ from autoquant.cli.options import (
     help="Stop candidates early that surely can't win, by a paired test over the samples so far.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
+@memory_option
 @click.option(
     "--out",
     metavar="DIR",
@@ -108,6 +110,7 @@ def command(
     backend: str,
     prune: bool,
     seed: int,
+    memory: str | None,
     out: str,
     as_json: bool,
 ) -> None:
@@ -136,6 +139,7 @@ def command(
         objective,
         backend,
         prune,
+        memory,
     )
     check(options)
     if task is not None and data is not None:

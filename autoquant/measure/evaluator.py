@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoquant.errors import TrialError, UserError
+from autoquant.errors import OutOfMemory, TrialError, UserError
+from autoquant.measure.outputs import fingerprint
+from autoquant.measure.reuse import Reuse
 from autoquant.models.data import Splits, batch_size, to_device
 from autoquant.models.evidence import Evidence, as_float
 from autoquant.models.metrics import METRICS, Metric, MetricInfo, drop, model_metric, resolve_metric
@@ -24,6 +27,8 @@ FEWEST_TO_STOP = 64
 """Samples after which a candidate may be stopped."""
 STOP_ERRORS = 3.0
 """Standard errors by which a candidate must be beyond the limit to be stopped early."""
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 Watch = Callable[[int, int], None]
 """Told (samples done, samples in all) after each batch."""
@@ -58,17 +63,25 @@ class Bar:
     name: str = "float"
 
 
+def out_of_memory(error: BaseException) -> OutOfMemory:
+    """Return an error that says which memory was too small."""
+    there = isinstance(error, torch.OutOfMemoryError)
+    return OutOfMemory("out of memory on the accelerator" if there else "out of memory")
+
+
 class Evaluator:
     """Runs a model over the splits of a task and scores it.
 
     ``metric`` is known after ``baseline``. The model is whatever is passed in: the same code
-    measures the float model, candidates, and a model that was loaded back.
+    measures the float model, candidates, and a model that was loaded back. With ``reuse``, what a
+    candidate has in common with earlier ones is not computed again; readings are the same.
     """
 
     def __init__(self, task: Task, splits: Splits, device: torch.device) -> None:
         self.task = task
         self.splits = splits
         self.device = device
+        self.reuse: Reuse | None = None
         self.metric: MetricInfo | None = model_metric(task) if task.evaluate else None
         self._float: dict[str, Reading] = {}
         self._outputs: dict[str, list[Any]] = {}
@@ -87,6 +100,22 @@ class Evaluator:
         if self.splits.calibrate:
             return self.splits.calibrate[0]
         return self.splits.search[0][0] if self.splits.search else None
+
+    def observe(self, model: nn.Module, inputs: Any) -> Any:
+        """Return all that ``model`` gives on one batch, or on all that ``evaluate`` reads.
+
+        Of the latter, the number and checksums of what the model returned on the way. Raises
+        TrialError where the user's code fails.
+        """
+        with torch.no_grad():
+            if self.task.evaluate is None:
+                return self._outputs_of(model, inputs)
+            returned: list[Any] = []
+            hook = model.register_forward_hook(lambda *call: returned.append(fingerprint(call[2])))
+            try:
+                return self._call(self.task.evaluate, model), returned
+            finally:
+                hook.remove()
 
     def baseline(self, model: nn.Module, split: str) -> Reading:
         """Return the reading of the float ``model``, measured once for each split."""
@@ -107,7 +136,29 @@ class Evaluator:
         With ``bar``, a candidate that is surely below it is stopped early. Raises TrialError where
         the user's code fails or the metric is not a finite number.
         """
-        return self._read(model, split, bar=bar, watch=watch)
+        reuse = self.reuse
+        if reuse is None or not reuse.on:
+            return self._read(model, split, bar=bar, watch=watch)
+        start = time.perf_counter()
+        try:
+            reading = self._read(model, split, bar=bar, watch=watch)
+            if reuse.on:
+                return reading
+        except OutOfMemory:
+            reuse.shrink()
+        # Without what is kept there may be room; and what showed that the model can't have its
+        # results reused may have come too late for this candidate.
+        with reuse.paused():
+            reading = self._read(model, split, bar=bar, watch=watch)
+        return replace(reading, seconds=time.perf_counter() - start)
+
+    def _reusing(
+        self, model: nn.Module, split: str, batch: int | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return what to run a batch in; None is all the data that ``evaluate`` reads."""
+        if self.reuse is None or model is not self.reuse.model:
+            return contextlib.nullcontext()
+        return self.reuse.batch((split, batch), by_content=batch is None)
 
     def drop(self, split: str, value: float) -> float:
         """Return how much worse ``value`` is than the float model's metric on ``split``."""
@@ -127,7 +178,8 @@ class Evaluator:
         if self.task.evaluate is not None:
             function = self.task.evaluate if split == "search" else self.task.evaluate_confirm
             assert function is not None
-            value = self._call(function, model)
+            with self._reusing(model, split, None):
+                value = self._call(function, model)
             return Reading(value, 0, None, None, time.perf_counter() - start)
         batches = getattr(self.splits, split)
         total = self.splits.samples[split]
@@ -136,7 +188,8 @@ class Evaluator:
         stopped = False
         with torch.no_grad():
             for i, (inputs, targets) in enumerate(batches):
-                outputs = to_device(self._outputs_of(model, inputs), "cpu")
+                with self._reusing(model, split, i):
+                    outputs = to_device(self._outputs_of(model, inputs), "cpu")
                 if baseline:
                     self._keep(split, i, outputs)
                 pairs.append((outputs, targets))
@@ -157,10 +210,8 @@ class Evaluator:
             return outputs_of(self.run(model, inputs))
         except (UserError, TrialError):
             raise
-        except torch.OutOfMemoryError as error:
-            raise TrialError("out of memory on the accelerator") from error
-        except MemoryError as error:
-            raise TrialError("out of memory") from error
+        except OUT_OF_MEMORY as error:
+            raise out_of_memory(error) from error
         except Exception as error:
             raise TrialError(f"forward failed: {describe(error, self.task.source)}") from error
 
@@ -170,6 +221,8 @@ class Evaluator:
                 value = as_float("evaluate", function(model))
         except (UserError, TrialError):
             raise
+        except OUT_OF_MEMORY as error:
+            raise out_of_memory(error) from error
         except Exception as error:
             raise TrialError(f"evaluate failed: {describe(error, self.task.source)}") from error
         if not math.isfinite(value):

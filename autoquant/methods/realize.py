@@ -56,6 +56,7 @@ class Realizer:
                 continue
             self._current.pop(name, None)
             self.prepared.switch(name, self._held(site, recipe), recipe.activation)
+            self.prepared.slots[name].choice = recipe
             self._current[name] = recipe
         return done
 

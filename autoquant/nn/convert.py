@@ -26,7 +26,7 @@ from autoquant.nn.packed import PackedSite
 from autoquant.nn.sites import FloatPart, Site, find_sites, layout_of
 from autoquant.nn.slots import SiteSlot
 from autoquant.quant.weight import QuantizedWeight
-from autoquant.spec.recipe import ActivationScheme
+from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Prepared:
     ) -> None:
         """Give one site its weight and activation; None means float.
 
-        A weight that is held keeps what was packed for it, for the next time.
+        A weight that is held keeps what was packed for it, for the next time. The choice has no
+        name until whoever made it gives one (``SiteSlot.choice``).
         """
         if isinstance(weight, QuantizedWeight):
             weight = HeldWeight(weight, self.engine)
@@ -61,6 +62,7 @@ class Prepared:
         """Return every site to float."""
         for slot in self.slots.values():
             slot.switch(None, None)
+            slot.choice = FLOAT_SITE
 
 
 def prepare(

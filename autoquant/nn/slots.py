@@ -18,14 +18,15 @@ from autoquant.nn.follow import clamp_, mark
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.runtime import Multiply, Rows
 from autoquant.nn.sites import Site
-from autoquant.spec.recipe import ActivationScheme
+from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
 
 
 class SiteSlot:
     """The switchable runtime of one site: float until told otherwise.
 
     ``held`` replaces the parameter, ``activation`` quantizes the input, ``observe`` sees the
-    input before that, and ``read`` is told when the weight is used.
+    input before that, and ``read`` is told when the weight is used. ``choice`` names what the slot
+    was switched to, None where that has no name; ``used`` is told before anything depends on it.
     """
 
     def __init__(self, site: Site, parameter: nn.Parameter, engine: Engine) -> None:
@@ -36,6 +37,13 @@ class SiteSlot:
         self.activation: ActivationScheme | None = None
         self.observe: Callable[[Tensor], None] | None = None
         self.read: Callable[[], None] | None = None
+        self.choice: SiteRecipe | None = FLOAT_SITE
+        self.used: Callable[[], None] | None = None
+
+    def use(self) -> None:
+        """Say that what follows depends on ``choice``; every way to compute calls this first."""
+        if self.used is not None:
+            self.used()
 
     def switch(self, held: HeldWeight | None, activation: ActivationScheme | None) -> None:
         """Compute with another weight and activation from now on; None means float.
@@ -46,23 +54,26 @@ class SiteSlot:
             raise ValueError("a static activation scheme must be calibrated before it is used")
         self.held = held
         self.activation = activation
-
-    def use(self) -> None:
-        """Tell whoever listens that the weight is about to be used."""
-        if self.read is not None:
-            self.read()
+        self.choice = None
 
     @property
     def weight(self) -> Tensor:
         """The weight to compute with, in the parameter's shape and dtype."""
-        self.use()
+        self._tell()
         return self._real()
+
+    def _tell(self) -> None:
+        """Tell whoever listens that the weight is about to be used."""
+        self.use()
+        if self.read is not None:
+            self.read()
 
     def _real(self) -> Tensor:
         return self.parameter if self.held is None else self.held.real(self.parameter)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the activation to compute with."""
+        self.use()
         if self.observe is not None:
             self.observe(x)
         if self.activation is None:
@@ -81,9 +92,9 @@ class SiteSlot:
         start = time.perf_counter()
         product = None if operation is None else self._product(operation, None)
         if product is not None:
+            self._tell()
             y = product(x, bias, clamp)
             if y is not None:
-                self.use()
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y if clamp is None else mark(y, clamp)
         y = compute(self.quantize_input(x))
@@ -94,7 +105,7 @@ class SiteSlot:
 
     def linear(self, *parts: Rows) -> tuple[Multiply, ...]:
         """Return the products with the weight, a matrix: with each of some of its rows."""
-        self.use()
+        self._tell()
         return tuple(functools.partial(self._multiply, self._product(LINEAR, r), r) for r in parts)
 
     def _multiply(

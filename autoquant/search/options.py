@@ -20,7 +20,10 @@ TRIALS = 60
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one search; ``trials`` None means as many as ``timeout`` seconds allow."""
+    """The options of one search; ``trials`` None means as many as ``timeout`` seconds allow.
+
+    ``memory`` is the size that results of layers may take, "0" for none, None for the default.
+    """
 
     max_drop: str = "1%"
     bits: float | None = None
@@ -34,6 +37,7 @@ class Options:
     objective: str | None = None
     backend: str = "auto"
     prune: bool = True
+    memory: str | None = None
 
     @property
     def asks_latency(self) -> bool:
@@ -56,6 +60,11 @@ class Options:
         if self.trials is None and self.timeout is None:
             return TRIALS
         return self.trials
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The bytes of ``memory``; UserError where it is no size."""
+        return None if self.memory is None else parse_memory(self.memory)
 
 
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d+)?)\s*(s|m|h|d)?")
@@ -101,6 +110,14 @@ def parse_latency(text: str, float_seconds: float) -> float:
     return float(match[1]) * (float_seconds / 100 if unit == "%" else _LATENCY_SECONDS[unit])
 
 
+def parse_memory(text: str) -> int:
+    """Return the bytes of "512MB", "2GiB" or "0"; UserError on anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2] == "%" or (match[2] is None and float(match[1])):
+        raise UserError(f"--memory {text!r}: write a size such as 512MB or 2GB, or 0 for none")
+    return math.floor(float(match[1]) * _BYTES[(match[2] or "b").lower()])
+
+
 def check(options: Options) -> None:
     """Raise UserError on an option that no model could satisfy."""
     if options.bits is not None and not 2 <= options.bits <= FLOAT_BITS:
@@ -115,6 +132,8 @@ def check(options: Options) -> None:
         raise UserError(f"--seed {options.seed}: give an integer from 0 to {2**32 - 1}")
     if options.trials is not None and options.trials < 1:
         raise UserError(f"--trials {options.trials}: give at least 1")
+    if options.memory is not None:
+        parse_memory(options.memory)
 
 
 def check_budget(

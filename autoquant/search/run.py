@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from autoquant.errors import StudyError, TrialError, UserError
+from autoquant.errors import StudyError, TaskError, TrialError, UserError
 from autoquant.measure.evaluator import Bar, Watch
 from autoquant.measure.size import weight_bytes
 from autoquant.models.files import LoadedModel, sha256_of
@@ -110,6 +110,7 @@ def search(
     backend: str = "auto",
     prune: bool = True,
     seed: int = 0,
+    memory: str | None = None,
     out: str | os.PathLike[str] = ".",
     trust_pickle: bool = False,
     reporter: Reporter | None = None,
@@ -123,8 +124,9 @@ def search(
     smallest model that loses at most ``max_drop``; with ``bits`` or ``size``, the best metric
     within it. ``max_latency`` ("20ms", or "60%" of the float model's) limits the time for one batch
     of the task's data, and ``objective`` (size, bits, latency, bitops) says what is made small
-    under ``max_drop``. ``timeout`` is in seconds. Raises UserError, in one line, on anything the
-    user can mend.
+    under ``max_drop``. ``timeout`` is in seconds; ``memory`` ("512MB", "0") is what results of
+    layers may take so that they are not computed again, None for 2 GiB or a quarter of what is
+    free. Raises UserError, in one line, on anything the user can mend.
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
@@ -141,6 +143,7 @@ def search(
         objective,
         backend,
         prune,
+        memory,
     )
     file = None if isinstance(task, Task) else str(task)
     if not isinstance(task, Task):
@@ -263,16 +266,18 @@ def resume(
     storage: str | None = None,
     trials: int | None = None,
     timeout: float | None = None,
+    memory: str | None = None,
     accept_changes: bool = False,
     model: nn.Module | None = None,
     task: Task | None = None,
     sampler: BaseSampler | None = None,
     reporter: Reporter | None = None,
 ) -> SearchResult:
-    """Go on with a study from its storage alone; ``trials`` and ``timeout`` replace its own.
+    """Go on with a study from its storage alone.
 
-    A study of a module or Task in Python needs them again. Raises StudyError where the model, the
-    task or the space is not what the study began with, unless ``accept_changes``.
+    ``trials`` and ``timeout``, and ``memory``, replace the study's own. A study of a module or Task
+    in Python needs them again. Raises StudyError where the model, the task or the space is not what
+    the study began with, unless ``accept_changes``.
     """
     began = time.monotonic()
     reporter = reporter or Silent()
@@ -286,6 +291,9 @@ def resume(
     options = Options.read(header["options"])
     if trials is not None or timeout is not None:
         options = replace(options, trials=trials, timeout=timeout)
+    if memory is not None:
+        options = replace(options, memory=memory)
+    check(options)
     if sampler is None and options.sampler not in samplers.names():
         raise StudyError(
             f"study {ledger.name} was begun with a sampler of one's own ({options.sampler}): "
@@ -361,6 +369,10 @@ def _run(
     plain = [sites for sites in baselines(spaces) if goal.affords(session.costs.of(sites))]
     most = 1 if not mapping.distributions else options.most_trials
     stop = Stop(most, options.timeout)
+    try:
+        session.reuse(options.memory_bytes, reporter.say)
+    except TrialError as error:
+        raise TaskError(f"{session.task.source}: on the float model: {error}") from error
     # From here on whoever interrupts the search is told which study to resume.
     reporter.begin(ledger.name, goal, ledger.trials(), stop)
     proposer = _proposer(ledger, session, mapping, plain, goal, options, own, reporter)

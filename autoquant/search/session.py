@@ -6,13 +6,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
-from autoquant.errors import TrialError, UserError
+from autoquant.errors import OutOfMemory, UserError
 from autoquant.kernels.engine import make_engine
 from autoquant.measure.cost import CostModel
-from autoquant.measure.evaluator import Bar, Evaluator, Reading, Watch
+from autoquant.measure.evaluator import (
+    OUT_OF_MEMORY,
+    Bar,
+    Evaluator,
+    Reading,
+    Watch,
+    out_of_memory,
+)
+from autoquant.measure.reuse import Reuse
+from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
 from autoquant.models.data import Splits, make_splits
@@ -23,6 +33,9 @@ from autoquant.nn.convert import Prepared, prepare, use_channels_last
 from autoquant.nn.fold import same_outputs
 from autoquant.search.goal import Measurement
 from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe
+
+REUSE_BYTES = 2 << 30
+"""Most bytes that results of layers are kept in, unless told otherwise."""
 
 Say = Callable[[str], None]
 Measured = tuple[Measurement, Reading, dict[str, SiteRecipe]]
@@ -78,11 +91,9 @@ class Session:
         self, sites: Mapping[str, SiteRecipe], split: str, bar: Bar | None, watch: Watch
     ) -> Measured:
         try:
-            done = self.realizer.apply(sites)
-        except torch.OutOfMemoryError as error:
-            raise TrialError("out of memory on the accelerator") from error
-        except MemoryError as error:
-            raise TrialError("out of memory") from error
+            done = self._apply(sites)
+        except OUT_OF_MEMORY as error:
+            raise out_of_memory(error) from error
         reading = self.evaluator.read(self.model, split, bar=bar, watch=watch)
         drop = self.evaluator.drop(split, reading.value)
         loss = max(drop, 1e-9) if reading.divergence is None else reading.divergence
@@ -99,6 +110,42 @@ class Session:
         )
         return measurement, reading, done
 
+    def _apply(self, sites: Mapping[str, SiteRecipe]) -> dict[str, SiteRecipe]:
+        reuse = self.evaluator.reuse
+        try:
+            return self.realizer.apply(sites)
+        except OUT_OF_MEMORY:
+            if reuse is None or not reuse.store.bytes:
+                raise
+            reuse.shrink()
+        return self.realizer.apply(sites)
+
+    def reuse(self, memory: int | None = None, say: Say = lambda _: None) -> Reuse | None:
+        """From here on compute no layer twice on the same data, in ``memory`` bytes.
+
+        None bytes are 2 GiB, or a quarter of what is free where that is less. The model is tried
+        first: ``say`` is told, in one line, why one can't have its results reused, and None is
+        returned. Raises TrialError where the user's code fails on the float model.
+        """
+        budget = default_memory(self.device) if memory is None else memory
+        found = Reuse(self.prepared, budget, say)
+        whole = self.task.evaluate is not None
+        inputs = None if whole else self.splits.search[0][0]
+        self.realizer.to_float()
+        try:
+            fine = check(
+                found,
+                self.realizer,
+                lambda: self.evaluator.observe(self.model, inputs),
+                ("search", None if whole else 0),
+                by_content=whole,
+            )
+        except OutOfMemory:
+            fine = False
+            found.switch_off("there is too little memory")
+        self.evaluator.reuse = found if fine else None
+        return self.evaluator.reuse
+
     def baseline(self, split: str) -> Reading:
         """Return the float model's reading on ``split``, measured once."""
         self.realizer.to_float()
@@ -107,6 +154,15 @@ class Session:
     def recipe(self, sites: Mapping[str, SiteRecipe]) -> Recipe:
         """Return calibrated ``sites`` as a recipe of this model."""
         return Recipe(sites, self.identity, None, self.prepared.folded)
+
+
+def default_memory(device: torch.device) -> int:
+    """Return the bytes that kept results may take on ``device``, unless told otherwise."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = psutil.virtual_memory().available
+    return min(REUSE_BYTES, int(free) // 4)
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from autoquant.nn.sites import find_sites
 from autoquant.nn.slots import SiteSlot
 from autoquant.nn.weights import quantize_weight
 from autoquant.quant.activation import ActivationQuantizer, token_dims
-from autoquant.spec.recipe import ActivationScheme, WeightScheme
+from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, WeightScheme
 
 
 def by_hand(x, bits, scale, zero_point):
@@ -91,3 +91,19 @@ def test_a_slot_is_float_until_told_otherwise_and_tells_who_asks():
     assert torch.equal(slot.quantize_input(x), x.round())
     assert seen[0] == "read"
     assert seen[1] is x  # what is observed is not quantized yet
+
+
+def test_a_slot_tells_before_anything_depends_on_its_choice():
+    layer = nn.Linear(3, 3)
+    (site,), _ = find_sites(layer)
+    slot = SiteSlot(site, layer.weight, Engine())
+    assert slot.choice == FLOAT_SITE
+    slot.use()
+    seen = []
+    slot.used = lambda: seen.append("used")
+    slot.observe = lambda _: seen.append("observed")
+    slot.read = lambda: seen.append("read")
+    slot.quantize_input(torch.randn(2, 3))
+    assert slot.weight is layer.weight
+    slot.use()
+    assert seen == ["used", "observed", "used", "read", "used"]

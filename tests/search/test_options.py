@@ -16,6 +16,7 @@ from autoquant.search.options import (
     narrowest,
     parse_duration,
     parse_latency,
+    parse_memory,
     parse_size,
 )
 from autoquant.spec.costs import OBJECTIVES
@@ -32,6 +33,7 @@ options = st.builds(
     seed=st.integers(0, 2**32 - 1),
     max_latency=st.none() | st.text(max_size=5),
     objective=st.none() | st.sampled_from(OBJECTIVES),
+    memory=st.none() | st.text(max_size=5),
 )
 
 
@@ -126,6 +128,7 @@ def test_who_asks_for_latency():
         (Options(trials=-3), "--trials -3"),
         (Options(seed=-1), "--seed -1: give an integer from 0 to 4294967295"),
         (Options(seed=2**32), "--seed 4294967296"),
+        (Options(memory="much"), "--memory 'much'"),
     ],
 )
 def test_what_no_model_could_satisfy(found, words):
@@ -155,3 +158,19 @@ def test_a_budget_below_the_narrowest_recipe():
     thirds = {"a": space(4), "b": space(8)}
     with pytest.raises(UserError, match=r"has 5\.333 average .* give --bits 5\.34 or more"):
         check_budget(5, thirds, {"a": 2, "b": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("0MB", 0), ("512MB", 512 * 10**6), (" 2 GiB", 2**31), ("1.5kb", 1500), ("9b", 9)],
+)
+def test_memory(text, size):
+    assert parse_memory(text) == Options(memory=text).memory_bytes == size
+    assert Options().memory_bytes is None
+
+
+@pytest.mark.parametrize("text", ["", "5", "25%", "-1MB", "1TB", "MB", "0%"])
+def test_what_is_no_memory(text):
+    message = r"^--memory .*: write a size such as 512MB or 2GB, or 0 for none$"
+    with pytest.raises(UserError, match=message):
+        parse_memory(text)

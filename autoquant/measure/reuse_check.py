@@ -1,0 +1,117 @@
+"""Whether a model may have its results reused: found out by trying, before the search relies on it.
+
+Three recipes are run on one batch as they are: float, the first layer changed, the last layer
+changed. Then again with reuse, one after the other, so that whatever the model keeps between calls
+is another recipe's by then. Every output must be the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autoquant.errors import OutOfMemory, TrialError
+from autoquant.measure.outputs import as_words
+from autoquant.measure.reuse import Reuse
+from autoquant.methods.realize import Realizer
+from autoquant.spec.recipe import SiteRecipe, WeightScheme
+
+CHANGED = SiteRecipe(WeightScheme(4))
+"""What a changed layer is given: coarse enough to be seen in the outputs."""
+ORDER = (0, 1, 0, 2, 1)
+"""Recipes run with reuse: everything new, all changed, all known, the end changed, all known."""
+
+
+def check(
+    reuse: Reuse,
+    realizer: Realizer,
+    run: Callable[[], Any],
+    key: Hashable,
+    *,
+    by_content: bool = False,
+) -> bool:
+    """Switch ``reuse`` off, saying why, where ``run`` gives other outputs with it.
+
+    Return whether it is on. ``run`` runs the model on the data that ``key`` names; a recipe under
+    which it raises TrialError is left out. Leaves the model in float. Raises TrialError where the
+    float model fails.
+    """
+    if not reuse.on:
+        return False
+    sites = [site.name for site in realizer.prepared.sites]
+    recipes: list[Mapping[str, SiteRecipe]] = [{}, {sites[0]: CHANGED}, {sites[-1]: CHANGED}]
+    random = torch.get_rng_state()
+    try:
+        expected = _expected(reuse, realizer, recipes, run)
+        drawn = not torch.equal(random, torch.get_rng_state())
+        reuse.watching = True
+        for i in ORDER:
+            if i not in expected:
+                continue
+            realizer.apply(recipes[i])
+            with reuse.batch(key, by_content=by_content):
+                found = run()
+            if reuse.on and not same_bits(found, expected[i]):
+                why = "draws random numbers" if drawn else "keeps something between calls"
+                reuse.switch_off(f"the model {why}")
+            if not reuse.on:
+                break
+    finally:
+        reuse.watching = False
+        realizer.to_float()
+    return reuse.on
+
+
+def _expected(
+    reuse: Reuse,
+    realizer: Realizer,
+    recipes: Sequence[Mapping[str, SiteRecipe]],
+    run: Callable[[], Any],
+) -> dict[int, Any]:
+    """Return what ``run`` gives without reuse under each of ``recipes`` that does not fail."""
+    expected = {}
+    for i, recipe in enumerate(recipes):
+        try:
+            realizer.apply(recipe)
+            with reuse.paused():
+                expected[i] = _frozen(run())
+        except OutOfMemory:
+            raise
+        except TrialError:
+            if not recipe:
+                raise
+    if len(expected) < 2:
+        reuse.switch_off("no recipe but float could be tried")
+    return expected
+
+
+def _frozen(outputs: Any) -> Any:
+    """Return outputs that nobody writes into any more."""
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, outputs)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Return whether two outputs are the same, bit for bit, NaN included.
+
+    What is neither a tensor nor a number nor a container is compared by ``==``.
+    """
+    ours, form = pytree.tree_flatten(a)
+    theirs, their_form = pytree.tree_flatten(b)
+    if form != their_form or len(ours) != len(theirs):
+        return False
+    return all(map(_same, ours, theirs))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        return torch.equal(as_words(a), as_words(b))
+    if isinstance(a, float) and isinstance(b, float) and math.isnan(a):
+        return math.isnan(b)
+    return type(a) is type(b) and bool(a == b)

@@ -484,6 +484,8 @@ def _proposer(
             ledger.note(**{samplers.SAMPLER_STATE: new})
 
         then = samplers.StockProposer(make, mapping, ledger.trials(), state, keep)
+    if not any(space.learns for space in mapping.spaces.values()):
+        session.forget_moments()
     return samplers.Baselines(plain, mapping, then)
 
 

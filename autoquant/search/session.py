@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -145,6 +145,11 @@ class Session:
             found.switch_off("there is too little memory")
         self.evaluator.reuse = found if fine else None
         return self.evaluator.reuse
+
+    def forget_moments(self) -> None:
+        """Free the second moments of all inputs, which only profiles and learned rounding need."""
+        rest = {name: replace(s, moments=None) for name, s in self.statistics.items()}
+        self.statistics = self.realizer.statistics = rest
 
     def baseline(self, split: str) -> Reading:
         """Return the float model's reading on ``split``, measured once."""

@@ -75,6 +75,12 @@ class SiteSpace:
     learning_rate: LearningRates | None = None
     fixed: SiteRecipe | None = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether some recipe of this space learns how to round."""
+        locked = self.fixed is not None and self.fixed.learning_rate is not None
+        return locked or (self.fixed is None and self.learning_rate is not None)
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -205,7 +205,10 @@ class Bench:
         return f"{found.speedup:.1f}× faster ({found.full:.2f} s → {found.reusing:.2f} s)"
 
     def memory(self) -> float:
-        """Return what the engine holds for one recipe, as a share of the float model's bytes."""
+        """Return what the engine holds for one recipe, as a share of the float model's bytes.
+
+        Weights as integers, packed and, where something computes in float, as real numbers.
+        """
         slots = self.session.prepared.slots.values()
         held = sum(slot.held.bytes for slot in slots if slot.held is not None)
         return held / self.session.sizes.float_size_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class IntegerWeight:
     zero: Tensor
     sums: Tensor
     has_zero: bool
+
+    def transposed(self, columns: int) -> IntegerWeight:
+        """Return the same weight with ``q`` as [columns, N], without what fills up its rows."""
+        return replace(self, q=self.q[:, :columns].T.contiguous())
 
 
 @dataclass(frozen=True, slots=True)

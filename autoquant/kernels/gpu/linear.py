@@ -23,7 +23,6 @@ from autoquant.kernels.gpu.launch import (
     config,
     next_power_of_2,
     on,
-    round_up,
     takes,
 )
 from autoquant.kernels.gpu.tuning import bucket, tuned

@@ -148,7 +148,7 @@ def depthwise_convolution(
     zero = tl.load(x_zero + sample * PER_SAMPLE).to(tl.int32)
     w_shift = tl.load(w_zero + n, mask=columns, other=0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for tap in range(0, TAPS_Y * TAPS_X):
+    for tap in range(TAPS_Y * TAPS_X):
         offset = (tap // TAPS_X * dilation_y * width + tap % TAPS_X * dilation_x) * CHANNELS
         x = tl.load(window + offset, mask=mask, other=0).to(tl.int32)
         if X_ZERO:
@@ -223,6 +223,6 @@ def spread_nan(
             to = out + sample.to(tl.int64) * out_sample + out_y.to(tl.int64) * out_row
             to += out_x * out_column
             nan = tl.zeros((BLOCK_M,), tl.float32) + float("nan")
-            for n in range(0, N):
+            for n in range(N):
                 at_n = (group * N + n).to(tl.int64) * out_channel
                 tl.store(to + at_n, nan, mask=(bad > 0) & (m < M))

@@ -19,7 +19,7 @@ def place_of(m, out_height, out_width):
 @triton.jit
 def int8_convolution(
     q,  # int8 [samples, height, width, CHANNELS], contiguous, padding included
-    w,  # int8 [groups · N, w_width], contiguous; columns are (row, column, channel); zeros from K on
+    w,  # int8 [groups · N, w_width], contiguous; columns are (row, column, channel)
     out,  # float32, any strides
     bias,  # float32 [groups · N]
     x_scale,  # float32 [1], or [samples] where PER_SAMPLE

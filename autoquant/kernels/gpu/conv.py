@@ -21,7 +21,16 @@ from autoquant.kernels.gpu.integers import (
     integer_activation,
     integer_weight,
 )
-from autoquant.kernels.gpu.launch import MAX_ROWS, Config, ceil_div, config, on, round_up, takes
+from autoquant.kernels.gpu.launch import (
+    MAX_ROWS,
+    OPTIONS,
+    Config,
+    ceil_div,
+    config,
+    on,
+    round_up,
+    takes,
+)
 from autoquant.kernels.gpu.tuning import bucket, tuned
 from autoquant.kernels.operation import Operation
 from autoquant.quant.weight import QuantizedWeight
@@ -157,16 +166,19 @@ class ConvProduct:
                     *out.shape[2:],
                     *g.stride,
                     *g.dilation,
-                    *out.stride(),
+                    *out.stride()[:2],
+                    out.stride(3),
                     CHANNELS=g.channels,
                     DEPTH=g.group_depth,
                     TAPS_X=g.taps[1],
                     K=k,
                     PER_SAMPLE=self.activation.dynamic,
+                    LAST=out.stride(1) == 1,
                     HAS_BIAS=bias is not None,
                     X_ZERO=not self.activation.fold,
                     W_ZERO=weight.has_zero,
                     **c.arguments(),
+                    **OPTIONS,
                 )
 
         choices = GROUPED if n <= 32 else DENSE
@@ -195,15 +207,18 @@ class ConvProduct:
                     *out.shape[2:],
                     *g.stride,
                     *g.dilation,
-                    *out.stride(),
+                    *out.stride()[:2],
+                    out.stride(3),
                     CHANNELS=g.channels,
                     MULTIPLIER=g.outputs // g.groups,
                     TAPS_Y=g.taps[0],
                     TAPS_X=g.taps[1],
                     PER_SAMPLE=self.activation.dynamic,
+                    LAST=out.stride(1) == 1,
                     HAS_BIAS=bias is not None,
                     X_ZERO=not self.activation.fold,
                     **c.arguments(),
+                    **OPTIONS,
                 )
 
         return self._launch("depthwise convolution", m, DEPTHWISE, run, out)
@@ -240,12 +255,14 @@ class ConvProduct:
                 *g.padding,
                 *g.dilation,
                 *image.stride(),
-                *out.stride(),
+                *out.stride()[:2],
+                out.stride(3),
                 DEPTH=g.depth,
                 TAPS_X=g.taps[1],
                 K=g.taps[0] * g.taps[1] * g.depth,
                 BLOCK_M=32,
                 BLOCK_K=32,
+                **OPTIONS,
             )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autoquant.kernels.gpu.device.images import quantize_images, sample_qparams
 from autoquant.kernels.gpu.integers import IntegerActivation
-from autoquant.kernels.gpu.launch import ceil_div, next_power_of_2, on
+from autoquant.kernels.gpu.launch import OPTIONS, ceil_div, next_power_of_2, on
 
 PIXELS = 64
 """Pixels that one program quantizes."""
@@ -64,9 +64,11 @@ def quantize(
             QMIN=activation.qmin,
             QMAX=activation.qmax,
             PER_SAMPLE=activation.dynamic,
+            LAST=x.stride(1) == 1,
             FOLD=activation.fold,
             BLOCK_P=PIXELS,
             BLOCK_C=block,
+            **OPTIONS,
         )
     return QuantizedImages(q, scale, zero, flag)
 
@@ -88,5 +90,6 @@ def _qparams(x: Tensor, activation: IntegerActivation) -> tuple[Tensor, Tensor]:
         QMAX=activation.qmax,
         SYMMETRIC=activation.symmetric,
         BLOCK=128,
+        **OPTIONS,
     )
     return scale, zero

@@ -12,6 +12,12 @@ from torch import Tensor
 MAX_ROWS = 1 << 30
 """Most rows of a product; row numbers are int32 on the device."""
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Passed to every launch: no product here is followed by a sum that must not be fused with it.
+
+Triton changes its default from 3.10 on, and warns of it.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -22,7 +28,7 @@ class Config:
     stages: int = 3
 
     def arguments(self) -> dict[str, int]:
-        """Return the keyword arguments of the launch."""
+        """Return the keyword arguments of the launch, beside ``OPTIONS``."""
         return dict(self.blocks) | {"num_warps": self.warps, "num_stages": self.stages}
 
     def block(self, name: str) -> int:

@@ -18,6 +18,7 @@ from autoquant.kernels.gpu.integers import (
 )
 from autoquant.kernels.gpu.launch import (
     MAX_ROWS,
+    OPTIONS,
     Config,
     ceil_div,
     config,
@@ -96,6 +97,7 @@ def quantize(x: Tensor, activation: IntegerActivation, out: QuantizedRows) -> No
             FOLD=activation.fold,
             ROWS=per_program,
             BLOCK=block,
+            **OPTIONS,
         )
 
 
@@ -132,6 +134,7 @@ def multiply(
             X_ZERO=has_zero,
             W_ZERO=weight.has_zero,
             **c.arguments(),
+            **OPTIONS,
         )
 
 

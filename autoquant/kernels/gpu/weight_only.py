@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoquant.kernels.gpu.device.packed import packed_matmul, packed_vector
-from autoquant.kernels.gpu.launch import MAX_ROWS, Config, ceil_div, config, on, takes
+from autoquant.kernels.gpu.launch import MAX_ROWS, OPTIONS, Config, ceil_div, config, on, takes
 from autoquant.kernels.gpu.planes import SPANS, pack
 from autoquant.kernels.gpu.tuning import bucket, tuned
 from autoquant.quant.weight import QuantizedWeight
@@ -32,7 +32,10 @@ MATRIX = (
     config(BLOCK_M=64, BLOCK_N=64, warps=4, stages=2),
     config(BLOCK_M=64, BLOCK_N=128, warps=8, stages=2),
     config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=2),
+    config(BLOCK_M=16, BLOCK_N=32, warps=4, stages=1),
+    config(BLOCK_M=32, BLOCK_N=32, warps=4, stages=1),
 )
+"""The last ones fit into the shared memory of a small GPU, whatever the dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class PackedLinear:
 
     def _cut(self, c: Config, bias: Tensor | None) -> dict[str, int]:
         constants = {"HAS_BIAS": bias is not None, "BITS": self.bits, "SPAN": self.span}
-        return constants | c.arguments()
+        return constants | c.arguments() | OPTIONS
 
 
 def weight_only_product(weight: QuantizedWeight, device: torch.device) -> PackedLinear | None:
@@ -124,9 +127,9 @@ def weight_only_product(weight: QuantizedWeight, device: torch.device) -> Packed
 
 
 def _span(columns: int, group: int) -> int | None:
-    """Return how many neighbouring inputs are unpacked together: 32, or 16 where that fits better.
+    """Return how many neighbouring inputs are unpacked together: the most that fits K best.
 
-    They share one scale, unless there is one for the whole channel anyway.
+    They share one scale, so they divide a group, unless there is one for the whole channel.
     """
-    fitting = [s for s in (32, 16) if group == columns or group % s == 0]
+    fitting = [s for s in (64, 32, 16) if group == columns or group % s == 0]
     return min(fitting, key=lambda s: (-columns % (SPANS * s), -s)) if fitting else None

@@ -17,10 +17,24 @@ def place_of(m, out_height, out_width):
 
 
 @triton.jit
+def store(out, y, at_m, at_n, rows, columns, LAST: tl.constexpr):
+    """Store ``y`` [M, N] at ``at_m`` [M] + ``at_n`` [N], neighbouring threads side by side.
+
+    Threads go along the last axis of a block, so it has to be the one that is dense in memory.
+    """
+    if LAST:
+        mask = rows[:, None] & columns[None, :]
+        tl.store(out + at_m[:, None] + at_n[None, :], y, mask=mask)
+    else:
+        mask = columns[:, None] & rows[None, :]
+        tl.store(out + at_n[:, None] + at_m[None, :], tl.trans(y), mask=mask)
+
+
+@triton.jit
 def int8_convolution(
     q,  # int8 [samples, height, width, CHANNELS], contiguous, padding included
     w,  # int8 [groups · N, w_width], contiguous; columns are (row, column, channel)
-    out,  # float32, any strides
+    out,  # float32, channels first or last, contiguous
     bias,  # float32 [groups · N]
     x_scale,  # float32 [1], or [samples] where PER_SAMPLE
     x_zero,  # float32, likewise
@@ -40,13 +54,13 @@ def int8_convolution(
     dilation_x,
     out_sample,
     out_channel,
-    out_row,
-    out_column,
+    out_pixel,
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,  # channels of a group
     TAPS_X: tl.constexpr,
     K: tl.constexpr,  # taps · DEPTH
     PER_SAMPLE: tl.constexpr,
+    LAST: tl.constexpr,  # whether out is channels-last
     HAS_BIAS: tl.constexpr,
     X_ZERO: tl.constexpr,
     W_ZERO: tl.constexpr,
@@ -97,16 +111,15 @@ def int8_convolution(
     if HAS_BIAS:
         shift = tl.load(bias + channel_n)
     y = to_real(acc, tl.load(x_scale + sample * PER_SAMPLE), scale, shift)
-    to = out + sample.to(tl.int64) * out_sample + out_y.to(tl.int64) * out_row
-    to = (to + out_x * out_column)[:, None] + (channel_n.to(tl.int64) * out_channel)[None, :]
-    tl.store(to, y, mask=rows[:, None] & columns[None, :])
+    at_m = sample.to(tl.int64) * out_sample + (out_y * out_width + out_x) * out_pixel
+    store(out, y, at_m, channel_n.to(tl.int64) * out_channel, rows, columns, LAST)
 
 
 @triton.jit
 def depthwise_convolution(
     q,  # int8 [samples, height, width, CHANNELS], contiguous, padding included
     w,  # int8 [taps, N], contiguous
-    out,  # float32, any strides
+    out,  # float32, channels first or last, contiguous
     bias,  # float32 [N]
     x_scale,  # float32 [1], or [samples] where PER_SAMPLE
     x_zero,  # float32, likewise
@@ -124,13 +137,13 @@ def depthwise_convolution(
     dilation_x,
     out_sample,
     out_channel,
-    out_row,
-    out_column,
+    out_pixel,
     CHANNELS: tl.constexpr,
     MULTIPLIER: tl.constexpr,  # output channels of one input channel
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
+    LAST: tl.constexpr,  # whether out is channels-last
     HAS_BIAS: tl.constexpr,
     X_ZERO: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -160,16 +173,15 @@ def depthwise_convolution(
     if HAS_BIAS:
         shift = tl.load(bias + n, mask=columns, other=0.0)
     y = to_real(acc, tl.load(x_scale + sample * PER_SAMPLE), scale, shift)
-    to = out + sample.to(tl.int64) * out_sample + out_y.to(tl.int64) * out_row
-    to = (to + out_x * out_column)[:, None] + (n.to(tl.int64) * out_channel)[None, :]
-    tl.store(to, y, mask=mask)
+    at_m = sample.to(tl.int64) * out_sample + (out_y * out_width + out_x) * out_pixel
+    store(out, y, at_m, n.to(tl.int64) * out_channel, rows, columns, LAST)
 
 
 @triton.jit
 def spread_nan(
     x,  # float32 [samples, channels, height, width], any strides, without padding
     flag,  # int32 [1]: 0 where x holds no NaN, and nothing is to be done
-    out,  # float32, any strides
+    out,  # float32, channels first or last, contiguous
     M,
     N,  # output channels of a group
     groups,
@@ -189,8 +201,7 @@ def spread_nan(
     x_column,
     out_sample,
     out_channel,
-    out_row,
-    out_column,
+    out_pixel,
     DEPTH: tl.constexpr,
     TAPS_X: tl.constexpr,
     K: tl.constexpr,
@@ -220,8 +231,8 @@ def spread_nan(
                 at += row.to(tl.int64) * x_row + column.to(tl.int64) * x_column
                 block = tl.load(at, mask=inside & (k < K)[None, :], other=0.0)
                 bad = tl.maximum(bad, tl.max((block != block).to(tl.int32), axis=1))
-            to = out + sample.to(tl.int64) * out_sample + out_y.to(tl.int64) * out_row
-            to += out_x * out_column
+            to = out + sample.to(tl.int64) * out_sample
+            to += (out_y * out_width + out_x) * out_pixel
             nan = tl.zeros((BLOCK_M,), tl.float32) + float("nan")
             for n in range(N):
                 at_n = (group * N + n).to(tl.int64) * out_channel

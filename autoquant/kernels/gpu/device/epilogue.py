@@ -10,8 +10,8 @@ import triton.language as tl
 def correct(acc, x_sum, x_zero, w_zero, w_sum, X_ZERO: tl.constexpr, W_ZERO: tl.constexpr):
     """Return Σ (qx − x_zero)(qw − w_zero), exact int32, from ``acc`` = Σ qx·qw.
 
-    ``x_sum`` [M] is Σ qx, ``w_sum`` [N] is Σ (qw − w_zero). Sums in between may wrap around; the
-    result does not, as the host has checked.
+    ``x_sum`` [M] is Σ qx, ``w_sum`` [N] is Σ (qw − w_zero). The host has checked that ``acc``,
+    which would saturate, and the result fit; the difference in between may wrap around.
     """
     if W_ZERO:
         acc -= x_sum[:, None] * w_zero[None, :]

@@ -61,6 +61,7 @@ def quantize_images(
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
+    LAST: tl.constexpr,  # whether x is channels-last
     FOLD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -80,12 +81,19 @@ def quantize_images(
     row, column = pixel // padded_width - pad_y, pixel % padded_width - pad_x
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (pixel < pixels)
     real = channel < channels
-    at = x + sample * x_sample + row.to(tl.int64)[:, None] * x_row
-    at += column.to(tl.int64)[:, None] * x_column + channel.to(tl.int64)[None, :] * x_channel
-    block = tl.load(at, mask=inside[:, None] & real[None, :], other=0.0)
+    at_pixel = sample * x_sample + row.to(tl.int64) * x_row + column.to(tl.int64) * x_column
+    at_channel = channel.to(tl.int64) * x_channel
+    # Threads go along the last axis of a block: it has to be the one that is dense in memory.
+    if LAST:
+        at, inside = at_pixel[:, None] + at_channel[None, :], inside[:, None] & real[None, :]
+    else:
+        at, inside = at_channel[:, None] + at_pixel[None, :], real[:, None] & inside[None, :]
+    block = tl.load(x + at, mask=inside, other=0.0)
     if tl.max(tl.max((block != block).to(tl.int32), axis=1), axis=0) > 0:
         tl.store(flag, 1)
     y = quantize(block, scale, zero, QMIN, QMAX)
+    if not LAST:
+        y = tl.trans(y)
     if not FOLD:
         y = tl.where(real[None, :], y + zero, 0.0)
     to = q + (sample * pixels + pixel)[:, None] * CHANNELS + channel[None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -168,10 +169,11 @@ class ConvProduct:
                     *g.dilation,
                     *out.stride()[:2],
                     out.stride(3),
-                    CHANNELS=g.channels,
-                    DEPTH=g.group_depth,
-                    TAPS_X=g.taps[1],
-                    K=k,
+                    g.channels,
+                    g.group_depth,
+                    g.taps[1],
+                    k,
+                    ALIGNED=math.gcd(g.group_depth, 16),
                     PER_SAMPLE=self.activation.dynamic,
                     LAST=out.stride(1) == 1,
                     HAS_BIAS=bias is not None,
@@ -209,7 +211,7 @@ class ConvProduct:
                     *g.dilation,
                     *out.stride()[:2],
                     out.stride(3),
-                    CHANNELS=g.channels,
+                    g.channels,
                     MULTIPLIER=g.outputs // g.groups,
                     TAPS_Y=g.taps[0],
                     TAPS_X=g.taps[1],
@@ -257,9 +259,9 @@ class ConvProduct:
                 *image.stride(),
                 *out.stride()[:2],
                 out.stride(3),
-                DEPTH=g.depth,
-                TAPS_X=g.taps[1],
-                K=g.taps[0] * g.taps[1] * g.depth,
+                g.depth,
+                g.taps[1],
+                g.taps[0] * g.taps[1] * g.depth,
                 BLOCK_M=32,
                 BLOCK_K=32,
                 **OPTIONS,

@@ -60,7 +60,7 @@ def quantize(
             pad_y,
             pad_x,
             *x.stride(),
-            CHANNELS=channels,
+            channels,
             QMIN=activation.qmin,
             QMAX=activation.qmax,
             PER_SAMPLE=activation.dynamic,

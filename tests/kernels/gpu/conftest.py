@@ -11,7 +11,17 @@ if "triton" not in sys.modules and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
+RUNNABLE = importlib.util.find_spec("triton") and (INTERPRETED or torch.cuda.is_available())
+collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
+
+
+@pytest.fixture(autouse=not INTERPRETED)
+def on_a_gpu(monkeypatch, tmp_path_factory):
+    """Keep the oracle in full float32, and choices of block sizes out of the user's folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
+    # cuDNN multiplies in TF32, or by transforms that are as inexact.
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 @pytest.fixture(scope="session")

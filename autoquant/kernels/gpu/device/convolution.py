@@ -8,6 +8,13 @@ import triton.language as tl
 from autoquant.kernels.gpu.device.epilogue import correct, to_real
 from autoquant.kernels.gpu.device.matmul import tile_of
 
+# Triton compiles a kernel anew for every argument that becomes 1 or a multiple of 16. For these
+# that gains nothing, and a network has many shapes.
+SHAPE = ["M", "height", "width", "out_height", "out_width", "out_sample"]
+SHAPE += ["stride_y", "stride_x", "dilation_y", "dilation_x"]
+IMAGE = ["groups", "N", "depth", "K", "pad_y", "pad_x", "out_channel", "out_pixel"]
+IMAGE += ["x_sample", "x_channel", "x_row", "x_column", "taps_x"]
+
 
 @triton.jit
 def place_of(m, out_height, out_width):
@@ -30,9 +37,9 @@ def store(out, y, at_m, at_n, rows, columns, LAST: tl.constexpr):
         tl.store(out + at_n[:, None] + at_m[None, :], tl.trans(y), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SHAPE, "N", "K"])
 def int8_convolution(
-    q,  # int8 [samples, height, width, CHANNELS], contiguous, padding included
+    q,  # int8 [samples, height, width, channels], contiguous, padding included
     w,  # int8 [groups · N, w_width], contiguous; columns are (row, column, channel)
     out,  # float32, channels first or last, contiguous
     bias,  # float32 [groups · N]
@@ -55,10 +62,11 @@ def int8_convolution(
     out_sample,
     out_channel,
     out_pixel,
-    CHANNELS: tl.constexpr,
-    DEPTH: tl.constexpr,  # channels of a group
-    TAPS_X: tl.constexpr,
-    K: tl.constexpr,  # taps · DEPTH
+    channels,
+    depth,  # channels of a group
+    taps_x,
+    K,  # taps · depth
+    ALIGNED: tl.constexpr,  # divides channels and depth
     PER_SAMPLE: tl.constexpr,
     LAST: tl.constexpr,  # whether out is channels-last
     HAS_BIAS: tl.constexpr,
@@ -74,6 +82,8 @@ def int8_convolution(
     The window of a pixel is a row of K integers at fixed distances from its first one, so an
     address is the sum of one number a pixel and one number a column.
     """
+    channels = tl.multiple_of(channels, ALIGNED)
+    depth = tl.multiple_of(depth, ALIGNED)
     group = tl.program_id(1)
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -81,16 +91,16 @@ def int8_convolution(
     rows, columns = m < M, n < N
     sample, out_y, out_x = place_of(m % M, out_height, out_width)
     first_row = (sample * height + out_y * stride_y).to(tl.int64)
-    window = q + (first_row * width + out_x * stride_x) * CHANNELS + group * DEPTH
+    window = q + (first_row * width + out_x * stride_x) * channels + group * depth
     channel_n = group * N + n % N
     weights = w + channel_n.to(tl.int64) * w_width
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     total = tl.zeros((BLOCK_M,), tl.int32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        tap = k // DEPTH
-        offset = (tap // TAPS_X * dilation_y * width + tap % TAPS_X * dilation_x) * CHANNELS
-        offset += k % DEPTH
+        tap = k // depth
+        offset = (tap // taps_x * dilation_y * width + tap % taps_x * dilation_x) * channels
+        offset += k % depth
         x = tl.load(window[:, None] + offset[None, :], mask=(k < K)[None, :], other=0)
         b = tl.load(weights[None, :] + k[:, None], mask=(k < K)[:, None], other=0)
         acc = tl.dot(x, b, acc, out_dtype=tl.int32)
@@ -115,9 +125,9 @@ def int8_convolution(
     store(out, y, at_m, channel_n.to(tl.int64) * out_channel, rows, columns, LAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPE)
 def depthwise_convolution(
-    q,  # int8 [samples, height, width, CHANNELS], contiguous, padding included
+    q,  # int8 [samples, height, width, channels], contiguous, padding included
     w,  # int8 [taps, N], contiguous
     out,  # float32, channels first or last, contiguous
     bias,  # float32 [N]
@@ -138,7 +148,7 @@ def depthwise_convolution(
     out_sample,
     out_channel,
     out_pixel,
-    CHANNELS: tl.constexpr,
+    channels,
     MULTIPLIER: tl.constexpr,  # output channels of one input channel
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
@@ -156,13 +166,13 @@ def depthwise_convolution(
     mask = rows[:, None] & columns[None, :]
     sample, out_y, out_x = place_of(m % M, out_height, out_width)
     first_row = (sample * height + out_y * stride_y).to(tl.int64)
-    window = q + (first_row * width + out_x * stride_x) * CHANNELS
+    window = q + (first_row * width + out_x * stride_x) * channels
     window = window[:, None] + (n // MULTIPLIER)[None, :]
     zero = tl.load(x_zero + sample * PER_SAMPLE).to(tl.int32)
     w_shift = tl.load(w_zero + n, mask=columns, other=0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for tap in range(TAPS_Y * TAPS_X):
-        offset = (tap // TAPS_X * dilation_y * width + tap % TAPS_X * dilation_x) * CHANNELS
+        offset = (tap // TAPS_X * dilation_y * width + tap % TAPS_X * dilation_x) * channels
         x = tl.load(window + offset, mask=mask, other=0).to(tl.int32)
         if X_ZERO:
             x -= zero[:, None]
@@ -177,7 +187,7 @@ def depthwise_convolution(
     store(out, y, at_m, n.to(tl.int64) * out_channel, rows, columns, LAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPE + IMAGE)
 def spread_nan(
     x,  # float32 [samples, channels, height, width], any strides, without padding
     flag,  # int32 [1]: 0 where x holds no NaN, and nothing is to be done
@@ -202,9 +212,9 @@ def spread_nan(
     out_sample,
     out_channel,
     out_pixel,
-    DEPTH: tl.constexpr,
-    TAPS_X: tl.constexpr,
-    K: tl.constexpr,
+    depth,
+    taps_x,
+    K,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -221,13 +231,13 @@ def spread_nan(
             bad = tl.zeros((BLOCK_M,), tl.int32)
             for first in range(0, K, BLOCK_K):
                 k = first + tl.arange(0, BLOCK_K)
-                tap = k // DEPTH
-                row = (out_y * stride_y - pad_y)[:, None] + (tap // TAPS_X * dilation_y)[None, :]
+                tap = k // depth
+                row = (out_y * stride_y - pad_y)[:, None] + (tap // taps_x * dilation_y)[None, :]
                 column = (out_x * stride_x - pad_x)[:, None]
-                column += (tap % TAPS_X * dilation_x)[None, :]
+                column += (tap % taps_x * dilation_x)[None, :]
                 inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
                 at = x + (sample.to(tl.int64) * x_sample)[:, None]
-                at += ((group * DEPTH + k % DEPTH).to(tl.int64) * x_channel)[None, :]
+                at += ((group * depth + k % depth).to(tl.int64) * x_channel)[None, :]
                 at += row.to(tl.int64) * x_row + column.to(tl.int64) * x_column
                 block = tl.load(at, mask=inside & (k < K)[None, :], other=0.0)
                 bad = tl.maximum(bad, tl.max((block != block).to(tl.int32), axis=1))

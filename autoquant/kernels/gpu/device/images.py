@@ -7,8 +7,12 @@ import triton.language as tl
 
 from autoquant.kernels.gpu.device.affine import choose_qparams, quantize
 
+# As in ``convolution``: one compiled kernel for many shapes.
+SHAPE = ["samples", "channels", "height", "width", "padded_height", "padded_width"]
+SHAPE += ["pad_y", "pad_x", "x_sample"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["samples"])
 def sample_qparams(
     lows,  # float32 [samples]: smallest number of a sample, NaN where it holds one
     highs,  # float32 [samples]
@@ -39,12 +43,12 @@ def sample_qparams(
     tl.store(zeros + at, zero, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPE[1:])
 def quantize_images(
     x,  # float32 [samples, channels, height, width], any strides
     scales,  # float32 [1], or [samples] where PER_SAMPLE
     zeros,  # float32, likewise
-    q,  # int8 [samples, padded_height, padded_width, CHANNELS], contiguous
+    q,  # int8 [samples, padded_height, padded_width, stored], contiguous
     flag,  # int32 [1]: becomes 1 where x holds a NaN
     channels,
     height,
@@ -57,7 +61,7 @@ def quantize_images(
     x_channel,
     x_row,
     x_column,
-    CHANNELS: tl.constexpr,
+    stored,  # channels of a pixel of q
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
@@ -69,7 +73,7 @@ def quantize_images(
     """Quantize BLOCK_P pixels × BLOCK_C channels a program, the padding among them.
 
     The real number 0 is the integer zero, so the padding holds the zero point; FOLD stores
-    q − zero. Channels that only fill up to CHANNELS hold 0.
+    q − zero. Channels that only fill up to ``stored`` hold 0.
     """
     pixels = padded_height * padded_width
     tiles = tl.cdiv(pixels, BLOCK_P)
@@ -96,5 +100,5 @@ def quantize_images(
         y = tl.trans(y)
     if not FOLD:
         y = tl.where(real[None, :], y + zero, 0.0)
-    to = q + (sample * pixels + pixel)[:, None] * CHANNELS + channel[None, :]
-    tl.store(to, y.to(tl.int8), mask=(pixel < pixels)[:, None] & (channel < CHANNELS)[None, :])
+    to = q + (sample * pixels + pixel)[:, None] * stored + channel[None, :]
+    tl.store(to, y.to(tl.int8), mask=(pixel < pixels)[:, None] & (channel < stored)[None, :])

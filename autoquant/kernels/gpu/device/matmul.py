@@ -17,7 +17,7 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first + program % per_group % height, program % per_group // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int8_matmul(
     a,  # int8 [M, width], contiguous
     b,  # int8 [N, width], contiguous; zeros from K on

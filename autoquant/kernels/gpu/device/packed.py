@@ -34,7 +34,7 @@ def unpack_span(packed, SPAN_NUMBER: tl.constexpr, BITS: tl.constexpr, SPAN: tl.
     return (q - (1 << (BITS - 1))).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "groups", "group_spans"])
 def packed_vector(
     x,  # float [M, K], contiguous
     packed,  # uint8 [N, chunks, BITS · SPAN], contiguous
@@ -77,7 +77,7 @@ def packed_vector(
     tl.store(out + m * N + n, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunks", "groups", "group_spans"])
 def packed_matmul(
     x,  # float [M, K], contiguous
     packed,  # uint8 [N, chunks, BITS · SPAN], contiguous

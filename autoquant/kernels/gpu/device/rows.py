@@ -8,7 +8,7 @@ import triton.language as tl
 from autoquant.kernels.gpu.device.affine import choose_qparams, quantize
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_rows(
     x,  # float32 [rows, columns], any strides
     static,  # float32 [2]: scale and zero point of a static scheme

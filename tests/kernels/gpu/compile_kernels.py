@@ -62,7 +62,10 @@ KERNELS = [
 ]
 POINTERS = ("x", "static", "scales", "zeros", "out", "bias", "x_scale", "x_zero", "w_scale")
 MORE_POINTERS = ("lows", "highs")
-TELLING = r"\b((?:wg)?mma[\w.]*s32[\w.]*|(?:wg)?mma[\w.]*bf16[\w.]*|div\.\w+\.f32|\w+\.ftz[\w.]*)"
+TELLING = (
+    r"\b((?:wg)?mma[\w.]*s32[\w.]*|(?:wg)?mma[\w.]*bf16[\w.]*"
+    r"|cp\.async\.c[ag]|div\.\w+\.f32|\w+\.ftz[\w.]*)"
+)
 
 
 def type_of(name: str, types: dict[str, str]) -> str:

@@ -26,6 +26,7 @@ def test_kernels_compile_to_the_instructions_they_are_made_for(tmp_path, capabil
     assert all(int(words[0]) <= SHARED_MEMORY for words in lines.values())
     for name in ("int8_matmul", "int8_convolution"):
         assert any("mma" in word and "s8.s8" in word for word in lines[name][1:])
+    assert "cp.async.cg" in lines["int8_convolution"]  # 16 bytes at a time
     assert any("mma" in word and "bf16" in word for word in lines["packed_matmul"][1:])
     for name in ("quantize_rows", "quantize_images", "sample_qparams"):
         assert lines[name][1:] == ["div.rn.f32"]  # IEEE division, and denormals are kept

@@ -123,4 +123,9 @@ def make_engine(device: torch.device, name: str = "auto") -> Engine:
         if missing is not None:
             return Engine(notes=(f"{missing}: candidates are computed in float, which is slower",))
         return Engine((backend,), backend.notes())
-    return Engine()
+    from autoquant.kernels.gpu.backend import BACKEND
+
+    missing = BACKEND.missing(device)
+    if missing is not None:
+        return Engine(notes=(f"{missing}: candidates are computed in float, which is slower",))
+    return Engine((BACKEND,))

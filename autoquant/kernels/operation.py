@@ -40,8 +40,10 @@ Clamp = tuple[float, float]
 class Product(Protocol):
     """One weight and one activation scheme, ready to be computed."""
 
-    backend: str
-    """Name of the backend that computes it."""
+    @property
+    def backend(self) -> str:
+        """Name of the backend that computes it."""
+        ...
 
     def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
         """Return the layer's output on the activation ``x``, as it is before quantization.
@@ -57,7 +59,10 @@ class Product(Protocol):
 class Backend(Protocol):
     """A way to compute products that is faster than the reference and never different."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the backend is called in options and reports."""
+        ...
 
     def missing(self, device: torch.device) -> str | None:
         """Return why nothing can be computed on ``device``, in one line; None where it can."""

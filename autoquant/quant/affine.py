@@ -62,12 +62,20 @@ def choose_qparams(lo: Tensor, hi: Tensor, bits: int, *, symmetric: bool) -> QPa
     lo = lo.to(torch.float32).clamp(min=-HUGE, max=0.0)
     hi = hi.to(torch.float32).clamp(min=0.0, max=HUGE)
     if symmetric:
-        scale = torch.maximum(-lo, hi) / grid.qmax
+        scale = _divide(torch.maximum(-lo, hi), grid.qmax)
         scale = _usable(scale)
         return QParams(scale, torch.zeros_like(scale), bits, symmetric=True)
-    scale = _usable((hi - lo) / (grid.qmax - grid.qmin))
+    scale = _usable(_divide(hi - lo, grid.qmax - grid.qmin))
     zero_point = (grid.qmin - (lo / scale).round()).clamp(grid.qmin, grid.qmax)
     return QParams(scale, zero_point, bits)
+
+
+def _divide(x: Tensor, number: float) -> Tensor:
+    """Return ``x`` divided by a plain number, the same on every device.
+
+    On an accelerator torch divides by a plain number as it multiplies by its reciprocal.
+    """
+    return x / (number if x.device.type == "cpu" else x.new_full((), number))
 
 
 def _usable(scale: Tensor) -> Tensor:
@@ -108,7 +116,5 @@ def fake_quantize_scalar(x: Tensor, scale: float, zero_point: int, bits: int) ->
     """
     grid = FORMATS[bits]
     x32 = x.to(torch.float32)
-    # On an accelerator torch divides by a plain number as it multiplies by its reciprocal.
-    y = x32 / (scale if x.device.type == "cpu" else x32.new_full((), scale))
-    y = y.clamp_(grid.qmin - zero_point, grid.qmax - zero_point)
+    y = _divide(x32, scale).clamp_(grid.qmin - zero_point, grid.qmax - zero_point)
     return y.round_().mul_(scale).to(x.dtype)

@@ -16,7 +16,8 @@ from autoquant.spec.recipe import Recipe
 class Speed:
     """How fast candidates were measured: how many, in how many seconds, and what computed them.
 
-    ``layers`` are the seconds that quantized layers took, by backend.
+    ``layers`` are the seconds that quantized layers took, or on an accelerator their calls, by
+    backend.
     """
 
     candidates: int

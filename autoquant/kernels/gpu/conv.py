@@ -1,0 +1,314 @@
+"""Convolutions on one or two axes as products of channels-last integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoquant.kernels.gpu.device.convolution import (
+    depthwise_convolution,
+    int8_convolution,
+    spread_nan,
+)
+from autoquant.kernels.gpu.images import QuantizedImages, quantize
+from autoquant.kernels.gpu.integers import (
+    IntegerActivation,
+    IntegerWeight,
+    fits_int32,
+    integer_activation,
+    integer_weight,
+)
+from autoquant.kernels.gpu.launch import (
+    MAX_ROWS,
+    OPTIONS,
+    Config,
+    ceil_div,
+    clamped,
+    config,
+    on,
+    round_up,
+    takes,
+)
+from autoquant.kernels.gpu.tuning import bucket, tuned
+from autoquant.kernels.operation import Clamp, Operation
+from autoquant.quant.weight import QuantizedWeight
+from autoquant.spec.recipe import ActivationScheme
+
+DENSE = (
+    config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
+    config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, warps=8, stages=3),
+    config(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, GROUP_M=8, warps=4, stages=4),
+)
+GROUPED = (
+    config(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, GROUP_M=8, warps=4, stages=3),
+    config(BLOCK_M=128, BLOCK_N=16, BLOCK_K=64, GROUP_M=8, warps=4, stages=3),
+    config(BLOCK_M=128, BLOCK_N=32, BLOCK_K=64, GROUP_M=8, warps=4, stages=3),
+)
+DEPTHWISE = (
+    config(BLOCK_M=16, BLOCK_N=32, warps=4),
+    config(BLOCK_M=32, BLOCK_N=32, warps=4),
+    config(BLOCK_M=64, BLOCK_N=32, warps=4),
+    config(BLOCK_M=32, BLOCK_N=64, warps=4),
+    config(BLOCK_M=16, BLOCK_N=128, warps=4),
+)
+NAN_PROGRAMS = 512
+"""Programs that look for NaN once the quantizing kernel has seen one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A convolution on two axes, (y, x): what is known before the image.
+
+    ``depth`` is the input channels of a group and ``outputs`` all output channels; ``channels``
+    is what a pixel of the quantized image holds, filled up so that loads are aligned.
+    """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    taps: tuple[int, int]
+    groups: int
+    depth: int
+    outputs: int
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every output channel sees one input channel."""
+        return self.depth == 1
+
+    @property
+    def channels(self) -> int:
+        """Channels of a pixel in memory."""
+        if self.groups > 1 or self.depthwise:
+            return self.groups * self.depth
+        return round_up(self.depth, 4 if self.depth < 32 else 16)
+
+    @property
+    def group_depth(self) -> int:
+        """Channels of a group in memory."""
+        return self.depth if self.groups > 1 or self.depthwise else self.channels
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return rows and columns of the output."""
+        sizes = zip(
+            (height, width), self.padding, self.dilation, self.taps, self.stride, strict=True
+        )
+        rows, columns = ((n + 2 * p - d * (t - 1) - 1) // s + 1 for n, p, d, t, s in sizes)
+        return rows, columns
+
+    def columns(self) -> Tensor:
+        """Return the order of a weight's columns as the kernels read them: (y, x, channel)."""
+        taps = self.taps[0] * self.taps[1]
+        order = torch.arange(self.depth * taps).view(self.depth, taps).T
+        return torch.nn.functional.pad(order, (0, self.group_depth - self.depth), value=-1).reshape(
+            -1
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ConvProduct:
+    """x [batch, channels, *spatial] convolved with a weight, both as integers."""
+
+    geometry: Geometry
+    weight: IntegerWeight
+    activation: IntegerActivation
+    dims: int
+    backend: str = "triton"
+
+    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
+        """Return float32 [batch, N, *spatial]; None for another dtype, no batch, a gradient."""
+        g = self.geometry
+        if x.dtype != torch.float32 or x.dim() != self.dims:
+            return None
+        if x.shape[1] != g.groups * g.depth or not takes(x, bias, self.weight.q, g.outputs):
+            return None
+        x, bias = x.detach(), None if bias is None else bias.detach().contiguous()
+        image = x if x.dim() == 4 else x.unsqueeze(2)
+        size = g.out_size(image.shape[2], image.shape[3])
+        if min(size) < 1 or image.shape[0] * size[0] * size[1] > MAX_ROWS:
+            return None
+        out = _like(x, image.shape[0], g.outputs, size)
+        quantized = quantize(image, self.activation, g.padding, g.channels)
+        run = self._depthwise if g.depthwise else self._dense
+        if not run(quantized, bias, out):
+            return None
+        self._spread_nan(image, quantized.flag, out)
+        out = clamped(out, clamp)
+        return out if x.dim() == 4 else out.squeeze(2)
+
+    def _dense(self, x: QuantizedImages, bias: Tensor | None, out: Tensor) -> bool:
+        g, weight = self.geometry, self.weight
+        m, n = out.numel() // g.outputs, g.outputs // g.groups
+        k = g.taps[0] * g.taps[1] * g.group_depth
+
+        def run(c: Config) -> None:
+            tiles = ceil_div(m, c.block("BLOCK_M")) * ceil_div(n, c.block("BLOCK_N"))
+            with on(out):
+                int8_convolution[(tiles, g.groups)](
+                    x.q,
+                    weight.q,
+                    out,
+                    weight.scale if bias is None else bias,
+                    x.scale,
+                    x.zero,
+                    weight.scale,
+                    weight.zero,
+                    weight.sums,
+                    m,
+                    n,
+                    weight.q.shape[1],
+                    *x.q.shape[1:3],
+                    *out.shape[2:],
+                    *g.stride,
+                    *g.dilation,
+                    *out.stride()[:2],
+                    out.stride(3),
+                    g.channels,
+                    g.group_depth,
+                    g.taps[1],
+                    k,
+                    ALIGNED=math.gcd(g.group_depth, 16),
+                    PER_SAMPLE=self.activation.dynamic,
+                    LAST=out.stride(1) == 1,
+                    HAS_BIAS=bias is not None,
+                    X_ZERO=not self.activation.fold,
+                    W_ZERO=weight.has_zero,
+                    **c.arguments(),
+                    **OPTIONS,
+                )
+
+        choices = GROUPED if n <= 32 else DENSE
+        return self._launch("int8 convolution", m, choices, run, out)
+
+    def _depthwise(self, x: QuantizedImages, bias: Tensor | None, out: Tensor) -> bool:
+        g, weight = self.geometry, self.weight
+        m, n = out.numel() // g.outputs, g.outputs
+
+        def run(c: Config) -> None:
+            with on(out):
+                depthwise_convolution[
+                    (ceil_div(m, c.block("BLOCK_M")), ceil_div(n, c.block("BLOCK_N")))
+                ](
+                    x.q,
+                    weight.q,
+                    out,
+                    weight.scale if bias is None else bias,
+                    x.scale,
+                    x.zero,
+                    weight.scale,
+                    weight.zero,
+                    m,
+                    n,
+                    *x.q.shape[1:3],
+                    *out.shape[2:],
+                    *g.stride,
+                    *g.dilation,
+                    *out.stride()[:2],
+                    out.stride(3),
+                    g.channels,
+                    MULTIPLIER=g.outputs // g.groups,
+                    TAPS_Y=g.taps[0],
+                    TAPS_X=g.taps[1],
+                    PER_SAMPLE=self.activation.dynamic,
+                    LAST=out.stride(1) == 1,
+                    HAS_BIAS=bias is not None,
+                    X_ZERO=not self.activation.fold,
+                    **c.arguments(),
+                    **OPTIONS,
+                )
+
+        return self._launch("depthwise convolution", m, DEPTHWISE, run, out)
+
+    def _launch(
+        self,
+        kernel: str,
+        m: int,
+        choices: Sequence[Config],
+        run: Callable[[Config], None],
+        out: Tensor,
+    ) -> bool:
+        g = self.geometry
+        shape = (bucket(m), g.outputs, g.depth, g.groups, *g.taps, *g.stride)
+        best = tuned(kernel, shape, choices, run, out.device)
+        if best is not None:
+            run(best)
+        return best is not None
+
+    def _spread_nan(self, image: Tensor, flag: Tensor, out: Tensor) -> None:
+        g = self.geometry
+        m = out.numel() // g.outputs
+        with on(out):
+            spread_nan[(min(ceil_div(m, 32) * g.groups, NAN_PROGRAMS),)](
+                image,
+                flag,
+                out,
+                m,
+                g.outputs // g.groups,
+                g.groups,
+                *image.shape[2:],
+                *out.shape[2:],
+                *g.stride,
+                *g.padding,
+                *g.dilation,
+                *image.stride(),
+                *out.stride()[:2],
+                out.stride(3),
+                g.depth,
+                g.taps[1],
+                g.taps[0] * g.taps[1] * g.depth,
+                BLOCK_M=32,
+                BLOCK_K=32,
+                **OPTIONS,
+            )
+
+
+def _like(x: Tensor, samples: int, channels: int, size: tuple[int, int]) -> Tensor:
+    """Return an empty output in the memory format that a float convolution of ``x`` returns."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if last and not x.is_contiguous():
+        return torch.empty(samples, *size, channels, device=x.device).permute(0, 3, 1, 2)
+    return torch.empty(samples, channels, *size, device=x.device)
+
+
+def _pair(values: tuple[int, ...], first: int) -> tuple[int, int]:
+    """Return one number for each of two axes; a convolution on one axis has one row."""
+    return (values[0], values[1]) if len(values) == 2 else (first, values[0])
+
+
+def conv_product(
+    operation: Operation, weight: QuantizedWeight, scheme: ActivationScheme, device: torch.device
+) -> ConvProduct | None:
+    """Return the product of a convolution; None where the integers can't be.
+
+    Padding so wide that a window sees nothing else is left to the reference.
+    """
+    outputs, depth, *kernel = weight.shape
+    geometry = Geometry(
+        _pair(operation.stride, 1),
+        _pair(operation.padding, 0),
+        _pair(operation.dilation, 1),
+        _pair(tuple(kernel), 1),
+        operation.groups,
+        depth,
+        outputs,
+    )
+    axes = zip(geometry.padding, geometry.dilation, geometry.taps, strict=True)
+    if any(p < 0 or p > d * (t - 1) for p, d, t in axes):
+        return None
+    activation = integer_activation(scheme, device)
+    if activation is None or not fits_int32(weight.q.shape[1], activation, weight):
+        return None
+    integers = integer_weight(weight, device, geometry.columns())
+    if integers is None:
+        return None
+    if geometry.depthwise:
+        integers = integers.transposed(geometry.taps[0] * geometry.taps[1])
+    return ConvProduct(geometry, integers, activation, 2 + len(kernel))

@@ -1,0 +1,95 @@
+"""Activations of convolutions as channels-last integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoquant.kernels.gpu.device.images import quantize_images, sample_qparams
+from autoquant.kernels.gpu.integers import IntegerActivation
+from autoquant.kernels.gpu.launch import OPTIONS, ceil_div, next_power_of_2, on
+
+PIXELS = 64
+"""Pixels that one program quantizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedImages:
+    """Images as int8 ``q`` [samples, padded height, padded width, channels], contiguous.
+
+    ``scale`` and ``zero`` are float32, [1] or [samples]; ``flag``, int32 [1], is 1 where the
+    images held a NaN and 0 where they did not.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor
+    flag: Tensor
+
+
+def quantize(
+    x: Tensor, activation: IntegerActivation, padding: tuple[int, int], channels: int
+) -> QuantizedImages:
+    """Quantize ``x``, float32 [samples, channels, height, width] of any strides, with padding.
+
+    A pixel takes ``channels`` bytes, at least as many as ``x`` has channels.
+    """
+    samples, real, height, width = x.shape
+    (pad_y, pad_x), rows, columns = padding, height + 2 * padding[0], width + 2 * padding[1]
+    q = torch.empty(samples, rows, columns, channels, dtype=torch.int8, device=x.device)
+    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    block = min(next_power_of_2(max(channels, 4)), 64)
+    with on(x):
+        scale, zero = activation.static[:1], activation.static[1:]
+        if activation.dynamic:
+            scale, zero = _qparams(x, activation)
+        grid = (samples * ceil_div(rows * columns, PIXELS), ceil_div(channels, block))
+        quantize_images[grid](
+            x,
+            scale,
+            zero,
+            q,
+            flag,
+            real,
+            height,
+            width,
+            rows,
+            columns,
+            pad_y,
+            pad_x,
+            *x.stride(),
+            channels,
+            QMIN=activation.qmin,
+            QMAX=activation.qmax,
+            PER_SAMPLE=activation.dynamic,
+            LAST=x.stride(1) == 1,
+            FOLD=activation.fold,
+            BLOCK_P=PIXELS,
+            BLOCK_C=block,
+            **OPTIONS,
+        )
+    return QuantizedImages(q, scale, zero, flag)
+
+
+def _qparams(x: Tensor, activation: IntegerActivation) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point, float32 [samples], from each sample's range."""
+    # The order of the numbers does not matter, so one that is dense in memory saves a copy.
+    dense = x.permute(0, 2, 3, 1) if x.stride(1) == 1 else x
+    lows, highs = torch.aminmax(dense.flatten(1), dim=1)
+    samples = x.shape[0]
+    scale, zero = torch.empty(2, samples, device=x.device).unbind()
+    sample_qparams[(ceil_div(samples, 128),)](
+        lows,
+        highs,
+        scale,
+        zero,
+        samples,
+        QMIN=activation.qmin,
+        QMAX=activation.qmax,
+        SYMMETRIC=activation.symmetric,
+        BLOCK=128,
+        **OPTIONS,
+    )
+    return scale, zero

@@ -1,0 +1,86 @@
+"""What every launch needs: the right device, how a kernel is cut, and when to refuse a call."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoquant.kernels.operation import Clamp
+
+MAX_ROWS = 1 << 30
+"""Most rows of a product; row numbers are int32 on the device."""
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Passed to every launch: no product here is followed by a sum that must not be fused with it.
+
+Triton changes its default from 3.10 on, and warns of it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How a kernel is cut into programs: its block sizes, warps a program, pipeline stages."""
+
+    blocks: tuple[tuple[str, int], ...]
+    warps: int = 4
+    stages: int = 3
+
+    def arguments(self) -> dict[str, int]:
+        """Return the keyword arguments of the launch, beside ``OPTIONS``."""
+        return dict(self.blocks) | {"num_warps": self.warps, "num_stages": self.stages}
+
+    def block(self, name: str) -> int:
+        """Return one block size."""
+        return dict(self.blocks)[name]
+
+
+def config(warps: int = 4, stages: int = 3, **blocks: int) -> Config:
+    """Return the Config of these block sizes."""
+    return Config(tuple(blocks.items()), warps, stages)
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the device of ``tensor`` the one that kernels are launched on."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+def round_up(a: int, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is at least ``a``."""
+    return ceil_div(a, multiple) * multiple
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of 2 that is at least ``n`` (n ≥ 1)."""
+    return 1 << (n - 1).bit_length()
+
+
+def takes(x: Tensor, bias: Tensor | None, like: Tensor, outputs: int) -> bool:
+    """Return whether a kernel can take this call; ``like`` is on the weight's device.
+
+    No kernel has a gradient, none takes an empty activation, and a bias must be what the float
+    layer would take.
+    """
+    if x.numel() == 0 or x.device != like.device:
+        return False
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+        return False
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        return False
+    learning = x.requires_grad or (bias is not None and bias.requires_grad)
+    return not (learning and torch.is_grad_enabled())
+
+
+def clamped(y: Tensor, clamp: Clamp | None) -> Tensor:
+    """Return ``y`` within ``clamp``, in place; as it is for None."""
+    return y if clamp is None else y.clamp_(*clamp)

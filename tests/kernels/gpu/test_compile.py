@@ -1,0 +1,33 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+SHARED_MEMORY = 99 * 1024
+"""What a program of the smallest GPUs of capability 8 may have."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_to_the_instructions_they_are_made_for(tmp_path, capability):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(capability)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = {words[0]: words[1:] for words in map(str.split, done.stdout.splitlines())}
+    assert all(int(words[0]) <= SHARED_MEMORY for words in lines.values())
+    for name in ("int8_matmul", "int8_convolution"):
+        assert any("mma" in word and "s8.s8" in word for word in lines[name][1:])
+    assert "cp.async.cg" in lines["int8_convolution"]  # 16 bytes at a time
+    assert any("mma" in word and "bf16" in word for word in lines["packed_matmul"][1:])
+    for name in ("quantize_rows", "quantize_images", "sample_qparams"):
+        assert lines[name][1:] == ["div.rn.f32"]  # IEEE division, and denormals are kept
+    assert not any(".ftz" in word for words in lines.values() for word in words)

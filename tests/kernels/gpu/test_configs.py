@@ -1,0 +1,75 @@
+"""Whatever the block sizes, the product is the same."""
+
+import pytest
+import torch
+
+from autoquant.kernels.gpu import conv, linear, weight_only
+from autoquant.kernels.operation import LINEAR, Operation
+from autoquant.kernels.reference import reference
+from autoquant.spec.recipe import ActivationScheme
+
+SCHEME = ActivationScheme(8, "per_token")
+CONV = Operation("conv2d", (1, 1), (1, 1), (1, 1))
+
+
+def activation(shape, device):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Return a function that makes a module take one config, where it can be launched at all."""
+
+    def patch(module, c):
+        def tuned(kernel, shape, configs, run, device):
+            try:
+                run(c)
+            except Exception as error:  # a GPU with less shared memory than this one needs
+                if device.type == "cpu":
+                    raise
+                pytest.skip(str(error))
+            return c
+
+        monkeypatch.setattr(module, "tuned", tuned)
+
+    return patch
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("c", linear.SMALL + linear.LARGE)
+def test_linear(backend, device, make_weight, agree, choose, c):
+    choose(linear, c)
+    x, weight = activation((77, 45), device), make_weight((139, 45), 8, scheme="asymmetric")
+    product = backend.prepare(LINEAR, weight, SCHEME, device)
+    agree(product(x, None), reference(LINEAR, x, weight, SCHEME, None))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("c", conv.DENSE + conv.GROUPED)
+def test_dense(backend, device, make_weight, agree, choose, c):
+    choose(conv, c)
+    x, weight = activation((2, 5, 9, 8), device), make_weight((70, 5, 3, 3), 8, scheme="asymmetric")
+    product = backend.prepare(CONV, weight, SCHEME, device)
+    agree(product(x, None), reference(CONV, x, weight, SCHEME, None))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("c", conv.DEPTHWISE)
+def test_depthwise(backend, device, make_weight, agree, choose, c):
+    choose(conv, c)
+    operation = Operation("conv2d", (1, 1), (1, 1), (1, 1), 70)
+    x, weight = activation((1, 70, 5, 6), device), make_weight((70, 1, 3, 3))
+    product = backend.prepare(operation, weight, SCHEME, device)
+    agree(product(x, None), reference(operation, x, weight, SCHEME, None))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("rows", "c"),
+    [(2, c) for c in weight_only.VECTOR] + [(18, c) for c in weight_only.MATRIX],
+)
+def test_weight_only(backend, device, make_weight, agree, choose, rows, c):
+    choose(weight_only, c)
+    x, weight = activation((rows, 130), device), make_weight((39, 130), 4)
+    product = backend.prepare(LINEAR, weight, None, device)
+    agree(product(x, None), reference(LINEAR, x, weight, None, None))

@@ -1,0 +1,90 @@
+"""The device's quantizer gives the integers of ``quant.affine``, bit for bit."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from autoquant.kernels.gpu import images, linear
+from autoquant.kernels.gpu.integers import integer_activation
+from autoquant.quant.activation import token_qparams
+from autoquant.quant.affine import QParams, quantize
+from autoquant.spec.formats import FORMATS
+from autoquant.spec.recipe import ActivationScheme
+
+FLOATS = st.floats(width=32, allow_nan=False)
+
+
+def expected_integers(x, scheme, kind):
+    if scheme.dynamic:
+        p = token_qparams(x, scheme, kind)
+    else:
+        scale, zero = (
+            torch.tensor(float(n), device=x.device) for n in (scheme.scale, scheme.zero_point)
+        )
+        p = QParams(scale, zero, scheme.bits)
+    return quantize(x, p).int() - p.zero_point.int(), p
+
+
+def scheme_of(bits, dynamic, symmetric, scale):
+    scheme = "symmetric" if symmetric else "asymmetric"
+    if dynamic:
+        return ActivationScheme(bits, "per_token", scheme)
+    zero = 0 if symmetric else FORMATS[bits].qmax // 2
+    return ActivationScheme(bits, "per_tensor", scheme, scale=scale, zero_point=zero)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.lists(FLOATS, min_size=5, max_size=5), min_size=1, max_size=4),
+    st.integers(2, 8),
+    st.booleans(),
+    st.booleans(),
+    st.floats(1e-6, 1e6),
+)
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_rows(device, rows, bits, dynamic, symmetric, scale):
+    x = torch.tensor(rows, dtype=torch.float32, device=device)
+    scheme = scheme_of(bits, dynamic, symmetric, scale)
+    out = linear.empty_rows(len(rows), 16, device)
+    for poison in (out.q, out.scale, out.zero, out.sums):
+        poison.fill_(77)
+    linear.quantize(x, integer_activation(scheme, device), out)
+    expected, p = expected_integers(x, scheme, "linear")
+    assert torch.equal(out.q[:, :5].int() - out.zero[:, None], expected)
+    assert (out.q[:, 5:] == 0).all()
+    assert torch.equal(out.sums, out.q.sum(1, dtype=torch.int32))
+    assert torch.equal(out.scale, p.scale.reshape(-1).expand(len(rows)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("columns", [1, 4095, 4097])
+def test_long_rows(device, columns, dynamic):
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0)).to(device)
+    scheme = scheme_of(8, dynamic, False, 0.02)
+    out = linear.empty_rows(3, columns + 7, device)
+    linear.quantize(x, integer_activation(scheme, device), out)
+    expected, _ = expected_integers(x, scheme, "linear")
+    assert torch.equal(out.q[:, :columns].int() - out.zero[:, None], expected)
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (2, 1)])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.usefixtures("poisoned")
+def test_images_and_their_padding(device, bits, dynamic, symmetric, padding):
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).to(device)
+    scheme = scheme_of(bits, dynamic, symmetric, 0.02)
+    expected, _ = expected_integers(x, scheme, "conv2d")
+    y, z = padding
+    expected = torch.nn.functional.pad(expected, (z, z, y, y)).permute(0, 2, 3, 1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        image = x.to(memory_format=layout)
+        out = images.quantize(image, integer_activation(scheme, device), padding, 4)
+        zero = 0.0 if symmetric or bits < 8 else out.zero.view(-1, 1, 1, 1)
+        assert torch.equal((out.q[..., :3] - zero).int(), expected)
+        assert (out.q[..., 3:] == 0).all()
+        assert out.flag.item() == 0
+    x[1, 2, 4, 6] = float("nan")
+    assert images.quantize(x, integer_activation(scheme, device), padding, 4).flag.item() == 1

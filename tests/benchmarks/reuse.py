@@ -1,7 +1,7 @@
 """What a candidate costs that differs from the one before in one layer.
 
-``one_site_changed`` is for another benchmark to call; ``python -m tests.benchmarks.reuse`` prints it
-for two small models.
+``one_site_changed`` is for another benchmark to call; ``python -m tests.benchmarks.reuse`` prints
+it for two small models.
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ class Call:
     @property
     def sequence(self) -> bool:
         """Whether the module runs its children one after the other, and nothing else."""
-        return bool(self.stops) and len(self.children) == len(self.module)  # type: ignore[arg-type]
+        if not self.stops or self._had:
+            return False
+        return len(self.children) == len(self.module)  # type: ignore[arg-type]
 
     def install(self, run: Run) -> None:
         """Put ``run`` in the place of the module's ``forward``."""

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autoquant.measure.calls import Call, Told, Watched, find_calls
-from autoquant.measure.outputs import Inputs, as_words, pack
+from autoquant.measure.outputs import Inputs, as_words, fingerprint, pack
 from autoquant.measure.store import Kept, Key, Point, Store
 from autoquant.nn.convert import Prepared
 from autoquant.spec.recipe import SiteRecipe
@@ -58,7 +58,8 @@ class Reuse:
         self.store = Store(budget_bytes)
         self.on = budget_bytes > 0
         self.say = say
-        self.watching = False
+        self.watching = False  # compare arguments by content, not only by what torch counts
+        self.repeating = False  # make each outermost call twice, which must not matter
         self._paused = False
         self._calls = find_calls(prepared)
         self._slots = list(prepared.slots.values())
@@ -177,6 +178,9 @@ class Reuse:
         if not self.on:
             return call.original(*args, **kwargs)
         if self._by_content and not self._depth:
+            if self.repeating and not self._repeats(call, args, kwargs):
+                self.switch_off("a call of the model depends on the calls before it")
+                return call.original(*args, **kwargs)
             self._reset(_digest(args, kwargs, self._fresh))
             self._fresh += 1
         if not self._left:
@@ -193,6 +197,15 @@ class Reuse:
             return self._whole(call, args, kwargs, part)
         finally:
             self._depth -= 1
+
+    def _repeats(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call gives the same twice: only then do its arguments say all."""
+        self._depth, self._left = 1, 0
+        try:
+            first = fingerprint(call.original(*args, **kwargs))
+            return first == fingerprint(call.original(*args, **kwargs))
+        finally:
+            self._depth = 0
 
     def _whole(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], part: bool) -> Any:
         point = (self._history, -1)

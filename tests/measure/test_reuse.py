@@ -545,6 +545,47 @@ def test_data_known_by_their_content():
     assert counts[bench.sites[0]] == 3
 
 
+class Streaming(nn.Module):
+    """Carries its state itself, and is reset by whoever evaluates it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.mix, self.head = nn.GRUCell(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = self.mix(self.cell(x, self.state))
+        return self.head(self.state)
+
+
+def test_calls_that_depend_on_calls_before_them_are_found():
+    bench = Bench(Streaming, (4, 8))
+    model = bench.ours.prepared.model
+
+    def evaluate() -> list[Tensor]:
+        model.state = None
+        return [model(x) for x in bench.batches]
+
+    with torch.no_grad():
+        assert not check(bench.reuse, bench.ours, evaluate, "evaluate", by_content=True)
+    assert bench.said == [
+        "layer outputs are not reused: a call of the model depends on the calls before it"
+    ]
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_not_taken_for_one():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    model.forward = lambda x: model[2](model[0](x))
+    prepared = prepare(model, lambda m: m(torch.ones(2, 8)))
+    reuse = Reuse(prepared, MIB)
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            with reuse.batch("key"):
+                assert torch.equal(model(x), expected)
+
+
 def test_a_shortage_of_memory_gives_it_back():
     bench = Bench(*MODELS["residual"])
     bench.compare([1] * len(bench.sites))

@@ -24,8 +24,7 @@ class Call:
 
     ``stops`` are the children after which the result of an ``nn.Sequential`` can be kept, empty for
     any other module: no code of the user's is between two of its children, so the results before
-    the last one that still holds are not needed. ``opaque`` says that it must always run,
-    ``private`` after which of the stops (−1: the whole) others write into what it returned.
+    the last one that still holds are not needed. ``opaque`` says that it must always run.
     """
 
     def __init__(self, index: int, path: str, module: nn.Module, inside: frozenset[int]) -> None:
@@ -34,7 +33,6 @@ class Call:
         self.inside = inside
         self.event = b"call" + index.to_bytes(8, "little")
         self.opaque = False
-        self.private: set[int] = set()
         self.children: list[Call | None] = []
         self.stops: tuple[int, ...] = ()
         self.original: Forward = module.forward
@@ -43,7 +41,9 @@ class Call:
     @property
     def sequence(self) -> bool:
         """Whether the module runs its children one after the other, and nothing else."""
-        return bool(self.stops) and len(self.children) == len(self.module)  # type: ignore[arg-type]
+        if not self.stops or self._had:
+            return False
+        return len(self.children) == len(self.module)  # type: ignore[arg-type]
 
     def install(self, run: Run) -> None:
         """Put ``run`` in the place of the module's ``forward``."""

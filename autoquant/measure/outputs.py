@@ -1,14 +1,15 @@
 """What a call was given and what it returned: whether that can be returned again, and how.
 
-A returned value may be handed out again where it is made of tensors and constants, in tuples,
-lists, dicts and whatever else ``torch.utils._pytree`` knows, and where nobody has written into it
-since. Outputs that later code writes into are kept as copies, and copies are handed out.
+A value may be returned again where it is made of tensors and constants, in tuples, lists, dicts
+and whatever else ``torch.utils._pytree`` knows. Copies are kept and copies are handed out: what
+later code writes into them reaches nobody else. A copy has the strides of the original, and shares
+memory with its siblings as the originals do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,47 +93,54 @@ class _Given:
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What one call returned. ``storages`` maps the memory it holds to bytes.
+class _View:
+    """Stands for a tensor that was returned: where it lies in which of the kept memories."""
 
-    ``private`` outputs are copies that nobody else has.
-    """
+    memory: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one call returned: ``leaves`` and ``memories``, flat tensors that nobody else has."""
 
     leaves: tuple[Any, ...]
     spec: Any
-    private: bool
-    versions: tuple[int, ...]
-    storages: Mapping[int, int]
+    memories: tuple[Tensor, ...]
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors that are kept."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+    def bytes(self) -> int:
+        """The bytes of the memories."""
+        return sum(m.nbytes for m in self.memories)
 
-    def intact(self) -> bool:
-        """Return whether nobody has written into the tensors since they were kept."""
-        return self.private or self.versions == tuple(version(t) for t in self.tensors)
+    def kept(self, copy: Callable[[Tensor], Tensor]) -> Outputs:
+        """Return the same with copies of the memories."""
+        return replace(self, memories=tuple(copy(m) for m in self.memories))
 
     def give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the value again, for a call with these arguments."""
-        if self.spec is None and not self.private:
-            return self.leaves[0]
+        """Return a copy of the value, for a call with these arguments."""
         given: list[Any] = []
         if any(type(leaf) is _Given for leaf in self.leaves):
             given = pytree.tree_leaves((args, kwargs))
-        copies: dict[int, Tensor] = {}
+        copies = [m.clone() for m in self.memories]
+        made: dict[_View, Tensor] = {}  # one tensor returned twice is one tensor again
         leaves = []
         for leaf in self.leaves:
             if type(leaf) is _Given:
                 leaf = given[leaf.index]
-            elif self.private and isinstance(leaf, Tensor):
-                leaf = copies.setdefault(id(leaf), leaf.clone())
+            elif type(leaf) is _View:
+                if leaf not in made:
+                    copy = copies[leaf.memory]
+                    made[leaf] = copy.as_strided(leaf.size, leaf.stride, leaf.offset)
+                leaf = made[leaf]
             leaves.append(leaf)
         return leaves[0] if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
 
 
-def pack(result: Any, inputs: Inputs, *, private: bool) -> Outputs | None:
-    """Return what a call returned so that it can be given again, None where it can't.
+def pack(result: Any, inputs: Inputs) -> Outputs | None:
+    """Return what a call returned, its memories not copied yet; None where it can't be kept.
 
     It can't where it holds anything but tensors and constants, or a view of an argument's memory:
     writing into that would have to reach the argument of another call.
@@ -141,35 +149,35 @@ def pack(result: Any, inputs: Inputs, *, private: bool) -> Outputs | None:
         found, spec = [result], None
     else:
         found, spec = pytree.tree_flatten(result)
-    tensors = [leaf for leaf in found if not isinstance(leaf, CONSTANTS)]
-    if not all(type(t) in PLAIN and is_plain(t) and t.grad_fn is None for t in tensors):
+    tensors = {id(t): t for t in found if not isinstance(t, CONSTANTS)}
+    if not all(type(t) in PLAIN and is_plain(t) and t.grad_fn is None for t in tensors.values()):
         return None
-    private = private or any(t.is_inference() for t in tensors)
     places = {id(t): i for i, t in enumerate(inputs.leaves) if isinstance(t, Tensor)}
     lent = {storage_of(t) for t in inputs.tensors} - {0}
-    leaves: list[Any] = []
-    copies: dict[int, Tensor] = {}
-    for leaf in found:
-        if not isinstance(leaf, Tensor):
-            leaves.append(leaf)
-        elif id(leaf) in places:
-            leaves.append(_Given(places[id(leaf)]))
-        elif storage_of(leaf) in lent:
+    groups: dict[Any, list[Tensor]] = {}
+    for t in tensors.values():
+        if id(t) in places:
+            continue
+        if t.is_conj() or t.is_neg() or storage_of(t) in lent:
             return None
-        elif private and id(leaf) not in copies:
-            leaves.append(copies.setdefault(id(leaf), leaf.detach().clone()))
-            if leaves[-1].stride() != leaf.stride():
-                return None  # kernels may add up in another order
-        else:
-            leaves.append(copies.get(id(leaf), leaf))
-    originals = {id(t): t for t in tensors if id(t) in copies}.values()
-    if private and len({storage_of(t) for t in originals}) < len(originals):
-        return None  # writing into one of them is seen in another
-    return Outputs(tuple(leaves), spec, private, *_measure(leaves))
+        groups.setdefault(storage_of(t) or id(t), []).append(t)
+    memories: list[Tensor] = []
+    views: dict[int, Any] = {i: _Given(place) for i, place in places.items()}
+    for group in groups.values():
+        if len({t.dtype for t in group}) > 1:
+            return None
+        start = min(t.storage_offset() for t in group)
+        stop = max(t.storage_offset() + _extent(t) for t in group)
+        for t in group:
+            at = t.storage_offset() - start
+            views[id(t)] = _View(len(memories), tuple(t.shape), tuple(t.stride()), int(at))
+        memories.append(group[0].detach().as_strided((stop - start,), (1,), start))
+    leaves = tuple(views[id(x)] if id(x) in tensors else x for x in found)
+    return Outputs(leaves, spec, tuple(memories))
 
 
-def _measure(leaves: Sequence[Any]) -> tuple[tuple[int, ...], dict[int, int]]:
-    """Return the versions of the tensors, and the bytes of each distinct memory they hold."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    storages = {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
-    return tuple(version(t) for t in tensors), storages
+def _extent(tensor: Tensor) -> int:
+    """Return how many elements of memory lie between a tensor's first and last, both included."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))

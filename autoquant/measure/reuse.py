@@ -7,7 +7,7 @@ so far, bit for bit, whatever control flow the model's code has. So a call with 
 whose sites have the choices that they had then returns what it returned then.
 
 What this rests on is checked on the model before it is used (``reuse_check``): no state is kept
-between calls, nothing is drawn at random. What may write into results is noticed as it happens.
+between calls, nothing is drawn at random. Modules that write into their arguments always run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autoquant.measure.calls import Call, Told, Watched, find_calls
-from autoquant.measure.outputs import Inputs, as_words, checksum, pack
+from autoquant.measure.outputs import Inputs, as_words, fingerprint, pack
 from autoquant.measure.store import Kept, Key, Point, Store
 from autoquant.nn.convert import Prepared
 from autoquant.spec.recipe import SiteRecipe
@@ -59,7 +59,8 @@ class Reuse:
         self.store = Store(budget_bytes)
         self.on = budget_bytes > 0
         self.say = say
-        self.watching = False
+        self.watching = False  # compare arguments by content, not only by what torch counts
+        self.repeating = False  # make each outermost call twice, which must not matter
         self._paused = False
         self._calls = find_calls(prepared)
         self._slots = list(prepared.slots.values())
@@ -73,7 +74,6 @@ class Reuse:
         self._hits = self._misses = 0
         self._saved = 0.0
         self._current: list[int] = []
-        self._touched: dict[Key, int] = {}
         self._by_content = False
         self._depth = self._thread = 0
 
@@ -122,7 +122,8 @@ class Reuse:
                 call.remove()
             for slot in self._slots:
                 slot.used = None
-            self._settle()
+            if self._weights.changed():
+                self.switch_off("the model's weights or buffers change while it runs")
 
     def _begin(self, key: Hashable, by_content: bool) -> None:
         if key in self._seen:  # the next evaluation
@@ -138,18 +139,6 @@ class Reuse:
         self._reset(repr(key).encode())
         for call in self._calls:
             call.install(self._call)
-
-    def _settle(self) -> None:
-        """Forget the results that somebody wrote into, and keep copies of their like from now."""
-        for key, content in self._touched.items():
-            kept = self.store.get(key)
-            if kept is None:
-                continue
-            if not kept.outputs.intact() or (content and content != _content(kept)):
-                self._spoilt(kept)
-        self._touched.clear()
-        if self._weights.changed():
-            self.switch_off("the model's weights or buffers change while it runs")
 
     def _id(self, slot: int, choice: SiteRecipe | None) -> int:
         """Return the number of a choice at a site, a new one for a choice without a name."""
@@ -191,6 +180,9 @@ class Reuse:
         if not self.on:
             return call.original(*args, **kwargs)
         if self._by_content and not self._depth:
+            if self.repeating and not self._repeats(call, args, kwargs):
+                self.switch_off("a call of the model depends on the calls before it")
+                return call.original(*args, **kwargs)
             self._reset(_digest(args, kwargs, self._fresh))
             self._fresh += 1
         if not self._left:
@@ -208,9 +200,18 @@ class Reuse:
         finally:
             self._depth -= 1
 
+    def _repeats(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call gives the same twice: only then do its arguments say all."""
+        self._depth, self._left = 1, 0
+        try:
+            first = fingerprint(call.original(*args, **kwargs))
+            return first == fingerprint(call.original(*args, **kwargs))
+        finally:
+            self._depth = 0
+
     def _whole(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], part: bool) -> Any:
         point = (self._history, -1)
-        kept = None if part else self._find(point, call)
+        kept = None if part else self._find(point)
         if kept is not None:
             return kept.outputs.give(args, kwargs)
         inputs = Inputs(args, kwargs, self.watching)
@@ -225,7 +226,7 @@ class Reuse:
         if not inputs.known or inputs.changed():
             call.opaque = True
         elif not part:
-            self._keep(call, point, first, result, inputs, seconds, seconds)
+            self._keep(point, first, result, inputs, seconds, seconds)
         return result
 
     def _sequence(self, call: Call, args: tuple[Any, ...], part: bool) -> Any:
@@ -235,7 +236,7 @@ class Reuse:
         first, saved, start = len(self._order), self._saved, time.perf_counter()
         x, begin, before = args[0], 0, 0.0
         for k in reversed(call.stops):
-            kept = None if part and k == last else self._find((history, k), call)
+            kept = None if part and k == last else self._find((history, k))
             if kept is not None:
                 x, begin, before = kept.outputs.give(args, {}), k + 1, kept.seconds
                 break
@@ -253,7 +254,7 @@ class Reuse:
                 seconds = time.perf_counter() - start + self._saved - saved
                 self._room = room if k == last else call.inside
                 point = (history, k)
-                made = self._keep(call, point, first, x, inputs, seconds, seconds - before)
+                made = self._keep(point, first, x, inputs, seconds, seconds - before)
                 self._room = call.inside
                 if made is not None:
                     mine.append(made.key)
@@ -267,12 +268,9 @@ class Reuse:
                     self.store.drop(spoilt)
         return x
 
-    def _find(self, point: Point, call: Call) -> Kept | None:
+    def _find(self, point: Point) -> Kept | None:
         kept = self.store.find(point, self._current)
         if kept is None:
-            return None
-        if not kept.outputs.intact():
-            self._spoilt(kept)
             return None
         self._hits += 1
         self._saved += kept.seconds
@@ -283,12 +281,10 @@ class Reuse:
         self._order.extend(kept.sites)
         self._history = kept.exit
         self.store.touch(kept)
-        self._touched.setdefault(kept.key, _content(kept) if self.watching else 0)
         return kept
 
     def _keep(
         self,
-        call: Call,
         point: Point,
         first: int,
         result: Any,
@@ -303,30 +299,18 @@ class Reuse:
         later = len(self._room - self._used)
         if not later or not inputs.known:
             return None
-        try:
-            outputs = pack(result, inputs, private=point[1] in call.private)
-        except (MemoryError, torch.OutOfMemoryError):
-            self.shrink()
-            return None
+        outputs = pack(result, inputs)
         if outputs is None:
             return None
         sites = tuple(self._order[first:])
         choices = tuple([self._current[i] for i in sites])
         worth = gain * later / len(self._sites)
-        made = Kept((point, sites, choices), outputs, self._history, seconds, worth, call)
-        if not self.store.add(made):
+        made = Kept((point, sites, choices), outputs, self._history, seconds, worth)
+        try:
+            return made if self.store.add(made) else None
+        except (MemoryError, torch.OutOfMemoryError):
+            self.shrink()
             return None
-        self._touched[made.key] = _content(made) if self.watching else 0
-        return made
-
-    def _spoilt(self, kept: Kept) -> None:
-        kept.owner.private.add(kept.key[0][1])
-        self.store.drop(kept)
-
-
-def _content(kept: Kept) -> int:
-    """Return a number that tells whether the tensors of a result are still the same."""
-    return hash(tuple(checksum(t) for t in kept.outputs.tensors)) or 1
 
 
 def _differentiates_or_casts() -> bool:

@@ -11,15 +11,17 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from autoquant.measure.outputs import Outputs
+from autoquant.measure.pool import Pool
 
 HALF_LIFE = 8
 """Evaluations after which a result that nobody asked for is worth half."""
 ADVANTAGE = 0.3
 """Powers of two by which a newcomer must be worth more: equals that push each other out, batch
 after batch, would all be gone when they are asked for."""
+REPAID = 4
+"""Uses within which a result must save the time that fresh memory for it takes."""
 OVERHEAD = 1024
 """Bytes that a kept result takes beside its tensors, about."""
 
@@ -33,7 +35,7 @@ Key = tuple[Point, tuple[int, ...], tuple[int, ...]]
 class Kept:
     """One result. ``worth`` is seconds times chance, ``exit`` the history after the call.
 
-    ``seconds`` is what the call took, ``owner`` whatever its keeper wants to find it by.
+    ``seconds`` is what the call took.
     """
 
     key: Key
@@ -41,7 +43,6 @@ class Kept:
     exit: bytes
     seconds: float
     worth: float
-    owner: Any
     round: int = 0
     score: float = 0.0
 
@@ -50,21 +51,22 @@ class Kept:
         """The sites first used in the call."""
         return self.key[1]
 
+    @property
     def bytes(self) -> int:
-        """Return the bytes that the result would hold alone."""
-        return OVERHEAD + sum(self.outputs.storages.values())
+        """The bytes that the result takes."""
+        return OVERHEAD + self.outputs.bytes
 
 
 class Store:
-    """Results of calls, never more than ``budget`` bytes; memory that two share counts once."""
+    """Results of calls, never more than ``budget`` bytes, memory to be used again included."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.bytes = 0
         self.round = 0
+        self._pool = Pool()
+        self._used = 0  # by entries; the pool may hold more, which is free
         self._entries: dict[Key, Kept] = {}
         self._ways: dict[Point, dict[tuple[int, ...], int]] = {}
-        self._holders: dict[int, list[int]] = {}  # address → [holders, bytes]
         self._heap: list[tuple[float, int, Kept]] = []
         self._pushed = 0
 
@@ -73,6 +75,11 @@ class Store:
 
     def __iter__(self) -> Iterator[Kept]:
         return iter(list(self._entries.values()))
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that are held."""
+        return self._pool.bytes + OVERHEAD * len(self._entries)
 
     def find(self, point: Point, current: Sequence[int]) -> Kept | None:
         """Return the result of a call under the ``current`` choice of every site, if it is kept."""
@@ -92,21 +99,26 @@ class Store:
             self._rank(kept)
 
     def add(self, kept: Kept) -> bool:
-        """Keep a result, in place of what is worth less; return whether there was room."""
+        """Keep a copy of a result, in place of what is worth less; return whether there was room.
+
+        Raises MemoryError or torch.OutOfMemoryError where the system has no more.
+        """
         if kept.key in self._entries:
             self.drop(self._entries[kept.key])
         kept.round = self.round
         kept.score = _score(kept)
+        if self._pool.cost(kept.outputs.memories) > REPAID * kept.worth:
+            self._pool.doubt()
+            return False
         victims = self._victims(kept)
         if victims is None:
             return False
         for victim in victims:
             self.drop(victim)
-        for address, size in kept.outputs.storages.items():
-            holders = self._holders.setdefault(address, [0, size])
-            self.bytes += 0 if holders[0] else size
-            holders[0] += 1
-        self.bytes += OVERHEAD
+        most = self.budget - OVERHEAD * (len(self._entries) + 1)
+        self._pool.trim(most)
+        kept.outputs = kept.outputs.kept(lambda memory: self._pool.copy(memory, most))
+        self._used += kept.bytes
         self._entries[kept.key] = kept
         ways = self._ways.setdefault(kept.key[0], {})
         ways[kept.sites] = ways.get(kept.sites, 0) + 1
@@ -125,20 +137,16 @@ class Store:
             del ways[kept.sites]
         if not ways:
             del self._ways[point]
-        self.bytes -= OVERHEAD
-        for address in kept.outputs.storages:
-            holders = self._holders[address]
-            holders[0] -= 1
-            if not holders[0]:
-                self.bytes -= holders[1]
-                del self._holders[address]
+        self._used -= kept.bytes
+        for memory in kept.outputs.memories:
+            self._pool.put(memory)
 
     def clear(self) -> None:
         """Forget all results."""
-        self.bytes = 0
+        self._used = 0
+        self._pool = Pool()
         self._entries.clear()
         self._ways.clear()
-        self._holders.clear()
         self._heap.clear()
 
     def _rank(self, kept: Kept) -> None:
@@ -153,14 +161,11 @@ class Store:
 
     def _victims(self, kept: Kept) -> list[Kept] | None:
         """Return what must go for ``kept``, None where it is not worth that."""
-        storages = kept.outputs.storages
-        room = self.budget - self.bytes - OVERHEAD
-        room -= sum(size for a, size in storages.items() if a not in self._holders)
-        if kept.bytes() > self.budget:
+        if kept.bytes > self.budget:
             return None
+        room = self.budget - self._used - kept.bytes
         victims: list[Kept] = []
         popped = []
-        released: dict[int, int] = {}
         while room < 0 and self._heap:
             item = heapq.heappop(self._heap)
             score, _, victim = item
@@ -170,12 +175,7 @@ class Store:
             if score + ADVANTAGE > kept.score:
                 break
             victims.append(victim)
-            room += OVERHEAD
-            for address in victim.outputs.storages:
-                released[address] = released.get(address, 0) + 1
-                holders, size = self._holders[address]
-                if released[address] == holders and address not in storages:
-                    room += size
+            room += victim.bytes
         if room < 0:
             for item in popped:
                 heapq.heappush(self._heap, item)
@@ -185,4 +185,4 @@ class Store:
 
 def _score(kept: Kept) -> float:
     """Return the logarithm of worth for each byte, as it will be when all have aged alike."""
-    return math.log2(max(kept.worth, 1e-12) / kept.bytes()) + kept.round / HALF_LIFE
+    return math.log2(max(kept.worth, 1e-12) / kept.bytes) + kept.round / HALF_LIFE

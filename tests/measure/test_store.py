@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autoquant.measure.outputs import Inputs, pack
-from autoquant.measure.store import HALF_LIFE, OVERHEAD, Kept, Store
+from autoquant.measure.store import HALF_LIFE, OVERHEAD, REPAID, Kept, Store
 
 KIB = 1024
 
 
 def kept(name: int, tensor: Tensor, worth: float = 1.0) -> Kept:
-    outputs = pack(tensor, Inputs((), {}), private=False)
+    outputs = pack(tensor, Inputs((), {}))
     assert outputs is not None
-    return Kept(((bytes([name]), -1), (0,), (7,)), outputs, b"", worth, worth, None)
+    return Kept(((bytes([name]), -1), (0,), (7,)), outputs, b"", worth, worth)
 
 
 def block(kib: int) -> Tensor:
@@ -29,8 +29,9 @@ def names(store: Store) -> set[int]:
 
 def held(store: Store) -> int:
     """Return the bytes of the store, counted anew."""
-    storages = {a: n for entry in store for a, n in entry.outputs.storages.items()}
-    return sum(storages.values()) + OVERHEAD * len(store)
+    free = [t for tensors in store._pool._free.values() for t in tensors]
+    lent = [t for entry in store for t in entry.outputs.memories]
+    return sum(t.nbytes for t in free + lent) + OVERHEAD * len(store)
 
 
 def test_a_result_is_found_under_the_choices_it_was_made_with():
@@ -44,7 +45,8 @@ def test_a_result_is_found_under_the_choices_it_was_made_with():
     assert store.bytes == 4 * KIB + OVERHEAD
     store.drop(one)
     store.drop(one)
-    assert (store.bytes, len(store), store.find((b"\x01", -1), [7])) == (0, 0, None)
+    assert (len(store), store.find((b"\x01", -1), [7])) == (0, None)
+    assert store.bytes == 4 * KIB  # free for the next
 
 
 def test_what_saves_least_for_its_bytes_goes_first():
@@ -82,19 +84,34 @@ def test_what_nobody_asks_for_loses_its_worth():
     assert names(store) == {2, 3}
 
 
-def test_shared_memory_counts_once():
-    store = Store(16 * KIB)
-    whole = block(10)
-    one, two = kept(1, whole), kept(2, whole[: 2 * KIB])
+def test_memory_is_used_again():
+    store = Store(2 * (200 * KIB + OVERHEAD))
+    one, two = kept(1, block(200)), kept(2, block(200), 2.0)
     assert store.add(one)
     assert store.add(two)
-    assert store.bytes == 10 * KIB + 2 * OVERHEAD
-    store.drop(one)
-    assert store.bytes == 10 * KIB + OVERHEAD
-    # What is needed is free only when the last one that holds the memory is gone.
-    assert store.add(one)
-    assert store.add(kept(3, block(8), 100.0))
-    assert names(store) == {3}
+    (memory,) = one.outputs.memories
+    three = kept(3, block(200) + 5, 3.0)
+    assert store.add(three)
+    assert three.outputs.memories[0] is memory
+    assert bool((memory == 5).all())
+    assert names(store) == {2, 3}
+    assert store.add(kept(4, block(100), 9.0))  # of another size: what is free is given back
+    assert names(store) == {3, 4}
+    assert store.bytes == held(store) <= store.budget
+
+
+def test_fresh_memory_must_pay_for_itself():
+    store = Store(10 << 20)
+    store._pool._seconds_per_byte = 1.0
+    assert not store.add(kept(1, block(100), 100 * KIB / REPAID - 1))
+    assert store._pool._seconds_per_byte < 1.0
+    assert store.add(kept(1, block(100), 100 * KIB / REPAID + 1))
+    assert store._pool._seconds_per_byte < 0.9  # measured
+    store._pool._seconds_per_byte = 1.0
+    for entry in store:
+        store.drop(entry)
+    assert store.add(kept(2, block(100), 1e-9))  # costs no fresh memory
+    assert store.add(kept(3, block(1), 1e-9))  # nor does what has no pages of its own
 
 
 def test_the_same_call_is_kept_once():
@@ -103,7 +120,7 @@ def test_the_same_call_is_kept_once():
     again = kept(1, block(6))
     assert store.add(again)
     assert store.find((b"\x01", -1), [7]) is again
-    assert store.bytes == 6 * KIB + OVERHEAD
+    assert store.bytes == 10 * KIB + OVERHEAD  # the first one's memory is free
     store.clear()
     assert (store.bytes, len(store)) == (0, 0)
     assert store.find((b"\x01", -1), [7]) is None

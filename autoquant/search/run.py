@@ -57,6 +57,9 @@ from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import dumps, save
 from autoquant.spec.space import SearchSpace, SiteSpace
 
+WORTH_REUSING = 0.3
+"""Seconds that the float model takes on the search split, from which results are kept."""
+
 FORMAT = 1
 """Version of a study's header."""
 
@@ -370,7 +373,9 @@ def _run(
     most = 1 if not mapping.distributions else options.most_trials
     stop = Stop(most, options.timeout)
     try:
-        session.reuse(options.memory_bytes, reporter.say)
+        # Keeping books costs more than it saves where a candidate takes no time, unless asked for.
+        if options.memory is not None or session.baseline("search").seconds >= WORTH_REUSING:
+            session.reuse(options.memory_bytes, reporter.say)
     except TrialError as error:
         raise TaskError(f"{session.task.source}: on the float model: {error}") from error
     # From here on whoever interrupts the search is told which study to resume.

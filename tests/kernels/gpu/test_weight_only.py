@@ -59,6 +59,7 @@ def test_shapes(backend, device, make_weight, agree, m, n, k, bits):
     agree(product(x, None), reference(LINEAR, x, weight, None, None))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's
 @pytest.mark.parametrize("rows", [1, 7])
 def test_unusual_numbers_and_layouts(backend, device, make_weight, agree, rows):
     weight = make_weight((6, 40), 4)

@@ -29,7 +29,9 @@ def test_every_weight_equals_the_reference(backend, device, make_weight, agree, 
             agree(product(x, bias), reference(LINEAR, x, weight, None, bias))
 
 
-@pytest.mark.parametrize("granularity", ["per_group_64", "per_group_128", "per_group_16"])
+@pytest.mark.parametrize(
+    "granularity", ["per_group_64", "per_group_128", "per_group_16", "per_group_96"]
+)
 def test_groups(backend, device, make_weight, agree, granularity):
     weight = make_weight((5, 384), 4, granularity, "asymmetric")
     product = backend.prepare(LINEAR, weight, None, device)

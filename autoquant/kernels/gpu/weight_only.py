@@ -101,14 +101,15 @@ class PackedLinear:
         return clamped(out, clamp).view(*x.shape[:-1], outputs)
 
     def _arguments(self, x: Tensor, bias: Tensor | None, out: Tensor) -> tuple[Tensor | int, ...]:
-        """Return x, packed, scale, zero, bias, out, N, K, chunks, groups, group_spans."""
+        """Return x, packed, scale, zero, bias, out, N, K, chunks, groups."""
         n, chunks, _ = self.packed.shape
         shift = x if bias is None else bias.detach().contiguous()
-        sizes = (n, self.columns, chunks, self.scale.shape[1], ceil_div(self.group, self.span))
+        sizes = (n, self.columns, chunks, self.scale.shape[1])
         return x, self.packed, self.scale, self.zero, shift, out, *sizes
 
     def _cut(self, c: Config, bias: Tensor | None) -> dict[str, int]:
         constants = {"HAS_BIAS": bias is not None, "BITS": self.bits, "SPAN": self.span}
+        constants["GROUP_SPANS"] = 0 if self.scale.shape[1] == 1 else self.group // self.span
         return constants | c.arguments() | OPTIONS
 
 

@@ -52,11 +52,19 @@ KERNELS = [
         {"BLOCK_M": 32, "BLOCK_K": 32},
         {},
     ),
-    (packed.packed_vector, {"HAS_BIAS": True, "BITS": 3, "SPAN": 32, "BLOCK_N": 8}, HALF),
-    (packed.packed_vector, {"HAS_BIAS": True, "BITS": 7, "SPAN": 64, "BLOCK_N": 8}, {}),
+    (
+        packed.packed_vector,
+        {"HAS_BIAS": True, "BITS": 3, "SPAN": 32, "GROUP_SPANS": 2, "BLOCK_N": 8},
+        HALF,
+    ),
+    (
+        packed.packed_vector,
+        {"HAS_BIAS": True, "BITS": 7, "SPAN": 64, "GROUP_SPANS": 0, "BLOCK_N": 8},
+        {},
+    ),
     (
         packed.packed_matmul,
-        {"HAS_BIAS": True, "BITS": 4, "SPAN": 32, "BLOCK_M": 16, "BLOCK_N": 32},
+        {"HAS_BIAS": True, "BITS": 4, "SPAN": 32, "GROUP_SPANS": 0, "BLOCK_M": 16, "BLOCK_N": 32},
         HALF,
     ),
 ]

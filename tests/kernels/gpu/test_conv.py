@@ -110,6 +110,7 @@ def test_nan_reaches_what_the_reference_says(
     agree(y, expected)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_infinity_and_dead_samples(backend, device, make_weight, agree, scheme):
     case = CASES["dense"]

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,3 +131,19 @@ def test_what_is_left_to_the_reference(backend, device, make_weight):
     assert backend.prepare(LINEAR, weight, ActivationScheme(8), device) is None
     long = make_weight((1, 66200), 8, "per_tensor", "asymmetric")
     assert backend.prepare(LINEAR, long, a, device) is None
+
+
+def test_sums_at_the_end_of_int32(backend, device, make_weight, agree):
+    columns = 33024  # 255 · 255 · 33024 is just below 2^31
+    random = make_weight((3, columns), 8, "per_channel", "asymmetric")
+    scale = torch.full((3, 1), 1e-3, device=device)
+    zero = torch.tensor([[-128.0], [127.0], [-128.0]], device=device)
+    q = torch.where(zero < 0, 127, -128).to(torch.int8).expand(3, columns).contiguous()
+    q[2, ::2] = -128
+    weight = replace(random, q=q, qparams=replace(random.qparams, scale=scale, zero_point=zero))
+    for zero_point, value in ((127, -1e9), (-128, 1e9)):
+        a = ActivationScheme(8, "per_tensor", "asymmetric", scale=0.5, zero_point=zero_point)
+        product = backend.prepare(LINEAR, weight, a, device)
+        x = torch.full((2, columns), value, device=device)
+        expected = reference(LINEAR, x.double(), weight, a, None).float()
+        agree(product(x, None), expected)

@@ -29,7 +29,9 @@ def test_every_weight_equals_the_reference(backend, device, make_weight, agree, 
             agree(product(x, bias), reference(LINEAR, x, weight, None, bias))
 
 
-@pytest.mark.parametrize("granularity", ["per_group_64", "per_group_128", "per_group_16"])
+@pytest.mark.parametrize(
+    "granularity", ["per_group_64", "per_group_128", "per_group_16", "per_group_96"]
+)
 def test_groups(backend, device, make_weight, agree, granularity):
     weight = make_weight((5, 384), 4, granularity, "asymmetric")
     product = backend.prepare(LINEAR, weight, None, device)
@@ -59,6 +61,7 @@ def test_shapes(backend, device, make_weight, agree, m, n, k, bits):
     agree(product(x, None), reference(LINEAR, x, weight, None, None))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's
 @pytest.mark.parametrize("rows", [1, 7])
 def test_unusual_numbers_and_layouts(backend, device, make_weight, agree, rows):
     weight = make_weight((6, 40), 4)

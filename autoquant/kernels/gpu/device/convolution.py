@@ -123,7 +123,7 @@ def int8_convolution(
     if HAS_BIAS:
         shift = tl.load(bias + channel_n)
     y = to_real(acc, tl.load(x_scale + sample * PER_SAMPLE), scale, shift)
-    at_m = sample.to(tl.int64) * out_sample + (out_y * out_width + out_x) * out_pixel
+    at_m = sample.to(tl.int64) * out_sample + (out_y * out_width + out_x).to(tl.int64) * out_pixel
     store(out, y, at_m, channel_n.to(tl.int64) * out_channel, rows, columns, LAST)
 
 
@@ -185,7 +185,7 @@ def depthwise_convolution(
     if HAS_BIAS:
         shift = tl.load(bias + n, mask=columns, other=0.0)
     y = to_real(acc, tl.load(x_scale + sample * PER_SAMPLE), scale, shift)
-    at_m = sample.to(tl.int64) * out_sample + (out_y * out_width + out_x) * out_pixel
+    at_m = sample.to(tl.int64) * out_sample + (out_y * out_width + out_x).to(tl.int64) * out_pixel
     store(out, y, at_m, n.to(tl.int64) * out_channel, rows, columns, LAST)
 
 
@@ -244,7 +244,7 @@ def spread_nan(
                 block = tl.load(at, mask=inside & (k < K)[None, :], other=0.0)
                 bad = tl.maximum(bad, tl.max((block != block).to(tl.int32), axis=1))
             to = out + sample.to(tl.int64) * out_sample
-            to += (out_y * out_width + out_x) * out_pixel
+            to += (out_y * out_width + out_x).to(tl.int64) * out_pixel
             nan = tl.zeros((BLOCK_M,), tl.float32) + float("nan")
             for n in range(N):
                 at_n = (group * N + n).to(tl.int64) * out_channel

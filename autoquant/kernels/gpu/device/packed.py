@@ -34,7 +34,22 @@ def unpack_span(packed, SPAN_NUMBER: tl.constexpr, BITS: tl.constexpr, SPAN: tl.
     return (q - (1 << (BITS - 1))).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["chunks", "groups", "group_spans"])
+@triton.jit
+def group_of(chunk, groups, SPAN_NUMBER: tl.constexpr, GROUP_SPANS: tl.constexpr):
+    """Return the group of a span; spans of one group load one scale if the compiler sees it.
+
+    What fills up the last chunk has no scale of its own: the last one will do.
+    """
+    if GROUP_SPANS == 0:
+        group = 0
+    elif 8 % GROUP_SPANS == 0:
+        group = min(chunk * (8 // GROUP_SPANS) + SPAN_NUMBER // GROUP_SPANS, groups - 1)
+    else:
+        group = min((chunk * 8 + SPAN_NUMBER) // GROUP_SPANS, groups - 1)
+    return group
+
+
+@triton.jit(do_not_specialize=["chunks", "groups"])
 def packed_vector(
     x,  # float [M, K], contiguous
     packed,  # uint8 [N, chunks, BITS · SPAN], contiguous
@@ -46,10 +61,10 @@ def packed_vector(
     K,
     chunks,
     groups,
-    group_spans,  # spans that share a scale
     HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr,
     SPAN: tl.constexpr,
+    GROUP_SPANS: tl.constexpr,  # spans that share a scale; 0 where a channel has one
     BLOCK_N: tl.constexpr,
 ):
     """Compute BLOCK_N outputs of one row a program: for few rows, where memory is the limit."""
@@ -62,8 +77,7 @@ def packed_vector(
     for chunk in range(chunks):
         for span in tl.static_range(8):
             k = (chunk * 8 + span) * SPAN + lane
-            # What fills up the last chunk has no scale of its own: the last one will do.
-            group = min((chunk * 8 + span) // group_spans, groups - 1)
+            group = group_of(chunk, groups, span, GROUP_SPANS)
             scale = tl.load(scales + row * groups + group)
             zero = tl.load(zeros + row * groups + group)
             w = (unpack_span(at, span, BITS, SPAN) - zero[:, None]) * scale[:, None]
@@ -77,7 +91,7 @@ def packed_vector(
     tl.store(out + m * N + n, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "chunks", "groups", "group_spans"])
+@triton.jit(do_not_specialize=["M", "chunks", "groups"])
 def packed_matmul(
     x,  # float [M, K], contiguous
     packed,  # uint8 [N, chunks, BITS · SPAN], contiguous
@@ -90,10 +104,10 @@ def packed_matmul(
     K,
     chunks,
     groups,
-    group_spans,
     HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr,
     SPAN: tl.constexpr,
+    GROUP_SPANS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -108,7 +122,7 @@ def packed_matmul(
     for chunk in range(chunks):
         for span in tl.static_range(8):
             k = (chunk * 8 + span) * SPAN + lane
-            group = min((chunk * 8 + span) // group_spans, groups - 1)
+            group = group_of(chunk, groups, span, GROUP_SPANS)
             scale = tl.load(scales + row * groups + group)
             zero = tl.load(zeros + row * groups + group)
             w = (unpack_span(at, span, BITS, SPAN) - zero[None, :]) * scale[None, :]

@@ -14,6 +14,7 @@ from autoquant.kernels.gpu.device.convolution import (
     int8_convolution,
     spread_nan,
 )
+from autoquant.kernels.gpu.geometry import Geometry, geometry_of
 from autoquant.kernels.gpu.images import QuantizedImages, quantize
 from autoquant.kernels.gpu.integers import (
     IntegerActivation,
@@ -30,7 +31,6 @@ from autoquant.kernels.gpu.launch import (
     clamped,
     config,
     on,
-    round_up,
     takes,
 )
 from autoquant.kernels.gpu.tuning import bucket, tuned
@@ -61,56 +61,6 @@ DEPTHWISE = (
 )
 NAN_PROGRAMS = 512
 """Programs that look for NaN once the quantizing kernel has seen one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """A convolution on two axes, (y, x): what is known before the image.
-
-    ``depth`` is the input channels of a group and ``outputs`` all output channels; ``channels``
-    is what a pixel of the quantized image holds, filled up so that loads are aligned.
-    """
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    taps: tuple[int, int]
-    groups: int
-    depth: int
-    outputs: int
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether every output channel sees one input channel."""
-        return self.depth == 1
-
-    @property
-    def channels(self) -> int:
-        """Channels of a pixel in memory."""
-        if self.groups > 1 or self.depthwise:
-            return self.groups * self.depth
-        return round_up(self.depth, 4 if self.depth < 32 else 16)
-
-    @property
-    def group_depth(self) -> int:
-        """Channels of a group in memory."""
-        return self.depth if self.groups > 1 or self.depthwise else self.channels
-
-    def out_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return rows and columns of the output."""
-        sizes = zip(
-            (height, width), self.padding, self.dilation, self.taps, self.stride, strict=True
-        )
-        rows, columns = ((n + 2 * p - d * (t - 1) - 1) // s + 1 for n, p, d, t, s in sizes)
-        return rows, columns
-
-    def columns(self) -> Tensor:
-        """Return the order of a weight's columns as the kernels read them: (y, x, channel)."""
-        taps = self.taps[0] * self.taps[1]
-        order = torch.arange(self.depth * taps).view(self.depth, taps).T
-        return torch.nn.functional.pad(order, (0, self.group_depth - self.depth), value=-1).reshape(
-            -1
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,11 +228,6 @@ def _like(x: Tensor, samples: int, channels: int, size: tuple[int, int]) -> Tens
     return torch.empty(samples, channels, *size, device=x.device)
 
 
-def _pair(values: tuple[int, ...], first: int) -> tuple[int, int]:
-    """Return one number for each of two axes; a convolution on one axis has one row."""
-    return (values[0], values[1]) if len(values) == 2 else (first, values[0])
-
-
 def conv_product(
     operation: Operation, weight: QuantizedWeight, scheme: ActivationScheme, device: torch.device
 ) -> ConvProduct | None:
@@ -290,16 +235,7 @@ def conv_product(
 
     Padding so wide that a window sees nothing else is left to the reference.
     """
-    outputs, depth, *kernel = weight.shape
-    geometry = Geometry(
-        _pair(operation.stride, 1),
-        _pair(operation.padding, 0),
-        _pair(operation.dilation, 1),
-        _pair(tuple(kernel), 1),
-        operation.groups,
-        depth,
-        outputs,
-    )
+    geometry = geometry_of(operation, weight.shape)
     axes = zip(geometry.padding, geometry.dilation, geometry.taps, strict=True)
     if any(p < 0 or p > d * (t - 1) for p, d, t in axes):
         return None
@@ -311,4 +247,4 @@ def conv_product(
         return None
     if geometry.depthwise:
         integers = integers.transposed(geometry.taps[0] * geometry.taps[1])
-    return ConvProduct(geometry, integers, activation, 2 + len(kernel))
+    return ConvProduct(geometry, integers, activation, len(weight.shape))

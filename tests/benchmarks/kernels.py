@@ -9,9 +9,8 @@ take turns, each after the L2 cache was overwritten; numbers are medians. The pe
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +75,14 @@ CONVS = (
     Conv(512, 512, 3, 1, 7),
     Conv(2048, 512, 1, 1, 7),
 )
+
+
+CPU_LINEARS = ((4096, 384, 384), (4096, 384, 1536), (4096, 1536, 384), (4096, 1024, 1024))
+"""Rows, inputs and outputs of linear layers on a CPU: MiniLM at 64 × 64 tokens, and a large one."""
+CPU_IMAGES = 8
+"""Images of a convolution on a CPU."""
+CPU_ROUNDS = 9
+WEIGHT = WeightScheme(8)
 
 
 @dataclass(frozen=True)
@@ -266,24 +273,66 @@ def gpu_tables() -> list[Table]:
 
 
 def cpu_tables() -> list[Table]:
-    """Time the CPU backend; nothing where there is none."""
-    if importlib.util.find_spec("autoquant.kernels.cpu") is None:
-        return []
-    backend: Backend = importlib.import_module("autoquant.kernels.cpu").BACKEND
-    return time_cpu(backend)
+    """Time the CPU backend against float32 on this processor; raise where it can't compute."""
+    from autoquant.kernels.cpu.backend import CpuBackend
+
+    backend = CpuBackend()
+    missing = backend.missing(torch.device("cpu"))
+    if missing is not None:
+        raise SystemExit(missing)
+    with torch.no_grad():
+        rows = [_cpu_linear(backend, *shape) for shape in CPU_LINEARS]
+        rows += [_cpu_conv(backend, conv) for conv in CONVS]
+    header = ("layer", "8-bit, ms", "float32, ms", "8-bit over float32", "8-bit, G products/s")
+    return [Table("8-bit products on the CPU, with quantizing", header, tuple(rows))]
 
 
-def time_cpu(backend: Backend) -> list[Table]:
-    """Time ``backend`` against float32 on this processor."""
-    return []  # filled in together with the CPU backend
+def _cpu_linear(backend: Backend, m: int, k: int, n: int) -> tuple[str, ...]:
+    x, w = torch.randn(m, k), torch.randn(n, k)
+    product = _product(backend, LINEAR, quantized(w, WEIGHT), _static(x), x)
+    return _cpu_row(
+        f"linear {m} × {k} → {n}", m * k * n, lambda: product(x, None), lambda: F.linear(x, w)
+    )
+
+
+def _cpu_conv(backend: Backend, c: Conv) -> tuple[str, ...]:
+    last = torch.channels_last
+    x = torch.randn(CPU_IMAGES, c.channels, c.size, c.size).contiguous(memory_format=last)
+    w = torch.randn(c.outputs, c.channels, c.kernel, c.kernel)
+    product = _product(backend, c.operation, quantized(w, WEIGHT), _static(x), x)
+    wide = w.contiguous(memory_format=last)
+    return _cpu_row(
+        f"conv {c.kernel}×{c.kernel} / {c.stride}, {c.channels} → {c.outputs}, {c.size}²",
+        c.operations * CPU_IMAGES // IMAGES // 2,
+        lambda: product(x, None),
+        lambda: F.conv2d(x, wide, None, c.stride, c.kernel // 2),
+    )
+
+
+def _static(x: Tensor) -> ActivationScheme:
+    p = choose_qparams(x.min(), x.max(), 8, symmetric=False)
+    return ActivationScheme(8, scale=p.scale.item(), zero_point=int(p.zero_point.item()))
+
+
+def _cpu_row(
+    title: str, products: int, eight: Callable[[], object], wide: Callable[[], object]
+) -> tuple[str, ...]:
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(CPU_ROUNDS + 1):
+        for call, seen in zip((eight, wide), times, strict=True):
+            start = time.perf_counter()
+            call()
+            if i:  # the first is a warm-up
+                seen.append(1e3 * (time.perf_counter() - start))
+    fast, slow = map(statistics.median, times)
+    speed = products / fast / 1e6
+    return title, f"{fast:.2f}", f"{slow:.2f}", f"{slow / fast:.2f} ×", f"{speed:.0f}"
 
 
 def main() -> None:
     """Measure, print, and write the report."""
     cuda = torch.cuda.is_available()
     tables = gpu_tables() if cuda else cpu_tables()
-    if not tables:
-        raise SystemExit("nothing to measure: there is neither a CUDA GPU nor a CPU backend")
     machine = describe_machine()
     if cuda:
         machine = f"{torch.cuda.get_device_name()}. {machine}"

@@ -202,7 +202,7 @@ class Bench:
         """Return what a candidate that differs in one random layer costs, caches warm."""
         found = one_site_changed(self.session, rounds=9)
         self.session.realizer.apply(self.recipe)
-        return f"{found.speedup:.1f}× faster ({found.full:.2f} s → {found.reusing:.2f} s)"
+        return f"{found.speedup:.1f}× as fast ({found.full:.2f} s → {found.reusing:.2f} s)"
 
     def memory(self) -> float:
         """Return what the engine holds for one recipe, as a share of the float model's bytes.

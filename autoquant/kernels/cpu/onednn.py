@@ -194,6 +194,7 @@ class ConvProduct:
         self.pack = weight.packs[key]
         self.zero = _zeros(weight)
         self._edges: tuple[torch.Size, Tensor] | None = None
+        self._taken: dict[torch.Size, bool] = {}
 
     def _prepack(self) -> Tensor:
         o = self.operation
@@ -239,12 +240,13 @@ class ConvProduct:
         return self._edges[1]
 
     def _fits(self, x: Tensor) -> bool:
-        """Return whether there is an output; where there is none, the reference says so."""
-        o = self.operation
-        spans = (d * (k - 1) + 1 for d, k in zip(o.dilation, self.weight.q.shape[2:], strict=True))
-        room = (n + 2 * p for n, p in zip(x.shape[2:], o.padding, strict=True))
-        ins = self.weight.q.shape[1] * o.groups
-        return x.shape[1] == ins and all(r >= s for r, s in zip(room, spans, strict=True))
+        """Return whether oneDNN can be trusted with this shape; the reference takes the others."""
+        spatial = x.shape[2:]
+        if spatial not in self._taken:
+            self._taken[spatial] = geometry_is_safe(
+                self.operation, tuple(self.weight.q.shape), tuple(spatial)
+            )
+        return self._taken[spatial] and x.shape[1] == self.weight.q.shape[1] * self.operation.groups
 
     def _run(
         self, q: Tensor, scale: float | None, bias: Tensor | None, clamp: Clamp | None
@@ -258,6 +260,31 @@ class ConvProduct:
         if self.axes == 3 and clamp is not None:  # oneDNN's operator for volumes takes none
             return y.clamp_(*clamp)
         return y.squeeze(-2) if self.axes == 1 else y
+
+
+def geometry_is_safe(
+    operation: Operation, weight: tuple[int, ...], spatial: tuple[int, ...]
+) -> bool:
+    """Return whether oneDNN computes a convolution of this ``weight`` shape and input correctly.
+
+    There must be an output, and each of its numbers must see at least one that is not padding:
+    where one sees none, oneDNN reads beyond the input, and the process may die. Of groups with one
+    channel, only the plain depthwise kind is right: the others take wrong zero points at some
+    sizes. Both were found by trying shapes at random, with torch 2.13 on a processor with VNNI.
+    """
+    depthwise = weight[0] == operation.groups > 1
+    if weight[1] == 1 and not depthwise:
+        return False
+    for n, kernel, stride, padding, dilation in zip(
+        spatial, weight[2:], operation.stride, operation.padding, operation.dilation, strict=True
+    ):
+        room = n + 2 * padding - dilation * (kernel - 1) - 1
+        if room < 0:
+            return False
+        for start in range(-padding, room - padding + 1, stride):
+            if not any(0 <= start + k * dilation < n for k in range(kernel)):
+                return False
+    return True
 
 
 def _post(clamp: Clamp | None) -> tuple[str, list[float], str]:

@@ -1,6 +1,7 @@
 """Products of integers equal the reference; what they can't do they refuse."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -38,6 +39,10 @@ def check(operation, x, w, weights, activations, *, bias=True, clamp=None, toler
     return found
 
 
+def is_safe(operation, w, x):
+    return onednn.geometry_is_safe(operation, tuple(w.shape), tuple(x.shape[2:]))
+
+
 @settings(max_examples=400, deadline=None)
 @given(
     operations(),
@@ -72,7 +77,56 @@ def test_products_equal_the_reference(drawn, weights, activations, bias, clamp, 
         assert weights.bits == 8
         assert centered.abs().max() > 127
         return
+    if operation.kind != "linear" and not is_safe(operation, w, x):
+        product = onednn.prepare(operation, quantized(w, weights), activations)
+        assert product(x, None, clamp) is None
+        return
     check(operation, x, w, weights, activations, bias=bias, clamp=clamp)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_convolutions_of_all_shapes_are_right_or_refused(axes):
+    """Far more shapes than hypothesis draws: a wrong one may be one in thousands."""
+    draw = random.Random(axes)
+    torch.manual_seed(axes)
+    taken = 0
+    while taken < 500:
+        groups, ins = draw.choice((1, 1, 2, 3, 8, 32)), draw.choice((1, 1, 2, 3, 4, 17))
+        outs = draw.choice((1, 1, 2, 3, 8, 17, 32))
+
+        def each(*numbers):
+            return tuple(draw.choice(numbers) for _ in range(axes))
+
+        operation = Operation(
+            f"conv{axes}d", each(1, 2, 3), each(0, 1, 2, 3), each(1, 1, 2), groups
+        )
+        x = torch.randn(draw.choice((1, 2)), groups * ins, *each(1, 2, 3, 4, 5, 7, 9))
+        w = torch.randn(groups * outs, ins, *each(1, 2, 3, 5))
+        if not is_safe(operation, w, x):
+            continue
+        taken += 1
+        if axes == 2 and draw.random() < 0.5:
+            x = x.contiguous(memory_format=torch.channels_last)
+        made = calibrated(
+            ActivationScheme(8, draw.choice(("per_tensor", "per_token")), draw.choice(SCHEMES)), x
+        )
+        check(operation, x, w, WeightScheme(6), made)
+
+
+def test_outputs_that_see_padding_alone_are_refused():
+    """A few of the shapes that end the process, or that come out wrong, in oneDNN."""
+    for stride, padding, dilation, groups, w, spatial in (
+        ((1, 2), (0, 1), (2, 2), 6, (12, 1, 2, 1), (5, 1)),
+        ((2, 1), (2, 1), (1, 2), 1, (2, 4, 5, 2), (4, 1)),
+        ((1, 2), (0, 0), (1, 1), 2, (4, 1, 1, 3), (2, 3)),
+        ((1, 3), (3, 3), (1, 1), 1, (1, 1, 7, 7), (6, 2)),
+        ((1, 1), (0, 0), (1, 1), 1, (1, 2, 3, 3), (2, 5)),
+    ):
+        operation = Operation("conv2d", stride, padding, dilation, groups)
+        assert not onednn.geometry_is_safe(operation, w, spatial)
+    assert onednn.geometry_is_safe(CONV, (4, 3, 3, 3), (1, 1))
+    depthwise = Operation("conv2d", (2, 2), (1, 1), (1, 1), 8)
+    assert onednn.geometry_is_safe(depthwise, (8, 1, 3, 3), (7, 7))
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv3d"])

@@ -21,6 +21,7 @@ from autoquant.nn.archive import SUFFIX, save_archive
 from autoquant.nn.convert import prepare
 from autoquant.search.session import open_session
 from autoquant.search.source import state_hash
+from autoquant.spec.calibration import DATA_CALIBRATIONS
 from autoquant.spec.recipe import Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -54,6 +55,10 @@ def needs_data(recipe: Recipe) -> str | None:
     for name, site in recipe.sites.items():
         if site.learning_rate is not None and site.weight is not None:
             return f"{name}: learning_rate: learned rounding needs the task's calibration data"
+        if site.bias_correction and site.weight is not None:
+            return f"{name}: bias_correction: it needs the task's calibration data"
+        if site.weight is not None and site.weight.calibration in DATA_CALIBRATIONS:
+            return f"{name}: calibration {site.weight.calibration}: needs the task's data"
         a = site.activation
         if a is not None and a.scale is None and not a.dynamic:
             return f"{name}: activation: it has no scale, so it must be calibrated"

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from autoquant.errors import SpecError, TrialError
+from autoquant.methods.bias import bias_shift
 from autoquant.methods.rounding import learn_rounding
 from autoquant.nn.calibrate import SiteStatistics
 from autoquant.nn.convert import Prepared, deploy
@@ -17,7 +19,9 @@ from autoquant.nn.sites import Site
 from autoquant.nn.weights import quantize_weight
 from autoquant.observers.calibration import activation_range
 from autoquant.quant.affine import choose_qparams
+from autoquant.quant.blocks import to_matrix
 from autoquant.quant.weight import QuantizedWeight
+from autoquant.spec.calibration import DATA_CALIBRATIONS
 from autoquant.spec.granularity import divides
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe, WeightScheme
 
@@ -36,7 +40,7 @@ class Realizer:
         self.prepared = prepared
         self.statistics = statistics
         self._sites = {site.name: site for site in prepared.sites}
-        self._weights: OrderedDict[tuple[str, WeightScheme, float | None], HeldWeight]
+        self._weights: OrderedDict[tuple[str, WeightScheme, float | None, bool], HeldWeight]
         self._weights = OrderedDict()
         self._ranges: dict[tuple[str, ActivationScheme], ActivationScheme] = {}
         self._current: dict[str, SiteRecipe] = {}
@@ -68,10 +72,12 @@ class Realizer:
     def calibrated(self, name: str, recipe: SiteRecipe) -> SiteRecipe:
         """Return ``recipe`` in canonical form, with scale and zero point where they are static."""
         recipe = recipe.canonical()
-        if recipe.activation is None:
-            return recipe
+        if not self._sites[name].corrects:
+            recipe = replace(recipe, bias_correction=False)
         if not self._sites[name].activation:
             return replace(recipe, activation=None)
+        if recipe.activation is None:
+            return recipe
         return replace(recipe, activation=self.activation(name, recipe.activation))
 
     def activation(self, name: str, scheme: ActivationScheme) -> ActivationScheme:
@@ -106,12 +112,13 @@ class Realizer:
         scheme = recipe.weight
         if scheme is None:
             return None
-        key = (site.name, scheme, recipe.learning_rate)
+        key = (site.name, scheme, recipe.learning_rate, recipe.bias_correction)
         if key in self._weights:
             self._weights.move_to_end(key)
             return self._weights[key]
-        made = self._quantize(site, scheme, recipe.learning_rate)
-        self._weights[key] = HeldWeight(made, self.prepared.engine)
+        made = self._quantize(site, scheme, recipe)
+        shift = self._shift(site, made) if recipe.bias_correction else None
+        self._weights[key] = HeldWeight(made, self.prepared.engine, shift)
         self._evict()
         return self._weights[key]
 
@@ -122,37 +129,51 @@ class Realizer:
             _, oldest = self._weights.popitem(last=False)
             held -= oldest.bytes
 
-    def _quantize(
-        self, site: Site, scheme: WeightScheme, learning_rate: float | None
-    ) -> QuantizedWeight:
+    def _shift(self, site: Site, made: QuantizedWeight) -> Tensor:
+        """Return what the bias of a site moves by."""
+        means = self._known(site, "bias_correction: a corrected bias").means
+        assert means is not None
+        parameter = self.prepared.slots[site.name].parameter.detach()
+        matrix = to_matrix(parameter.to(torch.float32), site.channel_axis)
+        return bias_shift(made.matrix() - matrix, means.to(matrix.device))
+
+    def _known(self, site: Site, what: str) -> SiteStatistics:
+        """Return what calibration saw at a site; SpecError, for ``what`` needs it, without."""
+        if site.name not in self.statistics:
+            raise SpecError(f"{site.name}: {what} needs calibration data; give the task file")
+        return self.statistics[site.name]
+
+    def _quantize(self, site: Site, scheme: WeightScheme, recipe: SiteRecipe) -> QuantizedWeight:
         if not divides(scheme.granularity, site.matrix):
             raise SpecError(
                 f"{site.name}: weight.granularity: {scheme.granularity} does not divide the "
                 f"{site.matrix[1]} inputs of a channel"
             )
         parameter = self.prepared.slots[site.name].parameter
+        corrected, rate, error = recipe.bias_correction, recipe.learning_rate, None
+        if scheme.calibration in DATA_CALIBRATIONS:
+            known = self._known(site, f"calibration {scheme.calibration}: it")
+            error = known.output_error(corrected=corrected)
         try:
-            if learning_rate is None:
-                return quantize_weight(parameter, site, scheme)
-            if site.name not in self.statistics:
-                raise SpecError(
-                    f"{site.name}: learning_rate: learned rounding needs calibration data; "
-                    "give the task file"
-                )
-            moments = self.statistics[site.name].moments
-            return learn_rounding(parameter, site, scheme, moments, learning_rate)
+            if rate is None:
+                return quantize_weight(parameter, site, scheme, error)
+            known = self._known(site, "learning_rate: learned rounding")
+            moments = known.covariance if corrected else known.moments
+            return learn_rounding(parameter, site, scheme, moments, rate, error=error)
         except TrialError as error:
             raise TrialError(f"{site.name}: {error}") from error
 
     def deploy(self, sites: Mapping[str, SiteRecipe]) -> torch.nn.Module:
         """Return a copy of the model that carries ``sites`` as packed integers."""
         done = self.apply(sites)
-        choices = {
-            name: (self.weight(self._sites[name], recipe), recipe.activation)
-            for name, recipe in done.items()
-        }
+        choices, shifts = {}, {}
+        for name, recipe in done.items():
+            held = self._held(self._sites[name], recipe)
+            choices[name] = None if held is None else held.quantized, recipe.activation
+            if held is not None and held.shift is not None:
+                shifts[name] = held.shift
         self.to_float()
-        return deploy(self.prepared, choices)
+        return deploy(self.prepared, choices, shifts)
 
 
 def check_names(sites: Mapping[str, SiteRecipe], known: Mapping[str, Site]) -> None:

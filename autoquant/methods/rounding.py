@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autoquant.nn.sites import Site
 from autoquant.nn.weights import quantize_weight
+from autoquant.observers.output_error import OutputError
 from autoquant.quant.affine import TINY, QParams
 from autoquant.quant.blocks import from_blocks, to_blocks, to_matrix
 from autoquant.quant.weight import QuantizedWeight
@@ -47,13 +48,15 @@ def learn_rounding(
     moments: Tensor | None,
     learning_rate: float,
     steps: int = STEPS,
+    error: OutputError | None = None,
 ) -> QuantizedWeight:
     """Return ``weight`` quantized with learned rounding and scales; never worse than nearest.
 
     ``learning_rate`` is Adam's, in grid steps for the offsets and in units of ln(scale) ÷ 10 for
-    the scales. Deterministic: the data are in ``moments``, and nothing is drawn at random.
+    the scales; ``error`` serves to find the first scales. Deterministic: the data are in
+    ``moments``, and nothing is drawn at random.
     """
-    nearest = quantize_weight(weight, site, scheme)
+    nearest = quantize_weight(weight, site, scheme, error)
     matrix = to_matrix(weight.detach().to(torch.float32), site.channel_axis)
     if moments is not None:
         moments = moments.to(matrix.device)
@@ -74,14 +77,14 @@ def learn_rounding(
             for group, full in zip(optimizer.param_groups, (1.0, 0.1), strict=True):
                 group["lr"] = learning_rate * full * rate
             q, real = _round(matrix, scheme, start, offset, log_scale)
-            error = output_error(real - matrix, moments, site.groups) / signal
-            if error.item() < best_error.item():
+            found = output_error(real - matrix, moments, site.groups) / signal
+            if found.item() < best_error.item():
                 scale = (start.scale * log_scale.detach().exp()).clone()
                 qparams = QParams(scale, start.zero_point, start.bits, start.symmetric)
                 best = replace(nearest, q=q, qparams=qparams)
-                best_error = error.detach()
+                best_error = found.detach()
             optimizer.zero_grad()
-            error.backward()
+            found.backward()
             optimizer.step()
             with torch.no_grad():
                 offset.clamp_(-0.5, 0.5)

@@ -85,7 +85,12 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
         }
     except (ModelFileError, SpecError) as error:
         raise ModelFileError(f"{other}: {error}") from error
-    deployed = deploy(prepared, choices)
+    shifts = {
+        name: torch.zeros(known[name].matrix[0])
+        for name, site in recipe.sites.items()
+        if site.bias_correction
+    }
+    deployed = deploy(prepared, choices, shifts)
     with safe_open(str(path), "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     everything = deployed.state_dict(keep_vars=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from autoquant.errors import TrialError
 from autoquant.nn.convert import Prepared
 from autoquant.nn.sites import Site
+from autoquant.observers.output_error import OutputError
 from autoquant.observers.statistics import StatisticsCollector, TensorStatistics
 from autoquant.quant.activation import token_dims
 
@@ -31,10 +34,36 @@ class SiteStatistics:
     ``inputs`` describes the activation, None where none meets the weight. ``moments`` is the mean
     of x·xᵀ over rows of the input as the weight sees it: float32 [groups, n, n], or its diagonal
     [groups, n], where n is the number of weights of an output channel; None without activation.
+    ``means`` are those of x, [groups, n], where the layer has (or could have) a bias to correct.
     """
 
     inputs: TensorStatistics | None
     moments: Tensor | None
+    means: Tensor | None = None
+
+    @property
+    def covariance(self) -> Tensor | None:
+        """The moments about the mean: what is left to err where the bias is corrected."""
+        if self.moments is None or self.means is None:
+            return self.moments
+        if self.moments.dim() == 2:
+            return (self.moments - self.means.square()).clamp(min=0.0)
+        return self.moments - self.means[:, :, None] * self.means[:, None, :]
+
+    def output_error(self, *, corrected: bool) -> OutputError | None:
+        """Return what an error of the weight does to the output; None where nothing is known.
+
+        ``corrected`` says that the bias makes up for the mean.
+        """
+        return self._about_mean if corrected else self._about_zero
+
+    @cached_property
+    def _about_mean(self) -> OutputError | None:
+        return None if self.covariance is None else OutputError.of(self.covariance)
+
+    @cached_property
+    def _about_zero(self) -> OutputError | None:
+        return None if self.moments is None else OutputError.of(self.moments)
 
 
 class _Recorder:
@@ -45,6 +74,8 @@ class _Recorder:
         self.collector = StatisticsCollector(token_dim=-1)
         self.total: Tensor | None = None
         self.rows = 0
+        self.sum: Tensor | None = None
+        self.windows = 0
 
     @torch.inference_mode(False)  # the user's code may be in it, but sums must stay writable
     @torch.no_grad()
@@ -57,6 +88,10 @@ class _Recorder:
         last = x.dim() == 4 and len(dims) == 3 and not x.is_contiguous()
         tokens = x.permute(0, 2, 3, 1) if last else x
         self.collector.update(tokens.flatten(-len(dims)))
+        if self.site.corrects:
+            summed, count = input_sums(x, self.site, self.module)
+            self.windows += count
+            self.sum = summed if self.sum is None else self.sum.add_(summed)
         rows = input_rows(x, self.site, self.module)
         if rows is None:
             return
@@ -71,7 +106,44 @@ class _Recorder:
         if self.collector.empty:
             return SiteStatistics(None, None)
         moments = None if self.total is None else (self.total / max(self.rows, 1)).cpu()
-        return SiteStatistics(inputs, moments)
+        means = None if self.sum is None else (self.sum / max(self.windows, 1)).float().cpu()
+        return SiteStatistics(inputs, moments, means)
+
+
+def input_sums(x: Tensor, site: Site, module: nn.Module) -> tuple[Tensor, int]:
+    """Return the sum of all rows of the input as the weights see it, and how many there are.
+
+    float64 [groups, n]; for linear layers and for convolutions of one to three dimensions. Samples
+    are added up before they are cut into windows, so it costs one pass over the input.
+    """
+    if site.kind == "linear":
+        flat = x.reshape(-1, x.shape[-1])
+        return flat.sum(0, dtype=torch.float64)[None], flat.shape[0]
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    axes = len(module.kernel_size)
+    x = x.reshape(-1, *x.shape[-axes - 1 :]).to(torch.float32)
+    image = _windows(x.sum(0, keepdim=True), module)[0]  # [channels, *positions, *kernel]
+    positions = tuple(range(1, axes + 1))
+    summed = image.sum(positions, dtype=torch.float64)
+    count = x.shape[0] * math.prod(image.shape[1 : axes + 1])
+    return summed.reshape(module.groups, -1), count
+
+
+def _windows(x: Tensor, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
+    """Return what each output position sees of ``x``: a view of the padded input.
+
+    [batch, channels, *positions, *kernel].
+    """
+    pads = list(module._reversed_padding_repeated_twice)
+    if any(pads):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, pads, mode=mode)
+    axes = len(module.kernel_size)
+    for axis in range(axes):
+        span = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        # The newest axis is the last one.
+        x = x.unfold(2 + axis, span, module.stride[axis])[..., :: module.dilation[axis]]
+    return x
 
 
 def input_rows(x: Tensor, site: Site, module: nn.Module) -> Tensor | None:
@@ -87,40 +159,17 @@ def input_rows(x: Tensor, site: Site, module: nn.Module) -> Tensor | None:
     if site.kind != "conv" or isinstance(module, nn.Conv3d):
         return None
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    if isinstance(module, nn.Conv1d):
-        x = x.reshape(-1, *x.shape[-2:])[:, :, None]
-        kernel, stride = (1, *module.kernel_size), (1, *module.stride)
-        dilation = (1, *module.dilation)
-    else:
-        x = x.reshape(-1, *x.shape[-3:])
-        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    groups = module.groups
-    if isinstance(module, nn.Conv2d) and _is_pointwise(module):
-        flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        flat = flat[_spread(flat.shape[0], GRAM_ROWS, flat.device)]
-        return flat.unflatten(1, (groups, -1)).movedim(1, 0)
-    left, right, top, bottom = _padding(module)
-    positions = x.shape[-1] * x.shape[-2] // (stride[0] * stride[1])
-    x = x[_spread(x.shape[0], max(1, GRAM_ROWS // max(positions, 1)), x.device)]
-    if any((left, right, top, bottom)):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, (left, right, top, bottom), mode=mode)
-    columns = F.unfold(x, kernel, dilation=dilation, padding=0, stride=stride)
-    columns = columns[..., _spread(columns.shape[-1], GRAM_ROWS // x.shape[0] or 1, x.device)]
-    n = columns.shape[1] // groups
-    return columns.unflatten(1, (groups, n)).permute(1, 0, 3, 2).reshape(groups, -1, n)
-
-
-def _is_pointwise(module: nn.Conv2d) -> bool:
-    """Return whether every position of the input is one row of what the weights see."""
-    ones = set(module.kernel_size) == {1} and set(module.stride) == {1}
-    return ones and not any(module._reversed_padding_repeated_twice)
-
-
-def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, int, int, int]:
-    """Return (left, right, top, bottom) as F.pad takes them."""
-    pads = list(module._reversed_padding_repeated_twice)
-    return (*pads, 0, 0) if len(pads) == 2 else tuple(pads)  # type: ignore[return-value]
+    axes = len(module.kernel_size)
+    windows = _windows(x.reshape(-1, *x.shape[-axes - 1 :]), module)
+    count = windows.shape[0] * math.prod(windows.shape[2 : axes + 2])
+    index = _scattered(count, GRAM_ROWS, x.device)
+    picked: list[Tensor] = []
+    for size in reversed(windows.shape[2 : axes + 2]):
+        picked.insert(0, index % size)
+        index = index // size
+    # Channels go last among the axes that stay, so that one index picks every window.
+    rows = windows.movedim(1, axes + 1)[(index, *picked)].flatten(1)  # [rows, channels · kernel]
+    return rows.unflatten(1, (module.groups, -1)).movedim(1, 0)
 
 
 def _spread(count: int, most: int, device: torch.device) -> Tensor:
@@ -128,6 +177,19 @@ def _spread(count: int, most: int, device: torch.device) -> Tensor:
     if count <= most:
         return torch.arange(count, device=device)
     return torch.arange(most, device=device) * count // most
+
+
+def _scattered(count: int, most: int, device: torch.device) -> Tensor:
+    """Return at most ``most`` indices of range(count), one of each equal part, at varied places.
+
+    Steps of one size would fall on the same few columns of an image. Places follow the golden
+    ratio: evenly spread, and the same every time.
+    """
+    if count <= most:
+        return torch.arange(count, device=device)
+    k = torch.arange(most, dtype=torch.float64)
+    place = (k * 0.6180339887498949) % 1.0
+    return ((k + place) * (count / most)).long().clamp_(max=count - 1).to(device)
 
 
 def calibrate(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoquant.errors import ModelFileError
 from autoquant.kernels.engine import Engine
@@ -159,9 +159,11 @@ def nothing_to_quantize(model: nn.Module) -> str:
 def deploy(
     prepared: Prepared,
     choices: Mapping[str, tuple[QuantizedWeight | None, ActivationScheme | None]],
+    shifts: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Return a copy of the model that carries packed integers at every site of ``choices``.
 
+    ``shifts`` [channels] are what biases move by; a layer without a bias gets one.
     A module all of whose sites stay in float is again the original layer.
     """
     prepared.reset()
@@ -176,6 +178,8 @@ def deploy(
             packed = PackedSite(site.kind, parameter.dtype, stored, activation)
         for path, name in site.users:
             _pack(model.get_submodule(path), name, packed)
+            if shifts and site.name in shifts:
+                _shift(model.get_submodule(path), shifts[site.name])
     unfollow(model)
     for module in model.modules():
         if "float_class" in vars(module):
@@ -199,6 +203,13 @@ def _pack(module: nn.Module, name: str, packed: PackedSite | None) -> None:
     if isinstance(module, nn.RNNBase):
         # The list of weights for the fused kernel would keep the float ones alive.
         module._flat_weights = [None] * len(module._flat_weights)
+
+
+def _shift(module: nn.Module, shift: Tensor) -> None:
+    """Move the bias of one layer for good."""
+    own = module._parameters["bias"]
+    moved = shift.clone() if own is None else (own.detach().float() + shift).to(own.dtype)
+    module._parameters["bias"] = nn.Parameter(moved, requires_grad=False)
 
 
 def _settle(module: nn.Module) -> None:

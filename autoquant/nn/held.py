@@ -13,11 +13,17 @@ from autoquant.spec.recipe import ActivationScheme
 
 
 class HeldWeight:
-    """One quantized weight: its products, and its real numbers where something asks for them."""
+    """One quantized weight: its products, and its real numbers where something asks for them.
 
-    def __init__(self, quantized: QuantizedWeight, engine: Engine) -> None:
+    ``shift`` [channels], float32, is what the layer's bias moves by, None where it stays.
+    """
+
+    def __init__(
+        self, quantized: QuantizedWeight, engine: Engine, shift: Tensor | None = None
+    ) -> None:
         self.quantized = quantized
         self.engine = engine
+        self.shift = shift
         self._real: Tensor | None = None
         self._parts: dict[Rows, QuantizedWeight] = {None: quantized}
         self._products: dict[tuple[Operation, ActivationScheme | None, Rows], Product | None] = {}
@@ -28,6 +34,14 @@ class HeldWeight:
             real = torch.empty_like(parameter, requires_grad=False)
             self._real = real.copy_(self.quantized.dequantize(parameter.dtype))
         return self._real
+
+    def bias(self, own: Tensor | None) -> Tensor | None:
+        """Return the bias to compute with, where the layer's ``own`` one may be None."""
+        if self.shift is None:
+            return own
+        if own is None:
+            return self.shift
+        return (own.to(torch.float32) + self.shift).to(own.dtype)
 
     def product(
         self,

@@ -45,11 +45,16 @@ class _QuantizedCall(_SiteWeight):
     that follows.
     """
 
-    bias: Tensor | None
     operation: Operation | None = None
     clamp: Clamp | None = None
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that the layer computes with."""
+        return self.sites["weight"].bias(self._parameters["bias"])
+
     if TYPE_CHECKING:
+        _parameters: dict[str, Tensor | None]
 
         def __call__(self, *args: Any) -> Any: ...
 

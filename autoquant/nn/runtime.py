@@ -25,6 +25,10 @@ class SiteRuntime(Protocol):
         """The weight to compute with, in the parameter's own shape."""
         ...
 
+    def bias(self, own: Tensor | None) -> Tensor | None:
+        """Return the bias to compute with, where the layer's ``own`` one may be None."""
+        ...
+
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the activation ``x`` that meets the weight, as the quantized model sees it."""
         ...

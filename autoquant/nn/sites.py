@@ -44,6 +44,11 @@ class Site:
         return rows * columns
 
     @property
+    def corrects(self) -> bool:
+        """Whether a bias can make up for the mean error of the quantized weight."""
+        return self.activation and self.kind in ("linear", "conv")
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """Shape [output channels, everything else] in which granularity is defined."""
         return matrix_shape(self.shape, self.channel_axis)

@@ -62,6 +62,10 @@ class SiteSlot:
         self._tell()
         return self._real()
 
+    def bias(self, own: Tensor | None) -> Tensor | None:
+        """Return the bias to compute with: the layer's ``own`` one, corrected where it is to be."""
+        return own if self.held is None else self.held.bias(own)
+
     def _tell(self) -> None:
         """Tell whoever listens that the weight is about to be used."""
         self.use()

@@ -31,8 +31,9 @@ def weight_range(blocks: Tensor, method: str, bits: int, symmetric: bool) -> tup
 
     ``max`` covers every number. ``percentile_P`` covers up to the P-th percentile of |x|, or of x
     and from the (100 − P)-th where asymmetric, interpolated linearly. ``mse`` is the range with
-    the least squared error, and never has a larger one than ``max``. Symmetric ranges are
-    [−T, T]. Raises SpecError for an unknown method, TrialError for NaN or Inf.
+    the least squared error, and never has a larger one than ``max``; so is ``output_mse``, which
+    knows no better without the layer's input (see ``output_error``). Symmetric ranges are [−T, T].
+    Raises SpecError for an unknown method, TrialError for NaN or Inf.
     """
     p = percentile_of(method)
     if p is None and method not in WEIGHT_CALIBRATIONS:
@@ -48,7 +49,7 @@ def weight_range(blocks: Tensor, method: str, bits: int, symmetric: bool) -> tup
         lo = -hi
     if p is not None:
         return _percentile(blocks, p, lo, hi, symmetric)
-    if method == "mse":
+    if method in ("mse", "output_mse"):
         return _mse(blocks, lo, hi, bits, symmetric)
     return lo, hi
 

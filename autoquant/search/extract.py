@@ -26,12 +26,19 @@ class StoredSite:
     layer: str
     matrix: tuple[int, int]
     activation: bool
+    corrects: bool
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> StoredSite:
         """Return the site that a header describes."""
         rows, columns = plain["matrix"]
-        return cls(plain["name"], plain["layer"], (rows, columns), plain["activation"])
+        return cls(
+            plain["name"],
+            plain["layer"],
+            (rows, columns),
+            plain["activation"],
+            plain.get("corrects", False),
+        )
 
 
 def mapping_of(ledger: Ledger) -> ParameterMap:

@@ -103,7 +103,8 @@ class ParameterMap:
             learned = rate.low
             if rate.low < rate.high:
                 learned = float(params[f"{site}.learning_rate"])
-        return SiteRecipe(weight, activation, learned).canonical()
+        corrected = bool(value["bias_correction"])
+        return SiteRecipe(weight, activation, learned, corrected).canonical()
 
     def _value(self, site: str, dimension: str, params: Mapping[str, Any]) -> Any:
         code = self._codes[site].get(dimension)
@@ -129,6 +130,7 @@ class ParameterMap:
         if w is not None:
             chosen = (w.bits, w.granularity, w.scheme, w.calibration)
             values |= dict(zip(_WEIGHT, chosen, strict=True))
+            values["bias_correction"] = recipe.bias_correction
         if a is not None:
             calibration: str | None = a.calibration
             if a.dynamic and calibration not in space.choices["activation_calibration"]:

@@ -115,14 +115,9 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
         example = session.evaluator.example()
         with session.prepared.engine.reference():  # which is what a saved model computes
             expected = None if example is None else _run(session, session.model, example)
-        choices = {
-            site.name: (session.realizer.weight(site, done[site.name]), done[site.name].activation)
-            for site in session.prepared.sites
-        }
-        session.realizer.to_float()
+        deployed = session.realizer.deploy(done)
         # The copy stands for the architecture that the user has: converted, then given back.
         skeleton = deploy(session.prepared, {})
-        deployed = deploy(session.prepared, choices)
         recipe = session.recipe(done)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"

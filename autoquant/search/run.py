@@ -218,7 +218,13 @@ def start(
         "options": options.plain(),
         "out": str(out.resolve()),
         "sites": [
-            {"name": s.name, "layer": s.layer, "matrix": list(s.matrix), "activation": s.activation}
+            {
+                "name": s.name,
+                "layer": s.layer,
+                "matrix": list(s.matrix),
+                "activation": s.activation,
+                "corrects": s.corrects,
+            }
             for s in session.prepared.sites
         ],
         "folded": dict(session.prepared.folded),

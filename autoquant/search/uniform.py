@@ -42,7 +42,7 @@ def _site(space: SiteSpace, bits: int, calibration: str | None) -> SiteRecipe:
         activation = ActivationScheme(max(quantized), *first)
     rate = space.learning_rate
     learned = rate.low if rate is not None and not rate.optional else None
-    return SiteRecipe(weight, activation, learned).canonical()
+    return SiteRecipe(weight, activation, learned, c["bias_correction"][0]).canonical()
 
 
 def widths(spaces: Mapping[str, SiteSpace]) -> list[int]:

@@ -70,12 +70,14 @@ class SiteRecipe:
     """What one site becomes; None means that it stays in float (16 bits).
 
     ``learning_rate`` says how fast the rounding and the scale of the weight are learned against
-    the layer's float output after calibration; None means not at all.
+    the layer's float output after calibration; None means not at all. ``bias_correction`` moves
+    the bias by what the quantized weight makes of the mean input, so that the mean output stays.
     """
 
     weight: WeightScheme | None = None
     activation: ActivationScheme | None = None
     learning_rate: float | None = None
+    bias_correction: bool = False
 
     @property
     def weight_bits(self) -> int:
@@ -86,13 +88,14 @@ class SiteRecipe:
         """Return the same recipe in its one spelling, with what has no effect left out.
 
         A per-token scale is computed from the token's own range, so its calibration is ``max``;
-        there is nothing to learn where the weight stays in float.
+        there is nothing to learn or to correct where the weight stays in float.
         """
         activation = self.activation
         if activation is not None and activation.dynamic:
             activation = replace(activation, calibration="max", scale=None, zero_point=None)
         learning_rate = self.learning_rate if self.weight is not None else None
-        return SiteRecipe(self.weight, activation, learning_rate)
+        corrected = self.bias_correction and self.weight is not None
+        return SiteRecipe(self.weight, activation, learning_rate, corrected)
 
     def uncalibrated(self) -> SiteRecipe:
         """Return the same choices without calibrated numbers."""
@@ -187,8 +190,10 @@ def choices_key(sites: Mapping[str, SiteRecipe]) -> str:
 
 def _plain(site: SiteRecipe) -> list[Any]:
     w, a = site.weight, site.activation
-    return [
+    plain = [
         None if w is None else [w.bits, w.granularity, w.scheme, w.calibration],
         None if a is None else [a.bits, a.granularity, a.scheme, a.calibration],
         site.learning_rate,
     ]
+    # Keys of recipes without it stay what they were.
+    return [*plain, True] if site.bias_correction else plain

@@ -113,8 +113,9 @@ def site_from_plain(data: Any, where: str) -> SiteRecipe:
     rate = None if found is None else as_number(found)
     if found is not None and (rate is None or rate <= 0):
         raise fields.fail("learning_rate", found, "a number > 0, or null")
+    corrected = fields.flag("bias_correction", False)
     fields.close()
-    return SiteRecipe(weight, activation, rate)
+    return SiteRecipe(weight, activation, rate, corrected)
 
 
 def _weight(fields: Fields) -> WeightScheme | None:
@@ -250,7 +251,8 @@ def site_to_plain(site: SiteRecipe) -> dict[str, Any]:
         }
         if a.scale is not None:
             activation |= {"scale": a.scale, "zero_point": a.zero_point or 0}
-    return {"weight": weight, "activation": activation, "learning_rate": site.learning_rate}
+    plain = {"weight": weight, "activation": activation, "learning_rate": site.learning_rate}
+    return plain | {"bias_correction": True} if site.bias_correction else plain
 
 
 NOT_SPLIT = "not measured: the task gives no second data set, so the drop is on what search saw"

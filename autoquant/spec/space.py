@@ -41,6 +41,7 @@ DIMENSIONS: Mapping[str, tuple[Any, ...]] = {
     "activation_granularity": ACTIVATION_GRANULARITIES,
     "activation_scheme": SCHEMES,
     "activation_calibration": ACTIVATION_CALIBRATIONS,
+    "bias_correction": (True, False),
 }
 """Every dimension that is a choice, and what it may be."""
 
@@ -56,6 +57,8 @@ class SiteLike(Protocol):
     def matrix(self) -> tuple[int, int]: ...  # noqa: D102
     @property
     def activation(self) -> bool: ...  # noqa: D102
+    @property
+    def corrects(self) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "activation_granularity": ("per_tensor",),
     "activation_scheme": ("asymmetric",),
     "activation_calibration": ("max",),
+    "bias_correction": (False,),
 }
 """What a dimension is where no rule says otherwise."""
 
@@ -192,6 +196,9 @@ class SearchSpace:
             choices["activation_bits"] = (16,)
             if fixed is not None:
                 fixed = replace(fixed, activation=None)
+        if not site.corrects:
+            choices["bias_correction"] = (False,)
+            fixed = None if fixed is None else replace(fixed, bias_correction=False)
         lock = None if fixed is None else fixed.weight
         if lock is not None and not divides(lock.granularity, site.matrix):
             raise SpecError(

@@ -72,9 +72,9 @@ def test_only_what_is_new_is_quantized(realizer, monkeypatch):
     made, switched = [], []
     original, switch = realize.quantize_weight, type(realizer.prepared).switch
 
-    def counted(weight, site, scheme):
+    def counted(weight, site, scheme, error=None):
         made.append(site.name)
-        return original(weight, site, scheme)
+        return original(weight, site, scheme, error)
 
     def watched(self, name, *args):
         switched.append(name)
@@ -96,7 +96,7 @@ def test_old_weights_are_forgotten_when_there_are_too_many(realizer, monkeypatch
         realizer.apply({"0": SiteRecipe(WeightScheme(bits))})
         weights[bits] = realizer.weight(realizer._sites["0"], SiteRecipe(WeightScheme(bits)))
     # Those of one recipe are always kept, and no more than that where they are too many.
-    assert [scheme.bits for _, scheme, _ in realizer._weights] == [4, 5]
+    assert [scheme.bits for _, scheme, *_ in realizer._weights] == [4, 5]
     for bits, kept in ((4, True), (5, True), (2, False)):
         again = realizer.weight(realizer._sites["0"], SiteRecipe(WeightScheme(bits)))
         assert (again is weights[bits]) is kept

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -67,8 +69,42 @@ def test_the_moments_of_a_convolution_are_those_of_its_windows(layer, shape):
     batches = [torch.randn(shape, generator=generator) + 0.2 for _ in range(2)]
     rows = np.concatenate([windows(layer, x) for x in batches], 1)
     expected = np.einsum("gpi,gpj->gij", rows, rows) / rows.shape[1]
-    found = statistics_of(layer, *batches).moments
-    assert np.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    found = statistics_of(layer, *batches)
+    assert np.allclose(found.moments, expected, rtol=1e-4, atol=1e-5)
+    means = rows.mean(1)
+    assert np.allclose(found.means, means, rtol=1e-4, atol=1e-6)
+    about = expected - means[:, :, None] * means[:, None]
+    assert np.allclose(found.covariance, about, rtol=1e-3, atol=1e-5)
+
+
+def test_the_mean_of_a_large_batch_is_that_of_all_its_windows(monkeypatch):
+    layer, x = nn.Conv2d(2, 3, 3, padding=1, stride=2), torch.randn(5, 2, 9, 8) + 1.0
+    whole = statistics_of(copy.deepcopy(layer), x)
+    monkeypatch.setattr(module, "GRAM_ROWS", 16)
+    few = statistics_of(layer, x)
+    assert torch.allclose(few.means, whole.means)
+    assert not torch.allclose(few.moments, whole.moments)
+    assert torch.allclose(few.moments, whole.moments, atol=2.0)
+
+
+def test_a_volume_has_means_too():
+    layer, x = nn.Conv3d(1, 2, (1, 2, 2), dilation=(1, 2, 1)), torch.randn(2, 1, 2, 4, 3)
+    # Two rows and two columns of outputs, with rows two apart in the kernel.
+    columns = [x[:, 0, :, 2 * i : 2 * i + 2, j : j + 2].mean() for i in (0, 1) for j in (0, 1)]
+    found = statistics_of(layer, x).means
+    assert torch.allclose(found[0], torch.stack(columns), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(7, 100), (401408, 2048)])
+def test_places_are_one_of_each_part_and_fall_on_all_columns(size):
+    count, most = size
+    found = module._scattered(count, most, torch.device("cpu"))
+    assert len(found) == min(size)
+    assert len(set(found.tolist())) == len(found)
+    part = torch.arange(len(found)) * (count / len(found))
+    assert bool(((found >= part.long()) & (found <= part + count / len(found))).all())
+    if count > most:
+        assert len(set((found % 112).tolist())) == 112
 
 
 def test_the_moments_of_a_linear_layer_are_those_of_its_tokens():

@@ -18,6 +18,7 @@ class Layer:
     layer: str = "Linear"
     matrix: tuple[int, int] = (64, 128)
     activation: bool = True
+    corrects: bool = True
 
 
 LAYERS = (

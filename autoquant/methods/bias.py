@@ -1,0 +1,20 @@
+"""Bias correction: what quantizing a weight does to the mean output is taken off the bias.
+
+A rounded weight W + ΔW gives, on an input of mean μ, outputs that are ΔW·μ off on average; a layer
+with that taken off its bias is right on average again. Sources: Nagel et al. 2019, arXiv
+1906.04721, section 4.2; Banner et al. 2019, arXiv 1810.05723.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def bias_shift(delta: Tensor, means: Tensor) -> Tensor:
+    """Return what the bias of each channel moves by, float32 [channels].
+
+    ``delta`` is the error of the weight [channels, n], ``means`` the mean input [groups, n], both
+    as the weight sees it.
+    """
+    grouped = delta.double().reshape(means.shape[0], -1, delta.shape[1])
+    return -(grouped * means.double()[:, None]).sum(2).flatten().float()

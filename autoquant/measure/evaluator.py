@@ -95,6 +95,15 @@ class Evaluator:
         """Return the raw outputs of ``model`` on one batch of inputs."""
         return run_forward(self.task, model, to_device(inputs, self.device))
 
+    def outputs(self, model: nn.Module, inputs: Any) -> Any:
+        """Return the outputs that metrics take, of one batch; TrialError where the code fails."""
+        return self._outputs_of(model, inputs)
+
+    @property
+    def by_classes(self) -> bool:
+        """Whether outputs are taken for scores of classes; known after ``baseline``."""
+        return self.metric is not None and self.metric.name in ("accuracy", "top5", "f1", "kl")
+
     def example(self) -> Any:
         """Return one batch of inputs, or None for a task that only has ``evaluate(model)``."""
         if self.splits.calibrate:
@@ -256,8 +265,7 @@ class Evaluator:
         shared = [(o, f) for (o, _), f in zip(pairs, kept, strict=False)]
         if not shared or not all(_comparable(o, f) for o, f in shared):
             return None
-        classes = self.metric is not None and self.metric.name in ("accuracy", "top5", "f1", "kl")
-        name = "kl" if classes and shared[0][0].dim() == 2 else "noise_to_signal"
+        name = "kl" if self.by_classes and shared[0][0].dim() == 2 else "noise_to_signal"
         if name != "kl" and not all(bool(f.isfinite().all()) for _, f in shared):
             return None  # masked with −∞: no signal to compare the noise with
         return METRICS.get(name).evidence(shared).score()

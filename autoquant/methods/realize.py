@@ -108,6 +108,10 @@ class Realizer:
         held = self._held(site, recipe)
         return None if held is None else held.quantized
 
+    def held(self, name: str, recipe: SiteRecipe) -> HeldWeight | None:
+        """Return the weight of a site as it is kept, or None where it stays in float."""
+        return self._held(self._sites[name], self.calibrated(name, recipe))
+
     def _held(self, site: Site, recipe: SiteRecipe) -> HeldWeight | None:
         scheme = recipe.weight
         if scheme is None:

@@ -25,7 +25,9 @@ class SiteSlot:
     """The switchable runtime of one site: float until told otherwise.
 
     ``held`` replaces the parameter, ``activation`` quantizes the input, ``observe`` sees the
-    input before that, and ``read`` is told when the weight is used. ``choice`` names what the slot
+    input before that, and ``read`` is told when the weight is used. ``probe`` stands between the
+    input and a float layer, and ``offset`` [channels] is added to the bias of one: gradients of
+    both say how much the site matters. ``choice`` names what the slot
     was switched to, None where that has no name; ``used`` is told before anything depends on it.
     """
 
@@ -36,6 +38,8 @@ class SiteSlot:
         self.held: HeldWeight | None = None
         self.activation: ActivationScheme | None = None
         self.observe: Callable[[Tensor], None] | None = None
+        self.probe: Callable[[Tensor], Tensor] | None = None
+        self.offset: Tensor | None = None
         self.read: Callable[[], None] | None = None
         self.choice: SiteRecipe | None = FLOAT_SITE
         self.used: Callable[[], None] | None = None
@@ -64,7 +68,10 @@ class SiteSlot:
 
     def bias(self, own: Tensor | None) -> Tensor | None:
         """Return the bias to compute with: the layer's ``own`` one, corrected where it is to be."""
-        return own if self.held is None else self.held.bias(own)
+        found = own if self.held is None else self.held.bias(own)
+        if self.offset is None:
+            return found
+        return self.offset if found is None else found + self.offset
 
     def _tell(self) -> None:
         """Tell whoever listens that the weight is about to be used."""
@@ -80,6 +87,8 @@ class SiteSlot:
         self.use()
         if self.observe is not None:
             self.observe(x)
+        if self.probe is not None:
+            x = self.probe(x)
         if self.activation is None:
             return x
         return self.engine.fake_quantize(x, self.activation, self.site.kind)

@@ -26,7 +26,7 @@ class StoredSite:
     layer: str
     matrix: tuple[int, int]
     activation: bool
-    corrects: bool
+    corrects: bool = False
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> StoredSite:

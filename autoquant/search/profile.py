@@ -1,17 +1,22 @@
-"""The damage that each choice does at its own site, from the statistics alone.
+"""What each choice of each layer is expected to cost, before any trial.
 
-Damage is the noise that quantization adds to a site's output, as a fraction of the output's power:
-tr(ΔW·G·ΔWᵀ) / tr(W·G·Wᵀ) for the weight, with G the second moments of its input, and
-ε²·‖W‖² / tr(W·G·Wᵀ) for the activation, with ε² its mean squared rounding error. No forward pass
-is needed. How much each site's noise matters to the whole model is what the sampler learns.
+First the damage at the layer itself, from the statistics alone: the noise that quantization adds to
+its output, as a fraction of the output's power: tr(ΔW·C·ΔWᵀ) / tr(W·G·Wᵀ) for the weight, with
+G the second moments of its input and C those about the mean where the bias is corrected (else G),
+and ε²·‖W‖² / tr(W·G·Wᵀ) for the activation, with ε² its mean squared rounding error. That tells
+which calibration is best at each width, with no forward pass. Then, where the model has gradients,
+what the best ones do to the model's output (``sensitivity``); where it has none, how much each
+layer's noise matters is left to the trials to say.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,15 +27,24 @@ from autoquant.nn.convert import Prepared
 from autoquant.nn.sites import Site
 from autoquant.nn.weights import quantize_weight
 from autoquant.observers import activation_range, quantization_error, token_error
+from autoquant.search.sensitivity import Candidates, Score, Sensitivity
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.granularity import divides
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.space import SiteSpace
 
+Scheme = TypeVar("Scheme", WeightScheme, ActivationScheme)
+
 ROWS = 64
 """Output channels, evenly spread, on which the damage of a weight choice is measured."""
 QUANTIZED_ACTIVATION = 8
 """Activation width that a profile prefers: narrower ones save nothing that is counted as size."""
+MOST_ACTIVATIONS = 16
+"""Most activation choices of a site whose effect on the model is taken by gradients."""
+WIDENED = 0.7
+"""Relative error that damage at a layer is taken to have as a measure of damage to the model."""
+SPREAD_LOCAL, SPREAD_MEASURED = 0.8, 0.35
+"""How much layers differ from the profile, relative to it: by local damage, by gradients."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +59,27 @@ class Option:
 
 @dataclass(frozen=True)
 class Profile:
-    """The options of every site, and the damage of each half of a recipe."""
+    """The options of every site, and the damage of each half of a recipe.
+
+    ``samples`` is how many gradients the damage comes from: it is then an estimate of the loss.
+    With 0 of them it is a noise-to-signal ratio at the layer, and ``reason`` says why. ``errors``
+    are standard errors of the entries that were measured, by site and scheme.
+    """
 
     options: Mapping[str, tuple[Option, ...]]
     weight_damage: Mapping[str, Mapping[WeightScheme, float]]
     activation_damage: Mapping[str, Mapping[ActivationScheme, float]]
     numel: Mapping[str, int]
+    samples: int = 0
+    reason: str = ""
+    errors: Mapping[str, Mapping[WeightScheme | ActivationScheme, float]] = field(
+        default_factory=dict
+    )
+
+    @property
+    def spread(self) -> float:
+        """How much layers are taken to differ from the profile at first, relative to it."""
+        return SPREAD_MEASURED if self.samples else SPREAD_LOCAL
 
     def damage(self, name: str, recipe: SiteRecipe) -> float:
         """Return the damage of ``recipe`` at site ``name``; 0 for what stays in float."""
@@ -72,6 +101,10 @@ def _nearest(
     return min(same, default=0.0)
 
 
+Measure = Callable[[Mapping[str, Candidates]], Sensitivity | str]
+"""Says what candidates do to the model's output, or in one line why that can't be said."""
+
+
 def profile(
     prepared: Prepared,
     statistics: Mapping[str, SiteStatistics],
@@ -79,38 +112,117 @@ def profile(
     progress: Callable[[str], None] = lambda _: None,
     *,
     speeds: bool = False,
+    measure: Measure | None = None,
 ) -> Profile:
     """Return the profile of every site over the choices of its space.
 
     ``speeds`` makes an option of every choice of activation, too, that may be faster or slower
-    than another; without it an option has the one of least damage.
+    than another; without it an option has the one of least damage. ``measure`` takes gradients.
     """
-    options, weights, activations = {}, {}, {}
+    weights: dict[str, dict[WeightScheme, float]] = {}
+    activations: dict[str, dict[ActivationScheme, float]] = {}
     for site in prepared.sites:
         progress(site.name)
-        space = spaces[site.name]
-        parameter = prepared.slots[site.name].parameter
         known = statistics.get(site.name, SiteStatistics(None, None))
-        part, sample = _sample(parameter.detach(), site, known.moments)
-        matrix = sample.movedim(part.channel_axis, 0).flatten(1).float()
-        signal = max(float(output_error(matrix, known.moments, part.groups)), 1e-30)
-        weights[site.name] = {
-            scheme: _weight_damage(sample, part, scheme, known.moments, matrix, signal)
-            for scheme in weight_schemes(site, space)
-        }
-        power = float(matrix.square().sum()) / signal
-        activations[site.name] = {
-            scheme: activation_error(known, scheme) * power
-            for scheme in activation_schemes(space)
-            if known.inputs is not None
-        }
-        made = _options(site, space, weights[site.name], activations[site.name], speeds)
+        parameter = prepared.slots[site.name].parameter.detach()
+        weights[site.name], activations[site.name] = _local(
+            site, parameter, known, spaces[site.name]
+        )
+    found = None if measure is None else measure(_candidates(weights, activations, spaces))
+    errors: dict[str, dict[WeightScheme | ActivationScheme, float]] = {}
+    if isinstance(found, Sensitivity):
+        for name in weights:
+            scores, beside = found.weights[name], found.activations[name]
+            errors[name] = {k: v.error for k, v in scores.items()}
+            errors[name] |= {k: v.error for k, v in beside.items()}
+            weights[name] = _combined(weights[name], scores)
+            activations[name] = _combined(activations[name], beside)
+    options = {}
+    for site in prepared.sites:
+        parameter = prepared.slots[site.name].parameter
+        made = _options(site, spaces[site.name], weights[site.name], activations[site.name], speeds)
         floats = site.numel * parameter.element_size()
         options[site.name] = tuple(
             replace(o, bytes=floats) if o.recipe.weight is None else o for o in made
         )
     numel = {site.name: site.numel for site in prepared.sites}
-    return Profile(options, weights, activations, numel)
+    samples = found.samples if isinstance(found, Sensitivity) else 0
+    reason = found if isinstance(found, str) else ""
+    return Profile(options, weights, activations, numel, samples, reason, errors)
+
+
+def _local(
+    site: Site, parameter: Tensor, known: SiteStatistics, space: SiteSpace
+) -> tuple[dict[WeightScheme, float], dict[ActivationScheme, float]]:
+    """Return the damage of each choice at the site itself."""
+    part, sample = _sample(parameter, site, known.moments)
+    matrix = sample.movedim(part.channel_axis, 0).flatten(1).float()
+    signal = max(float(output_error(matrix, known.moments, part.groups)), 1e-30)
+    corrected = _corrects(space) and known.means is not None
+    moments = known.covariance if corrected else known.moments
+    error = known.output_error(corrected=corrected)
+    weights = {}
+    for scheme in weight_schemes(site, space):
+        delta = quantize_weight(sample, part, scheme, error).matrix() - matrix
+        weights[scheme] = float(output_error(delta, moments, part.groups)) / signal
+    power = float(matrix.square().sum()) / signal
+    activations = {
+        scheme: activation_error(known, scheme) * power
+        for scheme in activation_schemes(space)
+        if known.inputs is not None
+    }
+    return weights, activations
+
+
+def _corrects(space: SiteSpace) -> bool:
+    """Return whether uniform recipes of a site correct its bias."""
+    if space.fixed is not None:
+        return space.fixed.bias_correction
+    return bool(space.choices["bias_correction"][0])
+
+
+def _candidates(
+    weights: Mapping[str, Mapping[WeightScheme, float]],
+    activations: Mapping[str, Mapping[ActivationScheme, float]],
+    spaces: Mapping[str, SiteSpace],
+) -> dict[str, Candidates]:
+    """Return what is worth taking gradients for: the best at each width and granularity."""
+    found = {}
+    for name, table in weights.items():
+        best: dict[tuple[object, ...], WeightScheme] = {}
+        for scheme, damage in table.items():
+            key = scheme.bits, scheme.granularity
+            if key not in best or damage < table[best[key]]:
+                best[key] = scheme
+        ranked = sorted(activations[name], key=lambda a, n=name: activations[n][a])  # type: ignore[misc]
+        widest = max((a.bits for a in ranked), default=0)
+        ranked.sort(key=lambda a: a.bits < min(widest, QUANTIZED_ACTIVATION))
+        chosen = tuple(ranked[:MOST_ACTIVATIONS])
+        found[name] = Candidates(tuple(best.values()), chosen, _corrects(spaces[name]))
+    return found
+
+
+def _combined(local: Mapping[Scheme, float], scores: Mapping[Scheme, Score]) -> dict[Scheme, float]:
+    """Return the estimated loss of each scheme: what gradients say, where they are sure.
+
+    Damage at the layer, times what the layer's noise usually does to the model, is a second
+    estimate of each entry; both are weighted by their precision. It is the only one for schemes
+    whose gradients were not taken.
+    """
+    ratios = [s.loss / local[k] for k, s in scores.items() if local[k] > 0 and s.loss > 0]
+    if not ratios:
+        return {k: scores[k].loss if k in scores else 0.0 for k in local}
+    typical = float(np.median(ratios))
+    found = {}
+    for scheme, damage in local.items():
+        guess = typical * damage
+        score = scores.get(scheme)
+        if score is None:
+            found[scheme] = guess
+            continue
+        own, other = 1.0 / max(score.error, 1e-12) ** 2, 1.0 / max(WIDENED * guess, 1e-12) ** 2
+        found[scheme] = (own * score.loss + other * guess) / (own + other)
+    return found
 
 
 def _sample(weight: Tensor, site: Site, moments: Tensor | None) -> tuple[Site, Tensor]:
@@ -121,18 +233,6 @@ def _sample(weight: Tensor, site: Site, moments: Tensor | None) -> tuple[Site, T
     rows = torch.arange(ROWS, device=weight.device) * channels // ROWS
     part = weight.index_select(site.channel_axis, rows)
     return replace(site, shape=tuple(part.shape)), part
-
-
-def _weight_damage(
-    weight: Tensor,
-    site: Site,
-    scheme: WeightScheme,
-    moments: Tensor | None,
-    matrix: Tensor,
-    signal: float,
-) -> float:
-    delta = quantize_weight(weight, site, scheme).matrix() - matrix
-    return float(output_error(delta, moments, site.groups)) / signal
 
 
 def activation_error(known: SiteStatistics, scheme: ActivationScheme) -> float:
@@ -194,7 +294,7 @@ def _options(
     best: dict[tuple[object, ...], Option] = {}
     for scheme, damage in weights.items():
         for activation, activation_damage in beside:
-            recipe = SiteRecipe(scheme, activation, _fixed_rate(space))
+            recipe = SiteRecipe(scheme, activation, _fixed_rate(space), _corrects(space))
             option = _option(site, recipe, damage + activation_damage)
             key = (scheme.bits, scheme.granularity, scheme.scheme if speeds else "", activation)
             if key not in best or option.damage < best[key].damage:

@@ -485,7 +485,15 @@ def _proposer(
     if own is None and options.sampler == samplers.DEFAULT:
         reporter.say("profiling the layers")
         speeds = not session.costs.indifferent
-        table = profile(session.prepared, session.statistics, mapping.spaces, speeds=speeds)
+        table = profile(
+            session.prepared,
+            session.statistics,
+            mapping.spaces,
+            speeds=speeds,
+            measure=session.sensitivity,
+        )
+        if table.reason:
+            reporter.say(f"profiled by damage at the layers: {table.reason}")
         rest = session.sizes.rest
         sampler = KnapsackSampler(mapping, table, goal, rest, options.seed, session.costs)
         then: samplers.Proposer = samplers.KnapsackProposer(sampler, ledger.trials)

@@ -36,8 +36,6 @@ from autoquant.spec.space import SiteSpace
 
 NOISE = 0.3
 """Relative error that the additive model is taken to have on one trial."""
-SPREAD = 0.8
-"""Standard deviation, relative to the mean, of how much sites are taken to differ at first."""
 MUTATIONS = 0.5
 """Chance that a proposal also changes a dimension other than the bits of a few sites."""
 AIM = 0.25
@@ -46,6 +44,8 @@ FLOAT_SURCHARGE = 0.005
 """What a layer that stays in float costs above its size, as a share of all layers in float."""
 FARTHEST = 3.0
 """How many times the largest loss that keeps the drop is aimed at, at most."""
+BROKEN = 4.0
+"""How many times the damage of what it replaces a choice may do, by the profile, to be tried."""
 TRIES = 8
 """Proposals drawn before a recipe that was measured already is proposed again."""
 
@@ -238,16 +238,16 @@ class KnapsackSampler(BaseSampler):
         Rows are divided by their loss, so the error is relative: a trial with a loss a hundred
         times larger does not drown the others.
         """
-        size = len(self.names)
+        size, spread = len(self.names), self.profile.spread
         usable = [s for s in seen if s.loss > 0 and s.damage.sum() > 0 and np.isfinite(s.loss)]
         if not usable:
-            return 1.0, np.ones(size), SPREAD * np.eye(size)
+            return 1.0, np.ones(size), spread * np.eye(size)
         ratios = np.array([s.loss / s.damage.sum() for s in usable])
         typical = float(np.exp(np.median(np.log(ratios))))
         rows = np.stack([s.damage / s.loss for s in usable]) * typical
-        # In units of the typical weight the prior is N(1, SPREAD²) for every site.
-        precision = rows.T @ rows / NOISE**2 + np.eye(size) / SPREAD**2
-        target = rows.T @ np.ones(len(usable)) / NOISE**2 + np.ones(size) / SPREAD**2
+        # In units of the typical weight the prior is N(1, spread²) for every site.
+        precision = rows.T @ rows / NOISE**2 + np.eye(size) / spread**2
+        target = rows.T @ np.ones(len(usable)) / NOISE**2 + np.ones(size) / spread**2
         lower = np.linalg.cholesky(precision)
         mean = np.linalg.solve(precision, target)
         root = np.linalg.inv(lower).T
@@ -294,8 +294,13 @@ class KnapsackSampler(BaseSampler):
         sites = dict(sites)
         for name in rng.permutation(self.names)[: 1 + rng.poisson(1.0)].tolist():
             space = self.mapping.spaces[name]
-            if space.fixed is None:
-                sites[name] = _mutate_site(sites[name], space, rng)
+            if space.fixed is not None:
+                continue
+            moved = _mutate_site(sites[name], space, rng)
+            limit = BROKEN * self.profile.damage(name, sites[name])
+            # A calibration that breaks a tensor is not worth a trial.
+            if self.profile.damage(name, moved) <= limit:
+                sites[name] = moved
         return sites
 
 

@@ -32,6 +32,7 @@ from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.convert import Prepared, prepare, use_channels_last
 from autoquant.nn.fold import same_outputs
 from autoquant.search.goal import Measurement
+from autoquant.search.sensitivity import Candidates, Sensitivity, measure_sensitivity
 from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe
 
 REUSE_BYTES = 2 << 30
@@ -145,6 +146,18 @@ class Session:
             found.switch_off("there is too little memory")
         self.evaluator.reuse = found if fine else None
         return self.evaluator.reuse
+
+    def sensitivity(self, candidates: Mapping[str, Candidates]) -> Sensitivity | str:
+        """Return what each candidate does to the outputs on calibration data, or why not."""
+        if self.task.evaluate is not None and not self.splits.calibrate:
+            return "the task gives no calibration data"
+        return measure_sensitivity(
+            self.realizer,
+            self.evaluator.outputs,
+            [b for b in self.splits.calibrate if b is not None],
+            candidates,
+            classes=self.evaluator.by_classes,
+        )
 
     def forget_moments(self) -> None:
         """Free the second moments of all inputs, which only profiles and learned rounding need."""

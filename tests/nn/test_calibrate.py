@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
-
-import copy
 
 import numpy as np
 import pytest

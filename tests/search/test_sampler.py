@@ -52,7 +52,8 @@ def make_profile(spaces, numel):
         best = {}
         for w, damage in weights[site].items():
             size = numel[site] * w.bits // 8
-            option = Option(SiteRecipe(w, activation, learned), damage, w.bits, size)
+            recipe = SiteRecipe(w, activation, learned, space.choices["bias_correction"][0])
+            option = Option(recipe, damage, w.bits, size)
             best.setdefault((w.bits, w.granularity), option)
         if 16 in space.choices["weight_bits"]:
             floats = 16 in space.choices["activation_bits"]

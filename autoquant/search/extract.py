@@ -57,7 +57,7 @@ def extract(
 ) -> tuple[Recipe, int]:
     """Return a recipe of a study and its trial's number.
 
-    The confirmed one; or that of ``trial``; or the least drop within ``bits`` or ``size``. Raises
+    The confirmed one; or that of ``trial``; or the least loss within ``bits`` or ``size``. Raises
     StudyError where there is none, naming the tightest budget that there is.
     """
     header = ledger.header
@@ -83,7 +83,7 @@ def extract(
                 if least is not None
                 else f"study {ledger.name} has no complete trial"
             )
-        chosen = min(within, key=lambda r: (r[1]["drop"], r[1]["loss"], r[1][key]))[0]
+        chosen = min(within, key=lambda r: (r[1]["loss"], r[1]["drop"], r[1][key]))[0]
     else:
         best = best_trial(trials)
         if best is None:

@@ -43,7 +43,8 @@ class Goal:
     """The goal of a search, as one objective to minimize and constraints (≤ 0 is feasible).
 
     Without a budget: the size, as long as the drop is at most ``max_drop``. With a budget on
-    ``bits`` (average weight bits) or ``size_bytes``: the drop. ``minimize`` (see ``OBJECTIVES``)
+    ``bits`` (average weight bits) or ``size_bytes``: the loss, how far the outputs are from the
+    float model's, which is far less noisy than the metric; finalists are told apart by the metric. ``minimize`` (see ``OBJECTIVES``)
     makes another cost small under the maximum drop, within the budgets that there are.
     ``latency`` is the most seconds that a recipe may take, whatever the objective is.
     """
@@ -70,13 +71,13 @@ class Goal:
         return "size" if self.bits is None else "bits"
 
     def objective(self, m: Measurement) -> float:
-        """Return the value that the study minimizes: a fraction of the float cost, or a drop.
+        """Return the value that the study minimizes: a fraction of the float cost, or a loss.
 
-        Recipes of one size are told apart by their loss, and of one drop by theirs, far below
-        what either is measured to.
+        Recipes of one size are told apart by their loss, far below what sizes differ by.
         """
-        tie = 1e-6 * m.loss / (1.0 + abs(m.loss))
-        return (m.drop if self.budgeted else self._share(m)) + tie
+        if self.budgeted:
+            return m.loss
+        return self._share(m) + 1e-6 * m.loss / (1.0 + abs(m.loss))
 
     def _share(self, m: Measurement) -> float:
         """Return the cost that is made small, as a fraction of the float model's."""

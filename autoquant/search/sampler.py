@@ -44,6 +44,8 @@ FLOAT_SURCHARGE = 0.005
 """What a layer that stays in float costs above its size, as a share of all layers in float."""
 FARTHEST = 3.0
 """How many times the largest loss that keeps the drop is aimed at, at most."""
+LIKELY = 1.05
+"""How many times the damage of the best choice another may do, by the profile, and be kept."""
 BROKEN = 4.0
 """How many times the damage of what it replaces a choice may do, by the profile, to be tried."""
 TRIES = 8
@@ -261,7 +263,7 @@ class KnapsackSampler(BaseSampler):
         sites = {name: self._options[name][index].recipe for name, index in rows}
         if incumbent is None:
             return sites
-        known = {n: self._inherit(r, incumbent.sites[n]) for n, r in sites.items()}
+        known = {n: self._inherit(n, r, incumbent.sites[n]) for n, r in sites.items()}
         return known if self._affords(known) else sites
 
     def _choose(self, damage: list[np.ndarray], limit: float) -> list[int]:
@@ -279,9 +281,13 @@ class KnapsackSampler(BaseSampler):
             found = found or solve_within(damage, self._budgets)
         return found or [int(np.argmin(c)) for c in self._budgets[-1][0]]
 
-    def _inherit(self, recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
+    def _inherit(self, site: str, recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
         """Return ``recipe`` with what was learned of its site; never as slow as another choice."""
         found = _inherit(recipe, known)
+        if self.profile.samples and found != recipe:
+            # Gradients know calibrations apart; what a trial that did well had by chance does not.
+            if self.profile.damage(site, found) > LIKELY * self.profile.damage(site, recipe):
+                found = replace(recipe, learning_rate=known.learning_rate).canonical()
         if self.costs is None or self.costs.indifferent:
             return found
         return found if speed_class(found) == speed_class(recipe) else recipe

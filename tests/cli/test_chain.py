@@ -88,7 +88,9 @@ def test_studies_show_and_export(searched, cli):
         recipe = yaml.safe_load((searched / "cut.yaml").read_text())
         within = [m for m in complete.values() if m["average_weight_bits"] <= bits]
         assert recipe["average_weight_bits"] <= bits
-        assert recipe["metric"]["search"]["drop"] == min(m["drop"] for m in within)
+        # Of the outputs nearest to the float model's: less noisy than the metric itself.
+        nearest = min(within, key=lambda m: m["loss"])
+        assert recipe["metric"]["search"]["drop"] == nearest["drop"]
     share = 0.35
     assert cli("export", "s", "--size", f"{share:.0%}", "-o", "cut.yaml").status == 0
     recipe = yaml.safe_load((searched / "cut.yaml").read_text())

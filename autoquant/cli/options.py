@@ -10,6 +10,23 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class Trials(click.ParamType):
+    """A number of trials, or auto."""
+
+    name = "trials"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Return the number, or the word."""
+        if value == "auto" or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
 def task_options(command: F) -> F:
     """Add --task, --data, --metric and --trust-pickle."""
     for option in (

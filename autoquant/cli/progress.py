@@ -161,6 +161,15 @@ class ConsoleReporter:
             )
         trials = ", ".join(f"{n} {state}" for state, n in result.trials.items())
         out.print(f"study {result.study}: {trials}; {result.seconds:.1f} s on {result.device}")
+        if result.done is not None:
+            out.print(result.done, markup=False)
+        if result.fidelity is not None:
+            f = result.fidelity
+            how = f"gradients on {f.samples} samples" if f.samples else "damage at the layers"
+            out.print(
+                f"profile ({how}): predicted and measured losses of {f.trials} trials agree in "
+                f"rank by {f.spearman:.2f} (Spearman)"
+            )
         if result.speed.candidates:
             layers = ", ".join(f"{share:.0%} {by}" for by, share in result.speed.shares.items())
             out.print(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import click
 
-from autoquant.cli.options import json_option, memory_option, seconds, storage_option
+from autoquant.cli.options import Trials, json_option, memory_option, seconds, storage_option
 
 
 @click.command(epilog="Example: autoquant resume mobilenet --trials 200")
 @click.argument("study", required=False)
 @storage_option
 @click.option(
-    "--trials", type=int, metavar="N", help="Trials in all, instead of what the study was given."
+    "--trials",
+    type=Trials(),
+    metavar="N|auto",
+    help="Trials in all, instead of what the study was given; auto: until more gain too little.",
 )
 @click.option("--timeout", metavar="TIME", help="Stop after this long (90s, 10m, 2h).")
 @memory_option
@@ -24,7 +27,7 @@ from autoquant.cli.options import json_option, memory_option, seconds, storage_o
 def command(
     study: str | None,
     storage: str | None,
-    trials: int | None,
+    trials: int | str | None,
     timeout: str | None,
     memory: str | None,
     accept_changes: bool,

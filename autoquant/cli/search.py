@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from autoquant.cli.options import (
+    Trials,
     backend_option,
     device_option,
     json_option,
@@ -58,7 +59,11 @@ from autoquant.cli.options import (
     "(multiplications × weight bits × activation bits). Default: size.",
 )
 @click.option(
-    "--trials", type=int, metavar="N", help="Trials in all. Default: 60, or as --timeout allows."
+    "--trials",
+    type=Trials(),
+    metavar="N|auto",
+    help="Trials in all; auto: until more would gain too little. Default: 60, or as --timeout "
+    "allows.",
 )
 @click.option("--timeout", metavar="TIME", help="Stop after this long (90s, 10m, 2h).")
 @click.option(
@@ -101,7 +106,7 @@ def command(
     size: str | None,
     max_latency: str | None,
     objective: str | None,
-    trials: int | None,
+    trials: int | str | None,
     timeout: str | None,
     sampler: str,
     study: str | None,

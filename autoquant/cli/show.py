@@ -7,16 +7,27 @@ import click
 from autoquant.cli.options import json_option, storage_option
 
 
-@click.command(epilog="Example: autoquant show mobilenet")
+@click.command(
+    epilog="Example: autoquant show mobilenet; autoquant show mobilenet --why features.0.0"
+)
 @click.argument("study", required=False)
+@click.option(
+    "--why",
+    metavar="LAYER",
+    help="Instead: why this layer got what it got, and which layers hold the budget back.",
+)
 @storage_option
 @json_option
-def command(study: str | None, storage: str | None, as_json: bool) -> None:
+def command(study: str | None, why: str | None, storage: str | None, as_json: bool) -> None:
     """Print the trials of STUDY (default: the newest), its Pareto front and its recipe.
 
     The front is of metric against size: what no other trial beats in both.
     """
     import json
+
+    if why is not None:
+        _show_why(study, why, storage, as_json)
+        return
 
     from autoquant.report.tables import console, layers_table, trials_table
     from autoquant.search.ledger import MEASURED, REASON, Ledger
@@ -52,3 +63,23 @@ def command(study: str | None, storage: str | None, as_json: bool) -> None:
         out.print(layers_table(loads(ledger.header["recipe"], f"study {ledger.name}")))
     if best is not None:
         out.print(f"best trial: {best.number}")
+
+
+def _show_why(study: str | None, layer: str, storage: str | None, as_json: bool) -> None:
+    """Print what is known of one layer."""
+    import dataclasses
+    import json
+
+    from autoquant.report.tables import console, why_lines, why_table
+    from autoquant.search.ledger import Ledger
+    from autoquant.search.why import shares, why
+
+    ledger = Ledger.open(study, storage)
+    found = why(ledger, layer)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    out = console()
+    out.print(why_table(found))
+    for line in why_lines(found, shares(ledger)):
+        out.print(line, markup=False)

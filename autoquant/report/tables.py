@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from autoquant.nn.sites import FloatPart
     from autoquant.search.preflight import Preflight
     from autoquant.search.pricing import LatencyCheck
+    from autoquant.search.why import Why
 
 
 OPTIONAL = {"latency": "latency", "bit_operations": "bit operations"}
@@ -79,6 +80,37 @@ def layers_table(recipe: Recipe) -> Table:
         rate = "" if site.learning_rate is None else f"{site.learning_rate:.3g}"
         table.add_row(name, describe_weight(site), describe_activation(site), *[rate] * learns)
     return table
+
+
+def why_table(found: Why) -> Table:
+    """Return the profile of one layer: what each choice is expected to cost."""
+    of = f"gradients on {found.samples} samples" if found.samples else "noise at the layer"
+    table = _table(f"{found.layer}: estimated loss, by {of}", "of", "bits", "choice", "loss", "")
+    for half, rows in (("weight", found.weights), ("activation", found.activations)):
+        for row in rows:
+            loss = f"{row.loss:.2e}" + ("" if row.error is None else f" ± {row.error:.0e}")
+            table.add_row(half, str(row.bits), row.label, loss, "chosen" if row.chosen else "")
+    return table
+
+
+MOST_SHARES = 5
+"""Layers that are named as holding the budget back."""
+
+
+def why_lines(found: Why, losses: Mapping[str, float]) -> Iterator[str]:
+    """Yield how much one layer loses beside the others, and which lose most."""
+    total = sum(losses.values())
+    if not total:
+        yield "the study has no recipe yet"
+        return
+    if found.rank is not None and found.share is not None:
+        yield (
+            f"{found.layer}: {found.share:.1%} of the recipe's estimated loss, number "
+            f"{found.rank} of {found.layers} layers; {found.numel:,} weights"
+        )
+    worst = sorted(losses, key=lambda name: -losses[name])[:MOST_SHARES]
+    listed = ", ".join(f"{name} {losses[name] / total:.1%}" for name in worst)
+    yield f"most of the loss: {listed}"
 
 
 def trials_table(trials: Sequence[FrozenTrial], title: str) -> Table:

@@ -44,8 +44,9 @@ class Goal:
 
     Without a budget: the size, as long as the drop is at most ``max_drop``. With a budget on
     ``bits`` (average weight bits) or ``size_bytes``: the loss, how far the outputs are from the
-    float model's, which is far less noisy than the metric; finalists are told apart by the metric. ``minimize`` (see ``OBJECTIVES``)
-    makes another cost small under the maximum drop, within the budgets that there are.
+    float model's, which is far less noisy than the metric; finalists are told apart by the
+    metric. ``minimize`` (see ``OBJECTIVES``) makes another cost small under the maximum drop,
+    within the budgets that there are.
     ``latency`` is the most seconds that a recipe may take, whatever the objective is.
     """
 

@@ -56,6 +56,8 @@ class Stop:
 
     trials: int | None
     seconds: float | None
+    enough: Callable[[list[FrozenTrial]], str | None] | None = None
+    """Says in one line that a study is done, None as long as it is not."""
 
 
 def run_trials(
@@ -67,8 +69,10 @@ def run_trials(
     stop: Stop,
     listener: Listener,
     price: Price | None = None,
-) -> None:
+) -> str | None:
     """Run trials until ``stop``; every finished one is in the ledger, whatever ends the loop.
+
+    Return why the study is done, where ``stop.enough`` said so.
 
     A candidate whose ``price`` is over a limit of the goal is written as pruned, and not measured.
 
@@ -82,7 +86,9 @@ def run_trials(
     number = len(trials)
     while stop.trials is None or number < stop.trials:
         if stop.seconds is not None and time.monotonic() - started >= stop.seconds:
-            return
+            return None
+        if stop.enough is not None and (reason := stop.enough(ledger.trials())) is not None:
+            return reason
         trial = _run_one(ledger, mapping, proposer, goal, measure, listener, number, price)
         failures = failures + 1 if trial.state == TrialState.FAIL else 0
         if better(trial, best):
@@ -93,6 +99,7 @@ def run_trials(
                 f"{FAILURES} trials in a row failed, the last one: {trial.user_attrs[REASON]}"
             )
         number += 1
+    return None
 
 
 def _run_one(

@@ -14,13 +14,16 @@ from autoquant.spec.costs import OBJECTIVES
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.space import SiteSpace
 
+AUTO = "auto"
+"""As many trials as it takes; see ``enough``."""
 TRIALS = 60
 """Trials of a search that is told neither --trials nor --timeout."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one search; ``trials`` None means as many as ``timeout`` seconds allow.
+    """The options of one search; ``trials`` None means as many as ``timeout`` seconds allow, and
+    AUTO as many as it takes.
 
     ``memory`` is the size that results of layers may take, "0" for none, None for the default.
     """
@@ -28,7 +31,7 @@ class Options:
     max_drop: str = "1%"
     bits: float | None = None
     size: str | None = None
-    trials: int | None = None
+    trials: int | str | None = None
     timeout: float | None = None
     sampler: str = "knapsack"
     device: str = "auto"
@@ -57,6 +60,8 @@ class Options:
     @property
     def most_trials(self) -> int | None:
         """How many trials the study may have."""
+        if isinstance(self.trials, str):
+            return None
         if self.trials is None and self.timeout is None:
             return TRIALS
         return self.trials
@@ -130,8 +135,11 @@ def check(options: Options) -> None:
         raise UserError(f"--objective {options.objective!r}: give {', '.join(OBJECTIVES)}")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: give an integer from 0 to {2**32 - 1}")
-    if options.trials is not None and options.trials < 1:
-        raise UserError(f"--trials {options.trials}: give at least 1")
+    trials = options.trials
+    if isinstance(trials, str) and trials != AUTO:
+        raise UserError(f"--trials {trials!r}: give a number, or {AUTO}")
+    if isinstance(trials, int) and trials < 1:
+        raise UserError(f"--trials {trials}: give at least 1")
     if options.memory is not None:
         parse_memory(options.memory)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autoquant.search.confirm import Finalist
+from autoquant.search.fidelity import Fidelity
 from autoquant.search.pricing import LatencyCheck
 from autoquant.spec.recipe import Recipe
 
@@ -41,6 +43,7 @@ class SearchResult:
     """What a search found. ``holds`` says whether the confirmed drop is within the maximum.
 
     ``max_latency`` is in seconds; ``latency_checks`` compare predictions with whole models.
+    ``done`` says why a search ended of itself.
     """
 
     study: str
@@ -55,6 +58,8 @@ class SearchResult:
     speed: Speed
     max_latency: float | None = None
     latency_checks: tuple[LatencyCheck, ...] = ()
+    done: str | None = None
+    fidelity: Fidelity | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return the result as the JSON object of ``autoquant search --json``."""
@@ -80,8 +85,18 @@ class SearchResult:
             "device": self.device,
             "candidates_per_second": round(self.speed.per_second, 4),
             "layers_computed_by": {k: round(v, 4) for k, v in self.speed.shares.items()},
+            **self._learned(),
             **self._costs(),
         }
+
+    def _learned(self) -> dict[str, Any]:
+        """Return why the search ended of itself, and how well the profile foretold its trials."""
+        found: dict[str, Any] = {}
+        if self.done is not None:
+            found["done"] = self.done
+        if self.fidelity is not None:
+            found["profile"] = dataclasses.asdict(self.fidelity)
+        return found
 
     def _costs(self) -> dict[str, Any]:
         """Return latency and bit operations, where they were asked for."""

@@ -22,10 +22,12 @@ from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task, load_task
 from autoquant.search import samplers
 from autoquant.search.confirm import confirm, finalists
+from autoquant.search.enough import Enough
+from autoquant.search.fidelity import fidelity
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import MEASURED, Ledger, count, names
 from autoquant.search.loop import Listener, Outcome, Stop, run_trials
-from autoquant.search.options import Options, check, check_budget, parse_latency, parse_size
+from autoquant.search.options import AUTO, Options, check, check_budget, parse_latency, parse_size
 from autoquant.search.params import ParameterMap
 from autoquant.search.preflight import Preflight, preflight
 from autoquant.search.pricing import (
@@ -53,6 +55,8 @@ from autoquant.search.source import (
 )
 from autoquant.search.trials import best_trial, measured
 from autoquant.search.uniform import baselines
+from autoquant.search.why import FIELD
+from autoquant.search.why import plain as plain_profile
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import dumps, save
 from autoquant.spec.space import SearchSpace, SiteSpace
@@ -104,7 +108,7 @@ def search(
     max_drop: str | float = "1%",
     bits: float | None = None,
     size: str | None = None,
-    trials: int | None = None,
+    trials: int | str | None = None,
     timeout: float | None = None,
     sampler: str | BaseSampler = samplers.DEFAULT,
     study: str | None = None,
@@ -127,7 +131,8 @@ def search(
     smallest model that loses at most ``max_drop``; with ``bits`` or ``size``, the best metric
     within it. ``max_latency`` ("20ms", or "60%" of the float model's) limits the time for one batch
     of the task's data, and ``objective`` (size, bits, latency, bitops) says what is made small
-    under ``max_drop``. ``timeout`` is in seconds; ``memory`` ("512MB", "0") is what results of
+    under ``max_drop``. ``trials`` is a number, or "auto" for as many as it takes; ``timeout`` is in
+    seconds; ``memory`` ("512MB", "0") is what results of
     layers may take so that they are not computed again, None for 2 GiB or a quarter of what is
     free. Raises UserError, in one line, on anything the user can mend.
     """
@@ -273,7 +278,7 @@ def resume(
     study: str | None = None,
     *,
     storage: str | None = None,
-    trials: int | None = None,
+    trials: int | str | None = None,
     timeout: float | None = None,
     memory: str | None = None,
     accept_changes: bool = False,
@@ -377,16 +382,19 @@ def _run(
     # What arithmetic rules out is never tried, but something uniform is, where it can be.
     plain = [sites for sites in baselines(spaces) if goal.affords(session.costs.of(sites))]
     most = 1 if not mapping.distributions else options.most_trials
-    stop = Stop(most, options.timeout)
     try:
         # Keeping books costs more than it saves where a candidate takes no time, unless asked for.
         if options.memory is not None or session.baseline("search").seconds >= WORTH_REUSING:
             session.reuse(options.memory_bytes, reporter.say)
     except TrialError as error:
         raise TaskError(f"{session.task.source}: on the float model: {error}") from error
+    stop = Stop(most, options.timeout)
     # From here on whoever interrupts the search is told which study to resume.
     reporter.begin(ledger.name, goal, ledger.trials(), stop)
-    proposer = _proposer(ledger, session, mapping, plain, goal, options, own, reporter)
+    proposer, sampler = _proposer(ledger, session, mapping, plain, goal, options, own, reporter)
+    if options.trials == AUTO and most is None:
+        gain = None if sampler is None else sampler.expected_gain
+        stop = replace(stop, enough=Enough(len(plain), gain))
     answered = any(measured(trial) is not None for trial in ledger.trials())
 
     def bar() -> Bar | None:
@@ -410,8 +418,9 @@ def _run(
 
     before, started = len(ledger.trials()), time.monotonic()
     session.prepared.engine.reset()
-    run_trials(ledger, mapping, proposer, goal, measure, stop, reporter, session.costs.of)
+    done = run_trials(ledger, mapping, proposer, goal, measure, stop, reporter, session.costs.of)
     trials = ledger.trials()
+    foretold = None if sampler is None else fidelity(sampler.profile, mapping, trials)
     speed = Speed(
         len(trials) - before,
         time.monotonic() - started,
@@ -456,6 +465,8 @@ def _run(
         speed,
         goal.latency,
         checks,
+        done,
+        foretold,
     )
 
 
@@ -481,7 +492,8 @@ def _proposer(
     options: Options,
     own: BaseSampler | None,
     reporter: Reporter,
-) -> samplers.Proposer:
+) -> tuple[samplers.Proposer, KnapsackSampler | None]:
+    sampler: KnapsackSampler | None = None
     if own is None and options.sampler == samplers.DEFAULT:
         reporter.say("profiling the layers")
         speeds = not session.costs.indifferent
@@ -494,6 +506,8 @@ def _proposer(
         )
         if table.reason:
             reporter.say(f"profiled by damage at the layers: {table.reason}")
+        if FIELD not in ledger.header:
+            ledger.note(**{FIELD: plain_profile(table)})
         rest = session.sizes.rest
         sampler = KnapsackSampler(mapping, table, goal, rest, options.seed, session.costs)
         then: samplers.Proposer = samplers.KnapsackProposer(sampler, ledger.trials)
@@ -509,7 +523,7 @@ def _proposer(
         then = samplers.StockProposer(make, mapping, ledger.trials(), state, keep)
     if not any(space.learns for space in mapping.spaces.values()):
         session.forget_moments()
-    return samplers.Baselines(plain, mapping, then)
+    return samplers.Baselines(plain, mapping, then), sampler
 
 
 def new_name(model: str, storage: str | None) -> str:

@@ -48,6 +48,8 @@ LIKELY = 1.05
 """How many times the damage of the best choice another may do, by the profile, and be kept."""
 BROKEN = 4.0
 """How many times the damage of what it replaces a choice may do, by the profile, to be tried."""
+DRAWS = 32
+"""Draws of the posterior over which the expected gain of more trials is averaged."""
 TRIES = 8
 """Proposals drawn before a recipe that was measured already is proposed again."""
 
@@ -210,6 +212,47 @@ class KnapsackSampler(BaseSampler):
                 break
         return sites
 
+    def expected_gain(self, trials: Sequence[FrozenTrial]) -> float | None:
+        """Return what knowing the layers' true weights would gain, as a share of the objective.
+
+        The mean over draws of the posterior; see ``enough``. None where no trial is feasible yet.
+        """
+        seen = [s for s in map(self._read, trials) if s is not None]
+        good = [s for s in seen if s.feasible and s.complete]
+        if not good:
+            return None
+        best = min(good, key=_rank)
+        rng = np.random.default_rng((self.seed, len(trials), 1))
+        _, mean, root = self._posterior(seen)
+        cost = self._cost_of(best.sites)
+        gains = []
+        for _ in range(DRAWS):
+            weights = np.maximum(mean + root @ rng.standard_normal(len(mean)), 0.05 * mean.mean())
+            damage = [w * d for w, d in zip(weights, self._damage, strict=True)]
+            own = float(weights @ best.damage)
+            chosen = self._choose(damage, own)
+            if self.goal.budgeted:
+                found = sum(float(d[i]) for d, i in zip(damage, chosen, strict=True))
+                gains.append(1.0 - found / own if own > 0 else 0.0)
+            else:
+                found = sum(float(c[i]) for c, i in zip(self._cost, chosen, strict=True))
+                gains.append(1.0 - found / cost if cost > 0 else 0.0)
+        return max(float(np.mean(gains)), 0.0)
+
+    def _cost_of(self, sites: Sites) -> float:
+        """Return what a recipe costs in the unit of the goal's cost, as its options are priced."""
+        total = 0.0
+        for name, cost in zip(self.names, self._cost, strict=True):
+            row = self._options[name]
+            wanted = sites[name].weight
+            same = [i for i, o in enumerate(row) if o.recipe == sites[name]]
+            same = same or [i for i, o in enumerate(row) if o.recipe.weight == wanted]
+            same = same or [
+                i for i, o in enumerate(row) if o.recipe.weight_bits == sites[name].weight_bits
+            ]
+            total += float(cost[same].min()) if same else float(cost.max())
+        return total
+
     def _read(self, trial: FrozenTrial) -> Seen | None:
         if trial.number not in self._seen:
             self._seen[trial.number] = self._parse(trial)
@@ -284,10 +327,10 @@ class KnapsackSampler(BaseSampler):
     def _inherit(self, site: str, recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
         """Return ``recipe`` with what was learned of its site; never as slow as another choice."""
         found = _inherit(recipe, known)
-        if self.profile.samples and found != recipe:
-            # Gradients know calibrations apart; what a trial that did well had by chance does not.
-            if self.profile.damage(site, found) > LIKELY * self.profile.damage(site, recipe):
-                found = replace(recipe, learning_rate=known.learning_rate).canonical()
+        # Gradients know calibrations apart; what a trial that did well had by chance does not.
+        likely = LIKELY * self.profile.damage(site, recipe)
+        if self.profile.samples and self.profile.damage(site, found) > likely:
+            found = replace(recipe, learning_rate=known.learning_rate).canonical()
         if self.costs is None or self.costs.indifferent:
             return found
         return found if speed_class(found) == speed_class(recipe) else recipe

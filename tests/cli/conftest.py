@@ -139,7 +139,8 @@ def checked() -> Callable[[dict, Path], dict]:
 
 def check_result(found: dict, folder: Path) -> dict:
     """Assert that the one JSON object of a search has the promised keys; return its recipe."""
-    assert set(found) == KEYS
+    # A few trials say nothing of a profile, and not every search ends of itself.
+    assert set(found) - {"profile", "done"} == KEYS
     assert set(found["metric"]) == METRIC_KEYS
     assert set(found["trials"]) == {"complete", "pruned", "failed"}
     assert found["device"] == "cpu"

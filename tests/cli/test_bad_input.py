@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -385,11 +386,11 @@ RECIPE_EDITS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
     "cut in a line": (lambda t: t[: t.index("granularity:") + 5], ("recipe.yaml: line",)),
     "empty": (lambda t: "", ("expected fields, found nothing",)),
     "0 bits": (
-        lambda t: t.replace("{bits: 4", "{bits: 0", 1),
+        lambda t: re.sub(r"weight: {bits: \d+", "weight: {bits: 0", t, count=1),
         ("weight: bits: found 0, allowed: 2, 3, 4",),
     ),
     "99 bits": (
-        lambda t: t.replace("{bits: 4", "{bits: 99", 1),
+        lambda t: re.sub(r"weight: {bits: \d+", "weight: {bits: 99", t, count=1),
         ("weight: bits: found 99, allowed: 2, 3, 4",),
     ),
     "missing layer": (
@@ -406,7 +407,7 @@ RECIPE_EDITS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
     ),
     "aliases": (lambda t: ALIASES, ("aliases",)),
     "zero point off the grid": (
-        lambda t: t.replace("zero_point: ", "zero_point: 9", 1),
+        lambda t: re.sub(r"zero_point: [-\d]+", "zero_point: 999", t, count=1),
         ("zero_point: found", "-128 … 127"),
     ),
 }

@@ -97,6 +97,39 @@ def test_studies_show_and_export(searched, cli):
     assert recipe["size_bytes"] <= share * recipe["float_size_bytes"]
 
 
+def test_show_why_says_what_is_known_of_a_layer(searched, cli):
+    found = json.loads(cli("show", "s", "--why", "0", "--json").out)
+    assert (found["layer"], found["layers"]) == ("0", 3)
+    assert found["samples"] > 0
+    for half in ("weights", "activations"):
+        assert sum(row["chosen"] for row in found[half]) == 1
+    widest = [row for row in found["weights"] if row["bits"] == 8]
+    narrow = [row for row in found["weights"] if row["bits"] == 4]
+    assert min(r["loss"] for r in widest) < min(r["loss"] for r in narrow)
+    text = cli("show", "s", "--why", "0").out
+    assert "estimated loss, by gradients" in text
+    assert "chosen" in text
+    assert "most of the loss: " in text
+    shares = [json.loads(cli("show", "--why", n, "--json").out)["share"] for n in ("0", "2", "4")]
+    assert sum(shares) == pytest.approx(1.0)
+    wrong = cli("show", "s", "--why", "7")
+    assert wrong.status == 2
+    assert "unknown layer '7'" in wrong.err
+
+
+def test_trials_auto_ends_of_itself(project, cli):
+    words = ("search", "model.pt", "--task", "task.py", "--bits", "5")
+    done = cli(*words, "--trials", "auto", "--study", "auto", "--json")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert found["done"].startswith("done after ")
+    assert 8 < found["trials"]["complete"] + found["trials"]["pruned"] < 200
+    assert -1 <= found["profile"]["spearman"] <= 1
+    wrong = cli(*words, "--trials", "many")
+    assert wrong.status == 2
+    assert "neither a number nor auto" in wrong.err
+
+
 @pytest.mark.parametrize("source", ["best", "trial"])
 def test_evaluate_reproduces_the_recipe(searched, cli, source):
     if source == "trial":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,16 @@ def test_search_and_apply_leave_the_model_as_it_is():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
     quantized = autoquant.apply(result.recipe, model, task)
-    again = autoquant.apply(result.recipe, model)  # a calibrated recipe needs no data
+    again = autoquant.apply(result.recipe, model, task)
+    # What no data taught: scales that a recipe carries, and ranges of the weights themselves.
+    plain = {
+        name: replace(site, weight=replace(site.weight, calibration="max"), bias_correction=False)
+        for name, site in result.recipe.sites.items()
+        if site.weight is not None
+    }
+    autoquant.apply(result.recipe.with_sites(plain), model)
+    with pytest.raises(SpecError, match="needs the task"):
+        autoquant.apply(result.recipe, model)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with torch.no_grad():
         outputs = quantized(x)

@@ -171,7 +171,7 @@ def report(results: Results) -> str:
     type=click.Path(path_type=Path),
     help="Folder of what was measured.",
 )
-@click.option("--fresh", is_flag=True, help="Forget what was measured.")
+@click.option("--fresh", is_flag=True, help="Forget what is asked for, and measure it anew.")
 @click.option("--limit", default=3600.0, show_default=True, help="Seconds that one run may take.")
 def main(
     models: tuple[str, ...],
@@ -185,27 +185,32 @@ def main(
 ) -> None:
     """Measure what is not known yet and write reports/peers.md."""
     cache.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        for path in cache.glob("layers-*.json"):
-            path.unlink()
-    results = Results(cache / "results.jsonl", fresh=fresh)
+    results = Results(cache / "results.jsonl")
     tools = [tool for tool in TOOLS if not only or tool.name in only]
-    for model in models or ("mobilenet_v2",):
-        for wanted in wanted_rows(tools, model, budgets or (5.0, 6.0, 8.0), seeds, trials):
-            if results.done(wanted.key):
-                continue
-            began = time.monotonic()
-            row = run_one(BY_NAME[wanted.tool], wanted, cache, limit)
-            results.add(row)
-            REPORT.write_text(report(results), encoding="utf-8")
-            said = (
-                row.error or f"{row.bits:.3f} bits, KL {row.kl}, {row.metric}, {row.seconds:.0f} s"
-            )
-            print(
-                f"{row.model} {row.budget:g} {row.tool} seed {row.seed}: {said} "
-                f"({time.monotonic() - began:.0f} s in all)",
-                flush=True,
-            )
+    wanted = [
+        row
+        for model in models or ("mobilenet_v2",)
+        for row in wanted_rows(tools, model, budgets or (5.0, 6.0, 8.0), seeds, trials)
+    ]
+    if fresh:
+        results.forget(row.key for row in wanted)
+        for model in {row.model for row in wanted if row.tool in ("greedy", "measured")}:
+            (cache / f"layers-{model}.json").unlink(missing_ok=True)
+    for row in wanted:
+        if results.done(row.key):
+            continue
+        began = time.monotonic()
+        found = run_one(BY_NAME[row.tool], row, cache, limit)
+        results.add(found)
+        REPORT.write_text(report(results), encoding="utf-8")
+        said = found.error or (
+            f"{found.bits:.3f} bits, KL {found.kl}, {found.metric}, {found.seconds:.0f} s"
+        )
+        print(
+            f"{row.model} {row.budget:g} {row.tool} seed {row.seed}: {said} "
+            f"({time.monotonic() - began:.0f} s in all)",
+            flush=True,
+        )
     REPORT.write_text(report(results), encoding="utf-8")
     print(report(results))
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.benchmarks.peers.cases import Case
-from tests.benchmarks.peers.score import average_bits, divergence_to_float, weight_sizes
+from tests.benchmarks.peers.score import average_bits, divergences, logits, weight_sizes
 from tests.benchmarks.peers.tools import Found
 
 CHOICES = tuple(
@@ -64,10 +64,12 @@ def autotune(case: Case, bits: float) -> Found:
     def evaluate(model: nn.Module) -> float:
         nonlocal count
         count += 1
-        values = divergence_to_float(case, lambda x: case.run(model, x), case.selection)
-        return 1.0 - float(values.mean())  # 1 for the float model: its tolerance is relative
+        found = logits(lambda x: case.run(model, x), case.selection)
+        # 1 for the float model: the tolerance is relative.
+        return 1.0 - float(divergences(reference, found).mean())
 
     began = time.monotonic()
+    reference = logits(lambda x: case.run(case.model, x), case.selection)
     example = (case.calibration[0],)
     shapes = ({0: torch.export.Dim("batch", min=2, max=1024)},)
     exported = export(case.model_copy(), example_inputs=example, dynamic_shapes=shapes)

@@ -48,11 +48,9 @@ class Row:
 class Results:
     """The rows in one file; a later line replaces an earlier one of the same run."""
 
-    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: dict[Key, Row] = {}
-        if fresh:
-            path.unlink(missing_ok=True)
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -74,6 +72,14 @@ class Results:
             # A line of its own, even after one that was cut short.
             file.write("\n" + json.dumps(asdict(row), ensure_ascii=False))
             file.flush()
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        """Forget runs, on disk too."""
+        for key in keys:
+            self._rows.pop(key, None)
+        self.path.unlink(missing_ok=True)
+        for row in self._rows.values():
+            self.add(row)
 
     def rows(self, **match: Any) -> list[Row]:
         """Return the rows whose fields are as given, ordered by seed."""

@@ -33,12 +33,6 @@ def logits(run: Run, batches: Sequence[tuple[Any, Any]]) -> Tensor:
     return torch.cat([outputs_of(run(inputs)).float() for inputs, _ in batches])
 
 
-def divergence_to_float(case: Case, run: Run, batches: Sequence[tuple[Any, Any]]) -> Tensor:
-    """Return the divergence from the float model, a sample."""
-    reference = logits(lambda x: case.run(case.model, x), batches)
-    return divergences(reference, logits(run, batches))
-
-
 def score(case: Case, quantized: nn.Module) -> dict[str, Any]:
     """Return the metric of ``quantized`` on the test data and, of a classifier, its divergence."""
 

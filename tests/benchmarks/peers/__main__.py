@@ -41,9 +41,13 @@ matter, the medians of all seeds are given, and in brackets the least and the mo
 
 The searches (autoquant and the samplers of Optuna) go through the same loop and engine and are
 given as many evaluations of half the selection data, from the same uniform recipes on; a
-candidate that is over the budget by arithmetic is not evaluated and does not count. The other
+candidate that is over the budget by arithmetic is not evaluated and does not count, up to 20
+proposals for each evaluation (random ones end there where few are within the budget). The other
 half chooses among the best five. ModelOpt's AutoQuantize scores layers on the calibration data,
-with the float model's own classes as labels."""
+with the float model's own classes as labels. The two knapsacks and the greedy search run on
+autoquant's engine with its calibrations; their one-layer divergences are of the search's half.
+
+Rows that are missing here were not run yet; the command goes on with them."""
 NOTES = """\
 ¹ NNCF quantizes the inputs of depthwise convolutions a channel, which is finer than the formats
 here.

@@ -1,0 +1,100 @@
+"""The models of the zoo with their data in three parts: to calibrate, to select by, and to test.
+
+A tool sees the first two. For MobileNetV2 they are photos 0 … 127 and 128 … 527 of the shuffle, and
+the last 472 are the test; for the other models the second half of the evaluation data is the test.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant import Task
+from tests.zoo.conftest import task_module
+
+NAMES = ("mobilenet_v2", "resnext", "g2p", "minilm")
+FIRST_TEST_PHOTO = 528
+CLASSIFIERS = ("mobilenet_v2", "resnext")
+
+Batch = tuple[Any, Any]
+"""Inputs and targets."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A float model and its data. ``search_metric`` is what the samplers are to make good."""
+
+    name: str
+    model: nn.Module
+    forward: Callable[[nn.Module, Any], Any] | None
+    calibration: list[Any]
+    selection: list[Batch]
+    test: list[Batch]
+    metric: Any
+    search_metric: Any
+    higher_is_better: bool | None
+
+    def run(self, model: nn.Module, inputs: Any) -> Any:
+        """Return what ``model`` gives for one batch."""
+        if self.forward is not None:
+            return self.forward(model, inputs)
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+    def model_copy(self) -> nn.Module:
+        """Return a copy of the float model that a tool may change."""
+        return copy.deepcopy(self.model)
+
+    def task(self) -> Task:
+        """Return the task that a search gets: it never meets the test data."""
+        return Task(
+            calibration_data=lambda: iter(self.calibration),
+            evaluation_data=lambda: iter(self.selection),
+            forward=self.forward,
+            metric=self.search_metric,
+            higher_is_better=None if isinstance(self.search_metric, str) else self.higher_is_better,
+        )
+
+    def with_labels(self) -> list[Batch]:
+        """Return the calibration batches with the float model's own classes as labels."""
+        with torch.no_grad():
+            return [(x, self.run(self.model, x).argmax(-1)) for x in self.calibration]
+
+
+def load_case(name: str, folder: Path) -> Case:
+    """Return a case by name; what has to be trained first is kept in ``folder``."""
+    module = task_module(name)
+    if name == "resnext":
+        path = folder / "resnext.pt"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            module.train(path)
+    else:
+        path = module.weights()
+    if name == "mobilenet_v2":
+        selection = list(module.batches(module.CALIBRATION, FIRST_TEST_PHOTO))
+        test = list(module.batches(FIRST_TEST_PHOTO, None))
+    else:
+        pairs = list(module.evaluation_data())
+        half = len(pairs) // 2
+        if not half:
+            raise ValueError(f"{name}: one batch of evaluation data can't be halved")
+        selection, test = pairs[:half], pairs[half:]
+    return Case(
+        name,
+        module.load_model(path).eval(),
+        getattr(module, "forward", None),
+        list(module.calibration_data()),
+        selection,
+        test,
+        module.metric,
+        "kl" if name in CLASSIFIERS else module.metric,
+        getattr(module, "higher_is_better", None),
+    )

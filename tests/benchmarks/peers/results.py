@@ -1,0 +1,88 @@
+"""Measured rows as JSON lines, so that an interrupted benchmark goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str, str, float, int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one run of one tool gave; ``error`` says why there is nothing."""
+
+    tool: str
+    model: str
+    budget: float
+    seed: int
+    trials: int
+    bits: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    metric: float | None = None
+    metric_name: str = ""
+    seconds: float | None = None
+    evaluations: int | None = None
+    proposals: int | None = None
+    curve: tuple[float, ...] = ()
+    version: str = ""
+    error: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """What tells one run from another."""
+        return self.tool, self.model, self.budget, self.seed, self.trials
+
+    @classmethod
+    def read(cls, plain: dict[str, Any]) -> Row:
+        """Return the row that a line of the file holds."""
+        known = {field.name for field in fields(cls)}
+        row = {k: v for k, v in plain.items() if k in known}
+        return cls(**row | {"curve": tuple(row.get("curve", ()))})
+
+
+class Results:
+    """The rows in one file; a later line replaces an earlier one of the same run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: dict[Key, Row] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = Row.read(json.loads(line))
+                except (json.JSONDecodeError, TypeError):
+                    continue  # the line that was being written when the run was killed
+                self._rows[row.key] = row
+
+    def done(self, key: Key) -> bool:
+        """Return whether a run has a result; one that failed is tried again."""
+        row = self._rows.get(key)
+        return row is not None and row.error is None
+
+    def add(self, row: Row) -> None:
+        """Keep a row, on disk too."""
+        self._rows[row.key] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            # A line of its own, even after one that was cut short.
+            file.write("\n" + json.dumps(asdict(row), ensure_ascii=False))
+            file.flush()
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        """Forget runs, on disk too."""
+        for key in keys:
+            self._rows.pop(key, None)
+        self.path.unlink(missing_ok=True)
+        for row in self._rows.values():
+            self.add(row)
+
+    def rows(self, **match: Any) -> list[Row]:
+        """Return the rows whose fields are as given, ordered by seed."""
+        found: Iterable[Row] = self._rows.values()
+        kept = [r for r in found if all(getattr(r, k) == v for k, v in match.items())]
+        return sorted(kept, key=lambda r: r.seed)

@@ -1,0 +1,69 @@
+"""The one evaluation that every recipe is scored by: the same code, on the same test data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.models.metrics import METRICS
+from autoquant.models.task import outputs_of
+from tests.benchmarks.peers.cases import Case
+
+Run = Callable[[Any], Any]
+
+
+def divergences(reference: Tensor, quantized: Tensor) -> Tensor:
+    """Return KL(reference ‖ quantized) of the softmax of logits [n, classes], a sample [n]."""
+    p, q = (x.double().log_softmax(-1) for x in (reference, quantized))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of ``values`` and its standard error."""
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+@torch.no_grad()
+def logits(run: Run, batches: Sequence[tuple[Any, Any]]) -> Tensor:
+    """Return a classifier's outputs on all ``batches``."""
+    return torch.cat([outputs_of(run(inputs)).float() for inputs, _ in batches])
+
+
+def score(case: Case, quantized: nn.Module) -> dict[str, Any]:
+    """Return the metric of ``quantized`` on the test data and, of a classifier, its divergence."""
+
+    def run(inputs: Any) -> Any:
+        return case.run(quantized, inputs)
+
+    with torch.no_grad():
+        pairs = [(outputs_of(run(inputs)), targets) for inputs, targets in case.test]
+    found: dict[str, Any] = {"kl": None, "kl_error": None, "metric_name": metric_name(case.metric)}
+    if isinstance(case.metric, str):
+        found["metric"] = METRICS.get(case.metric).evidence(pairs).score()
+    else:
+        found["metric"] = float(case.metric([o for o, _ in pairs], [t for _, t in pairs]))
+    if case.search_metric == "kl":
+        reference = logits(lambda x: case.run(case.model, x), case.test)
+        values = divergences(reference, torch.cat([o for o, _ in pairs]).float())
+        found["kl"], found["kl_error"] = mean_and_error(values)
+    return found
+
+
+def metric_name(metric: Any) -> str:
+    """Return what a metric is called."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+
+
+def average_bits(widths: dict[str, int], sizes: dict[str, int]) -> float:
+    """Return the mean bits of all weights; a layer without a width is float and counts as 16."""
+    return sum(widths.get(n, 16) * size for n, size in sizes.items()) / sum(sizes.values())
+
+
+def weight_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the number of weights of every convolution and linear layer."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, kinds)}

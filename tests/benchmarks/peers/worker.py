@@ -1,0 +1,82 @@
+"""One run of one tool in a process of its own: a tool that patches torch spoils no other.
+
+``python -m tests.benchmarks.peers.worker ARGUMENTS.json RESULT.json``
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from autoquant.kernels.cpu.heap import keep_freed_memory
+from tests.benchmarks.peers.cases import load_case
+from tests.benchmarks.peers.score import score
+from tests.benchmarks.peers.tools import BY_NAME, Found, Tool
+
+HERE = Path(__file__).resolve().parent
+
+
+def version(tool: Tool) -> str:
+    """Return the version of a tool's package; of this code, the commit."""
+    try:
+        found = importlib.metadata.version(tool.package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    if tool.package != "autoquant":
+        return found
+    words = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
+    return done.stdout.strip() or found
+
+
+def run(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row."""
+    tool = BY_NAME[arguments["tool"]]
+    folder = Path(arguments["folder"])
+    said = version(tool)
+    if not said:
+        return {"error": f"not installed ({tool.package})"}
+    module, function = tool.place.split(":")
+    case = load_case(arguments["model"], folder)
+    call = getattr(importlib.import_module(f"tests.benchmarks.peers.{module}"), function)
+    bits = arguments["budget"]
+    found: Found
+    if tool.sampler is not None:
+        found = call(case, bits, tool.sampler, arguments["seed"], arguments["trials"])
+    elif module == "ours":
+        found = call(case, bits, folder)
+    else:
+        found = call(case, bits)
+    return {
+        "bits": found.bits,
+        "seconds": found.seconds,
+        "evaluations": found.evaluations,
+        "proposals": found.proposals,
+        "curve": found.curve,
+        "version": said,
+        **score(case, found.model),
+    }
+
+
+def main() -> None:
+    """Run what the first file asks for and write the second."""
+    keep_freed_memory()  # as ``autoquant search`` does
+    arguments = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    try:
+        found = run(arguments)
+    except Exception as error:
+        traceback.print_exc()
+        text = str(error).strip().splitlines()
+        line = f": {text[0]}" if text else ""
+        found = {"error": f"{type(error).__name__}{line}"[:200]}
+    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

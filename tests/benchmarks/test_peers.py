@@ -1,0 +1,110 @@
+"""The pure parts of the comparison with other tools."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.benchmarks.peers import tables
+from tests.benchmarks.peers.greedy import average, greedy
+from tests.benchmarks.peers.results import Results, Row
+from tests.benchmarks.peers.score import average_bits, divergences
+from tests.benchmarks.peers.tools import TOOLS
+
+SIZES = {"a": 100, "b": 100, "c": 200}
+TABLE = {
+    "a": {6: 0.1, 4: 0.9},
+    "b": {6: 0.2, 4: 0.3},
+    "c": {6: 0.4, 4: 5.0},
+}
+
+
+def row(tool="tpe", seed=0, **fields):
+    return Row(tool, "resnext", 5.0, seed, 40, **fields)
+
+
+def test_greedy_takes_the_cheapest_flips_until_the_budget_holds():
+    assert greedy(TABLE, SIZES, 8.0) == {"a": 8, "b": 8, "c": 8}
+    assert greedy(TABLE, SIZES, 7.5) == {"a": 6, "b": 8, "c": 8}
+    # b goes to 6, then to 4, before c goes to 6
+    assert greedy(TABLE, SIZES, 6.5) == {"a": 6, "b": 4, "c": 8}
+    assert greedy(TABLE, SIZES, 4.0) == {"a": 4, "b": 4, "c": 4}
+
+
+def test_greedy_never_makes_a_layer_wider_again():
+    table = {"a": {6: 0.5, 4: 0.1}, "b": {6: 0.9, 4: 1.0}, "c": {6: 0.6, 4: 2.0}}
+    widths = greedy(table, SIZES, 6.0)
+    assert widths == {"a": 4, "b": 8, "c": 6}
+    assert average(widths, SIZES) <= 6.0
+
+
+def test_a_layer_in_float_counts_as_sixteen_bits():
+    assert average_bits({"a": 4}, {"a": 300, "b": 100}) == 7.0
+
+
+def test_divergence_is_that_of_the_softmax():
+    p, q = torch.randn(5, 7), torch.randn(5, 7)
+    expected = torch.nn.functional.kl_div(
+        q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    assert divergences(p, q).float().numpy() == pytest.approx(expected.numpy(), abs=1e-6)
+    assert float(divergences(p, p + 3.0).abs().max()) < 1e-6
+
+
+def test_results_are_found_again_and_failures_are_tried_again(tmp_path):
+    path = tmp_path / "results.jsonl"
+    first, failed = row(kl=0.5, curve=(1.0, 0.5)), row(seed=1, error="not installed")
+    results = Results(path)
+    results.add(first)
+    results.add(failed)
+    again = Results(path)
+    assert again.rows(tool="tpe") == [first, failed]
+    assert again.done(first.key)
+    assert not again.done(failed.key)
+    again.add(row(seed=1, kl=0.4))
+    assert Results(path).done(failed.key)
+    again.forget([first.key])
+    assert Results(path).rows() == again.rows() == [row(seed=1, kl=0.4)]
+
+
+def test_a_line_that_was_cut_short_costs_that_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    results = Results(path)
+    results.add(row(kl=0.5))
+    with path.open("a") as file:
+        file.write('\n{"tool": "tp')
+    again = Results(path)
+    again.add(row(seed=1, kl=0.3))
+    assert [r.kl for r in Results(path).rows()] == [0.5, 0.3]
+
+
+def test_cells_show_the_median_and_the_ends_of_seeds():
+    rows = [row(seed=i, bits=5.0, kl=kl, kl_error=0.01) for i, kl in enumerate((0.3, 0.1, 0.2))]
+    cells = tables.cells("x", rows)
+    assert cells[1:3] == ["5.00", "0.2000 ± 0.0100 (0.1000 … 0.3000)"]
+    assert cells[-1] == "3"
+    assert tables.cells("x", rows[:1])[2] == "0.3000 ± 0.0100"
+    assert tables.cells("x", [row(error="not installed (nncf)")])[2] == "not installed (nncf)"
+
+
+def test_evaluations_are_counted_to_where_a_rival_had_its_best():
+    assert tables.reached((5.0, 3.0, 3.0, 1.0), 3.0) == 2
+    assert tables.reached((5.0, 3.0), 2.0) is None
+    theirs = [row(seed=0, curve=(5.0, 4.0, 4.0)), row(seed=1, curve=(5.0, 5.0, 1.0))]
+    ours = [
+        row("autoquant", 0, curve=(4.0, 4.0, 3.0)),
+        row("autoquant", 1, curve=(4.0, 3.0, 2.0)),
+        row("autoquant", 2, curve=(1.0, 1.0, 1.0)),
+    ]
+    assert tables.pairs(ours, theirs) == [(1, 2), (None, 3)]
+    assert tables.speed_cells("TPE", ours, theirs)[2] == "more than 3 (1 … more than 3)"
+    assert tables.speed_cells("GP", ours, [])[1] == "not run"
+
+
+def test_tools_are_asked_for_budgets_that_they_can_keep():
+    assert len({tool.name for tool in TOOLS}) == len(TOOLS)
+    named = {tool.name: tool for tool in TOOLS}
+    assert not named["nncf"].takes(5.0)
+    assert named["nncf"].takes(8.0)
+    assert not named["modelopt_kl"].takes(8.0)
+    assert all(tool.takes(5.0) for tool in TOOLS if tool.stochastic)

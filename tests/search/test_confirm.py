@@ -13,7 +13,9 @@ from optuna.trial import TrialState
 from autoquant.errors import TrialError
 from autoquant.kernels.engine import Engine
 from autoquant.measure.evaluator import Reading
-from autoquant.search.confirm import FINALISTS, confirm, confirm_one, finalists
+from autoquant.models.metrics import METRICS
+from autoquant.search.confirm import confirm, confirm_one
+from autoquant.search.finalists import FINALISTS, finalists
 from autoquant.search.goal import Goal, Measurement
 from autoquant.search.ledger import MEASURED, finished
 from autoquant.search.params import ParameterMap
@@ -134,7 +136,7 @@ class FakeSession:
         self.costs = SimpleNamespace(latency=None, operations=None)
         self.evaluator = SimpleNamespace(
             confirms=confirms,
-            metric=SimpleNamespace(name="accuracy", higher_is_better=True),
+            metric=METRICS.get("accuracy"),
             baseline=lambda model, split: self.baseline(split),
         )
 

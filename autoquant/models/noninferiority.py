@@ -21,6 +21,9 @@ LEVEL = 0.05
 POWER = 0.8416212335729143
 """Standard normal quantile of 80%: how often ``samples_needed`` are to give a proof."""
 
+IMAGINED = 4
+"""Samples that are imagined to differ beside those that do, where the bootstrap is asked."""
+
 
 def flips(before: Evidence, after: Evidence, metric: MetricInfo) -> tuple[int, int, int] | None:
     """Return (lost, gained, samples) of a metric that is right or wrong sample by sample.
@@ -49,10 +52,10 @@ def drop_interval(before: Evidence, after: Evidence, metric: MetricInfo, seed: i
     """Return how sure the drop from ``before`` to ``after`` is, by what suits the metric.
 
     The score test of paired proportions for accuracies, else the paired bootstrap, with two
-    corrections. Where few samples differ, resamples vary less than fresh data would: the interval
-    is widened around the drop by √((k + 2)/k), k the samples that differ, as if two more did (the
-    idea of Bonett and Price 2012, J. Educ. Behav. Stat. 37:479, for proportions). Simulated, 95%
-    intervals then cover 91% or more from two differing samples on, where plain ones cover 52%.
+    corrections. Where few samples differ, resamples vary less than fresh data would: each end is
+    moved out by what IMAGINED more of their size would do. Simulated (50 … 436 samples, of which
+    0.5 … 10% differ, by skewed amounts) 95% intervals then cover 91% or more, plain ones as little
+    as 16%.
     A bootstrap in which nothing ever varies knows nothing of the samples that were not seen: for
     a bounded metric the share of them that differ after all is bounded instead (the rule of
     three: 1 − α^(1/n)), each taken to change the metric by its whole share; for any other there
@@ -88,19 +91,25 @@ def differing(before: Evidence, after: Evidence) -> int:
 
 
 def _widened(interval: Interval, measured: float, differing: int) -> Interval:
+    """Return √(w² + z²·IMAGINED·SE²/k) for each distance w from the measured drop to an end.
+
+    k samples that differ have SE ≈ √k·s, s the share of the drop that is due to one: imagined ones
+    add IMAGINED·s² to the variance. Adding imagined discordant pairs is how Agresti and Min (2005,
+    Statistics in Medicine 24:729) mend intervals of paired proportions.
+    """
     if not math.isfinite(measured) or not differing:
         return interval
-    factor = math.sqrt((differing + 2) / differing)
+    unseen = IMAGINED * interval.standard_error**2 / differing
 
-    def move(end: float) -> float:
-        return measured + (end - measured) * factor
+    def moved(end: float, z: float) -> float:
+        return math.sqrt((end - measured) ** 2 + z * z * unseen)
 
     return Interval(
-        move(interval.low),
-        move(interval.high),
+        measured - moved(interval.low, paired.TWO_SIDED),
+        measured + moved(interval.high, paired.TWO_SIDED),
         interval.standard_error,
-        move(interval.lower),
-        move(interval.upper),
+        measured - moved(interval.lower, paired.ONE_SIDED),
+        measured + moved(interval.upper, paired.ONE_SIDED),
     )
 
 

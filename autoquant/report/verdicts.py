@@ -57,14 +57,20 @@ def reported_line(evidence: Evidence) -> str:
     """Return the reported metric, beside the one that the search went by."""
     found = evidence.reported
     if evidence.confirm is None:
-        where = f"measured on the data that the search saw, {found.samples} samples"
+        where = f"measured on the data that the search saw{_count(', {} samples', found.samples)}"
     else:
         seen = evidence.search
         where = (
-            f"confirmed on {found.samples} samples; on the {seen.samples} searched by: quantized "
+            f"confirmed{_count(' on {} samples', found.samples)}; on the "
+            f"{_count('{} ', seen.samples) or 'data '}searched by: quantized "
             f"{plain_number(seen.quantized)}, drop {plain_number(seen.drop)}"
         )
     return (
         f"{evidence.metric}: float {plain_number(found.baseline)}, quantized "
         f"{plain_number(found.quantized)}, drop {plain_number(found.drop)} ({where})"
     )
+
+
+def _count(text: str, samples: int) -> str:
+    """Return ``text`` with the number of samples; nothing where only the task knows it."""
+    return text.format(samples) if samples else ""

@@ -16,7 +16,7 @@ from autoquant.search.goal import Goal, Measurement
 from autoquant.search.params import ParameterMap
 from autoquant.search.session import Session
 from autoquant.spec.costs import LatencyEvidence
-from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult
+from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult, choices_key
 from autoquant.spec.verdict import FAIL, Verdict
 
 
@@ -56,9 +56,11 @@ def confirm(
 
     With a maximum drop: the first (smallest) whose confirmed drop keeps it and which is not
     significantly worse than the incumbent by more than that; where none does, the one that comes
-    nearest. With a budget all are measured: see ``_cheapest_of_the_best``. The choice is measured
+    nearest. With a budget all are measured, and the smallest is taken of those within one standard
+    error of the best that are no worse than the incumbent. The choice is measured
     once more by the reference, so that whoever loads what is written finds the very numbers that
-    are reported. Raises TrialError where every finalist fails.
+    are reported. The verdict is that of a single test: it is not corrected for the up to FINALISTS
+    recipes that were looked at. Raises TrialError where every finalist fails.
     """
     jury = _Jury(session, mapping, goal, seed)
     if goal.budgeted:
@@ -75,21 +77,22 @@ class _Jury:
         self.goal = goal
         self.seed = seed
         self.done: list[Finalist] = []
-        self._heard: dict[int, Finalist | None] = {}
+        self._heard: dict[str, Finalist | None] = {}
         self._reason = "there is none"
 
     def hear(self, trial: FrozenTrial) -> Finalist | None:
-        """Return the trial's recipe as confirmed; None where it fails."""
-        if trial.number in self._heard:
-            return self._heard[trial.number]
+        """Return the trial's recipe as confirmed, for whichever trial; None where it fails."""
+        sites = self.mapping.decode(trial.params)
+        key = choices_key(sites)
+        if key in self._heard:
+            return self._heard[key]
         found = None
         try:
-            sites = self.mapping.decode(trial.params)
             found = confirm_one(self.session, sites, self.goal, self.seed, trial.number)
             self.done.append(found)
         except TrialError as error:
             self._reason = str(error)
-        self._heard[trial.number] = found
+        self._heard[key] = found
         return found
 
     def exactly(self, finalist: Finalist) -> Finalist | None:
@@ -100,13 +103,26 @@ class _Jury:
                     self.session, finalist.recipe.sites, self.goal, self.seed, finalist.trial
                 )
         except TrialError as error:
-            self._reason = str(error)
-            self.done.remove(finalist)
-            self._heard[finalist.trial] = None
+            self._dismiss(finalist, error)
             return None
         self.done[self.done.index(finalist)] = found
-        self._heard[finalist.trial] = found
+        self._heard[finalist.recipe.key()] = found
         return found
+
+    def exact_drop(self, finalist: Finalist) -> float | None:
+        """Return the reported drop as the reference measures it; None where it fails."""
+        split = "confirm" if self.session.evaluator.confirms else "search"
+        try:
+            with self.session.prepared.engine.reference():
+                return self.session.measure(finalist.recipe.sites, split)[0].drop
+        except TrialError as error:
+            self._dismiss(finalist, error)
+            return None
+
+    def _dismiss(self, finalist: Finalist, error: TrialError) -> None:
+        self._reason = str(error)
+        self.done.remove(finalist)
+        self._heard[finalist.recipe.key()] = None
 
     def best(self) -> Finalist:
         """Return the finalist with the least confirmed drop; TrialError where all failed."""
@@ -146,20 +162,13 @@ def _within_drop(
         found = jury.exactly(found)
         if found is None or not found.holds:
             continue
-        if rival is None or trial.number == rival.number:
+        against = None if rival is None else jury.hear(rival)
+        if against is None or against is found or not jury.inferior(found, against):
             return found, jury.done
-        against = jury.hear(rival)
-        if against is None or not jury.inferior(found, against):
-            return found, jury.done
-    return _exact_best(jury), jury.done
-
-
-def _exact_best(jury: _Jury) -> Finalist:
-    """Return the finalist of least drop, as the reference measures it."""
     while True:
-        found = jury.exactly(jury.best())
-        if found is not None:
-            return found
+        nearest = jury.exactly(jury.best())
+        if nearest is not None and nearest is jury.best():
+            return nearest, jury.done
 
 
 def _within_budget(
@@ -168,37 +177,36 @@ def _within_budget(
     for trial in trials:
         jury.hear(trial)
     plain = None if rival is None else jury.hear(rival)
-    if plain is not None:
-        # By the same arithmetic as the choice, so that whoever compares the two finds the same.
-        plain = jury.exactly(plain)
+    # By the same arithmetic as the choice, so that whoever compares the two finds the same.
+    exact = None if plain is None else jury.exact_drop(plain)
+    if exact is None:
+        plain = None
     while True:
-        chosen = _cheapest_of_the_best(jury, plain)
-        if chosen is plain:
-            return chosen, jury.done
+        most = math.inf if plain is None or exact is None else exact
+        chosen = _cheapest_of_the_best(jury, most) or plain
+        assert chosen is not None
         found = jury.exactly(chosen)
-        if found is None:
-            continue
-        if plain is None or found.result.drop <= plain.result.drop:
+        if found is not None and found.result.drop <= most:
             return found, jury.done
-        return plain, jury.done
+        if found is None and chosen is plain:
+            plain = None
 
 
-def _cheapest_of_the_best(jury: _Jury, plain: Finalist | None) -> Finalist:
-    """Return the smallest recipe within one standard error of the best, no worse than ``plain``.
+def _cheapest_of_the_best(jury: _Jury, most: float) -> Finalist | None:
+    """Return the smallest recipe within one standard error of the best, its drop ``most`` or less.
 
     The error is that of the paired difference to the best (Breiman et al. 1984, Classification and
     Regression Trees, §3.4.3: among those that the data can not tell apart, the simplest). Of equal
-    sizes the one of least loss.
+    sizes the one of least loss. ``most`` is the incumbent's drop; None where nothing is within it.
     """
     best = jury.best()
-    most = math.inf if plain is None else plain.result.drop
     near = [
         f
         for f in jury.done
         if f.result.drop <= most
         and (f is best or f.result.drop - best.result.drop <= jury.spread(best, f))
     ]
-    return min(near, key=lambda f: (f.measurement.size_bytes, f.measurement.loss))
+    return min(near, key=lambda f: (f.measurement.size_bytes, f.measurement.loss), default=None)
 
 
 def confirm_one(

@@ -16,6 +16,12 @@ from autoquant.cli.options import backend_option, device_option, json_option, ta
 @click.option(
     "--accept-changes", is_flag=True, help="Use the recipe although it is for another model file."
 )
+@click.option(
+    "--max-drop",
+    metavar="DROP",
+    help="Say whether the recipe is proven to lose no more than this (1%, or a number in the "
+    "metric's unit). Default: what its search was told.",
+)
 @device_option
 @backend_option("reference")
 @json_option
@@ -27,6 +33,7 @@ def command(
     trust_pickle: bool,
     recipe: str | None,
     accept_changes: bool,
+    max_drop: str | None,
     device: str,
     backend: str,
     as_json: bool,
@@ -37,11 +44,15 @@ def command(
     """
     import json
 
+    from autoquant.errors import UserError
     from autoquant.spec.recipe_file import load
 
+    if max_drop is not None and recipe is None:
+        raise UserError("--max-drop judges a recipe; give --recipe, too")
     loaded_recipe = None if recipe is None else load(Path(recipe))
     from autoquant.export.model import check_model
     from autoquant.report.tables import megabytes, plain_number
+    from autoquant.report.verdicts import verdict_line
     from autoquant.search.remeasure import measure_recipe
     from autoquant.search.source import Source
 
@@ -50,7 +61,7 @@ def command(
     loaded = source.load(loaded_task)
     if loaded_recipe is not None:
         check_model(loaded_recipe, loaded, accept=accept_changes)
-    found = measure_recipe(loaded, loaded_task, loaded_recipe, device, backend)
+    found = measure_recipe(loaded, loaded_task, loaded_recipe, device, backend, max_drop)
     if as_json:
         print(json.dumps(found.plain()))
         return
@@ -64,6 +75,8 @@ def command(
                 low, high = split.interval
                 line += f", 95% interval {plain_number(low)} … {plain_number(high)}"
         print(line)
+    if found.verdict is not None:
+        print(verdict_line(found.verdict, found.metric))
     if loaded_recipe is not None:
         print(
             f"{found.average_weight_bits:.3f} average weight bits, {megabytes(found.size_bytes)} "

@@ -24,6 +24,7 @@ from autoquant.report.tables import (
     plain_number,
     preflight_lines,
 )
+from autoquant.report.verdicts import reported_line, verdict_line
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import REASON
 from autoquant.search.loop import Stop
@@ -125,18 +126,9 @@ class ConsoleReporter:
         evidence = result.recipe.evidence
         assert evidence is not None
         out.print(layers_table(result.recipe))
-        reported = evidence.reported
-        split = "confirmed" if evidence.confirm else "measured on the data that the search saw"
-        interval = ""
-        if reported.interval is not None:
-            low, high = reported.interval
-            interval = f", 95% interval {plain_number(low)} … {plain_number(high)}"
-        out.print(
-            f"{evidence.metric}: float {plain_number(reported.baseline)}, quantized "
-            f"{plain_number(reported.quantized)}, drop {plain_number(reported.drop)} ({split} on "
-            f"{reported.samples} samples{interval})",
-            markup=False,
-        )
+        out.print(reported_line(evidence), markup=False)
+        if evidence.verdict is not None:
+            out.print(verdict_line(evidence.verdict, evidence.metric), markup=False)
         out.print(
             f"{evidence.average_weight_bits:.3f} average weight bits, "
             f"{megabytes(evidence.size_bytes)} of {megabytes(evidence.float_size_bytes)} "

@@ -68,7 +68,8 @@ class StatisticMetric:
     ``of_totals`` ([r, m] → [r]) scores sums over samples of ``terms`` ([n, k] → [n, m]), or
     ``of_samples`` ([r, n, k] → [r]) the samples themselves, for many resamples at once. ``point``
     ([n, k] → float) is the same by the library that defines it, where one does. ``loss``
-    ([n, k] → [n]) is set where the metric decomposes over samples.
+    ([n, k] → [n]) is set where the metric decomposes over samples. ``right_or_wrong`` says that the
+    statistics are how many positions are right and how many count.
     """
 
     name: str
@@ -81,6 +82,7 @@ class StatisticMetric:
     point: Callable[[Array], float] | None = None
     loss: Callable[[Array], Array] | None = None
     reference: bool = False
+    right_or_wrong: bool = False
 
     def score(self, stats: Array) -> float:
         """Return the metric of samples with statistics [n, k]; NaN where it is undefined."""
@@ -145,8 +147,24 @@ METRICS: Registry[StatisticMetric] = Registry("metric")
 """Every metric that a task may name."""
 
 for _metric in (
-    StatisticMetric("accuracy", True, True, per_sample.correct, scores.ratio, loss=scores.miss),
-    StatisticMetric("top5", True, True, per_sample.correct_in_top5, scores.ratio, loss=scores.miss),
+    StatisticMetric(
+        "accuracy",
+        True,
+        True,
+        per_sample.correct,
+        scores.ratio,
+        loss=scores.miss,
+        right_or_wrong=True,
+    ),
+    StatisticMetric(
+        "top5",
+        True,
+        True,
+        per_sample.correct_in_top5,
+        scores.ratio,
+        loss=scores.miss,
+        right_or_wrong=True,
+    ),
     StatisticMetric(
         "f1",
         True,

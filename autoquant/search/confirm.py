@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from autoquant.errors import TrialError
 from autoquant.measure.evaluator import Reading
-from autoquant.models.intervals import paired_bootstrap
-from autoquant.search.estimate import fit_drops
+from autoquant.models.intervals import UNKNOWN, Interval
+from autoquant.models.noninferiority import drop_interval, judge
 from autoquant.search.goal import Goal, Measurement
 from autoquant.search.params import ParameterMap
 from autoquant.search.session import Session
-from autoquant.search.trials import measured
 from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult, choices_key
-
-Row = tuple[FrozenTrial, dict[str, Any]]
-
-FINALISTS = 5
-"""Most recipes that are measured on the confirm split: each one more is a chance of luck."""
-CAUTION = (1.0, 0.6, 0.3)
-"""Shares of the maximum drop within which a finalist's estimated drop lies, one after the other."""
+from autoquant.spec.verdict import FAIL, Verdict
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """One recipe that went to the confirm split."""
+    """One recipe that went to the confirm split.
+
+    ``holds`` says whether the reported drop is within the maximum, ``recipe.evidence.verdict``
+    whether that is proven; ``reading`` is of the split that is reported.
+    """
 
     trial: int
     recipe: Recipe
     measurement: Measurement
     holds: bool
+    reading: Reading
 
     @property
     def result(self) -> SplitResult:
@@ -43,82 +41,172 @@ class Finalist:
         return self.recipe.evidence.reported
 
 
-def finalists(
-    trials: Sequence[FrozenTrial], mapping: ParameterMap, goal: Goal, uniforms: int
-) -> list[FrozenTrial]:
-    """Return the trials to confirm, best first: at most FINALISTS, no recipe twice.
-
-    With a maximum drop: the smallest recipes whose drop, estimated from all trials, is within
-    ever smaller shares of it; with a budget: the best ones. Then the best of the first
-    ``uniforms`` trials (the uniform recipes) and the one of least loss: the safe ways out.
-    """
-    rows = [(t, m) for t in trials if (m := measured(t)) is not None]
-    if not rows:
-        return []
-    losses = [m["loss"] for _, m in rows]
-    curve = fit_drops(losses, [m["drop"] for _, m in rows])
-    expected = {t.number: e for (t, _), e in zip(rows, curve.drops(losses), strict=True)}
-
-    def within(share: float) -> list[Row]:
-        if goal.budgeted:
-            kept = [r for r in rows if r[1]["feasible"]]
-        else:
-            kept = [r for r in rows if expected[r[0].number] <= share * goal.max_drop]
-        return sorted(kept, key=lambda r: (r[1]["objective"], r[0].number))
-
-    plain = [r for r in within(1.0) if r[0].number < uniforms]
-    affordable = (within(1.0) if goal.budgeted else rows) or rows
-    safest = min(affordable, key=lambda r: (r[1]["loss"], r[0].number))
-    if goal.budgeted:
-        order = [*within(1.0)[: len(CAUTION)], *plain[:1], safest]
-    else:
-        order = [*(r for share in CAUTION for r in within(share)[:1]), *plain[:1], safest]
-        order.sort(key=lambda r: (r[1]["objective"], r[0].number))
-    chosen: dict[str, FrozenTrial] = {}
-    for trial, _ in order:
-        chosen.setdefault(choices_key(mapping.decode(trial.params)), trial)
-    return list(chosen.values())[:FINALISTS]
-
-
 def confirm(
     session: Session,
     mapping: ParameterMap,
     goal: Goal,
     trials: Sequence[FrozenTrial],
     seed: int,
+    rival: FrozenTrial | None = None,
 ) -> tuple[Finalist, list[Finalist]]:
-    """Measure finalists in turn until one keeps its promise; return the choice and all measured.
+    """Measure finalists until the choice is sure; return the choice and all that were measured.
 
-    With a maximum drop: the first (smallest) whose confirmed drop keeps it; where none does, the
-    one that comes nearest. With a budget: the one with the least confirmed drop. The choice is
-    measured once more by the reference, so that whoever loads what is written finds the very
-    numbers that are reported. Raises TrialError where every finalist fails.
+    ``rival`` is the incumbent, one of ``trials``: the uniform recipe that is returned unless
+    another is not inferior to it.
+
+    With a maximum drop: the first (smallest) whose confirmed drop keeps it and which is not
+    significantly worse than the incumbent by more than that; where none does, the one that comes
+    nearest. With a budget all are measured, and the smallest is taken of those within one standard
+    error of the best that are no worse than the incumbent. The choice is measured
+    once more by the reference, so that whoever loads what is written finds the very numbers that
+    are reported. The verdict is that of a single test: it is not corrected for the up to FINALISTS
+    recipes that were looked at. Raises TrialError where every finalist fails.
     """
-    done: list[Finalist] = []
-    reason = "there is none"
-    for trial in trials:
-        sites = mapping.decode(trial.params)
+    jury = _Jury(session, mapping, goal, seed)
+    if goal.budgeted:
+        return _within_budget(jury, trials, rival)
+    return _within_drop(jury, trials, rival)
+
+
+class _Jury:
+    """Measures finalists, each once: in turn, or the incumbent before its turn."""
+
+    def __init__(self, session: Session, mapping: ParameterMap, goal: Goal, seed: int) -> None:
+        self.session = session
+        self.mapping = mapping
+        self.goal = goal
+        self.seed = seed
+        self.done: list[Finalist] = []
+        self._heard: dict[str, Finalist | None] = {}
+        self._reason = "there is none"
+
+    def hear(self, trial: FrozenTrial) -> Finalist | None:
+        """Return the trial's recipe as confirmed, for whichever trial; None where it fails."""
+        sites = self.mapping.decode(trial.params)
+        key = choices_key(sites)
+        if key in self._heard:
+            return self._heard[key]
+        found = None
         try:
-            finalist = confirm_one(session, sites, goal, seed, trial.number)
-            if finalist.holds and not goal.budgeted:
-                finalist = _exactly(session, finalist, goal, seed)
+            found = confirm_one(self.session, sites, self.goal, self.seed, trial.number)
+            self.done.append(found)
         except TrialError as error:
-            reason = str(error)
+            self._reason = str(error)
+        self._heard[key] = found
+        return found
+
+    def exactly(self, finalist: Finalist) -> Finalist | None:
+        """Return a finalist as the reference measures it; None where it fails."""
+        try:
+            with self.session.prepared.engine.reference():
+                found = confirm_one(
+                    self.session, finalist.recipe.sites, self.goal, self.seed, finalist.trial
+                )
+        except TrialError as error:
+            self._dismiss(finalist, error)
+            return None
+        self.done[self.done.index(finalist)] = found
+        self._heard[finalist.recipe.key()] = found
+        return found
+
+    def exact_drop(self, finalist: Finalist) -> float | None:
+        """Return the reported drop as the reference measures it; None where it fails."""
+        split = "confirm" if self.session.evaluator.confirms else "search"
+        try:
+            with self.session.prepared.engine.reference():
+                return self.session.measure(finalist.recipe.sites, split)[0].drop
+        except TrialError as error:
+            self._dismiss(finalist, error)
+            return None
+
+    def _dismiss(self, finalist: Finalist, error: TrialError) -> None:
+        self._reason = str(error)
+        self.done.remove(finalist)
+        self._heard[finalist.recipe.key()] = None
+
+    def best(self) -> Finalist:
+        """Return the finalist with the least confirmed drop; TrialError where all failed."""
+        if not self.done:
+            raise TrialError(f"no finalist could be measured again: {self._reason}")
+        return min(self.done, key=lambda f: f.result.drop)
+
+    def inferior(self, finalist: Finalist, rival: Finalist) -> bool:
+        """Return whether a recipe surely loses more than the maximum drop against the incumbent."""
+        metric = self.session.evaluator.metric
+        assert metric is not None
+        worse = finalist.result.drop - rival.result.drop
+        one, two = rival.reading.evidence, finalist.reading.evidence
+        if one is None or two is None:
+            return worse > self.goal.max_drop
+        found = drop_interval(one, two, metric, self.seed)
+        return judge(one, two, metric, self.goal.max_drop, worse, found).outcome == FAIL
+
+    def spread(self, best: Finalist, other: Finalist) -> float:
+        """Return the standard error of the difference between two finalists; 0 if not known."""
+        one, two = best.reading.evidence, other.reading.evidence
+        if one is None or two is None:
+            return 0.0
+        metric = self.session.evaluator.metric
+        assert metric is not None
+        found = drop_interval(one, two, metric, self.seed).standard_error
+        return 0.0 if math.isnan(found) else found
+
+
+def _within_drop(
+    jury: _Jury, trials: Sequence[FrozenTrial], rival: FrozenTrial | None
+) -> tuple[Finalist, list[Finalist]]:
+    for trial in trials:
+        found = jury.hear(trial)
+        if found is None or not found.holds:
             continue
-        done.append(finalist)
-        if finalist.holds and not goal.budgeted:
-            return finalist, done
-    if not done:
-        raise TrialError(f"no finalist could be measured again: {reason}")
-    best = min(range(len(done)), key=lambda i: done[i].result.drop)
-    done[best] = _exactly(session, done[best], goal, seed)
-    return done[best], done
+        found = jury.exactly(found)
+        if found is None or not found.holds:
+            continue
+        against = None if rival is None else jury.hear(rival)
+        if against is None or against is found or not jury.inferior(found, against):
+            return found, jury.done
+    while True:
+        nearest = jury.exactly(jury.best())
+        if nearest is not None and nearest is jury.best():
+            return nearest, jury.done
 
 
-def _exactly(session: Session, finalist: Finalist, goal: Goal, seed: int) -> Finalist:
-    """Return a finalist as the reference measures it."""
-    with session.prepared.engine.reference():
-        return confirm_one(session, finalist.recipe.sites, goal, seed, finalist.trial)
+def _within_budget(
+    jury: _Jury, trials: Sequence[FrozenTrial], rival: FrozenTrial | None
+) -> tuple[Finalist, list[Finalist]]:
+    for trial in trials:
+        jury.hear(trial)
+    plain = None if rival is None else jury.hear(rival)
+    # By the same arithmetic as the choice, so that whoever compares the two finds the same.
+    exact = None if plain is None else jury.exact_drop(plain)
+    if exact is None:
+        plain = None
+    while True:
+        most = math.inf if plain is None or exact is None else exact
+        chosen = _cheapest_of_the_best(jury, most) or plain
+        assert chosen is not None
+        found = jury.exactly(chosen)
+        if found is not None and found.result.drop <= most:
+            return found, jury.done
+        if found is None and chosen is plain:
+            plain = None
+
+
+def _cheapest_of_the_best(jury: _Jury, most: float) -> Finalist | None:
+    """Return the smallest recipe within one standard error of the best, its drop ``most`` or less.
+
+    The error is that of the paired difference to the best (Breiman et al. 1984, Classification and
+    Regression Trees, §3.4.3: among those that the data can not tell apart, the simplest). Of equal
+    sizes the one of least loss. ``most`` is the incumbent's drop; None where nothing is within it.
+    """
+    best = jury.best()
+    near = [
+        f
+        for f in jury.done
+        if f.result.drop <= most
+        and (f is best or f.result.drop - best.result.drop <= jury.spread(best, f))
+    ]
+    return min(near, key=lambda f: (f.measurement.size_bytes, f.measurement.loss), default=None)
 
 
 def confirm_one(
@@ -130,13 +218,20 @@ def confirm_one(
 ) -> Finalist:
     """Measure one recipe on both splits, with an interval, and return it with its evidence."""
     m, reading, done = session.measure(sites, "search")
-    splits = [_result(session, "search", m.drop, reading, seed)]
+    result, interval = _result(session, "search", m.drop, reading, seed)
+    splits = [result]
+    base = session.evaluator.baseline(session.model, "search")
     if session.evaluator.confirms:
-        session.baseline("confirm")
-        confirmed, again, _ = session.measure(sites, "confirm")
-        splits.append(_result(session, "confirm", confirmed.drop, again, seed))
+        base = session.baseline("confirm")
+        confirmed, reading, _ = session.measure(sites, "confirm")
+        result, interval = _result(session, "confirm", confirmed.drop, reading, seed)
+        splits.append(result)
     metric = session.evaluator.metric
     assert metric is not None
+    verdict: Verdict | None = None
+    if math.isfinite(goal.max_drop):
+        both = base.evidence, reading.evidence
+        verdict = judge(*both, metric, goal.max_drop, result.drop, interval)
     evidence = Evidence(
         metric.name,
         metric.higher_is_better,
@@ -146,10 +241,11 @@ def confirm_one(
         m.size_bytes,
         session.sizes.float_size_bytes,
         *_costs(session, m),
+        verdict,
     )
     recipe = Recipe(done, session.identity, evidence, session.prepared.folded, seed)
     holds = evidence.reported.drop <= goal.max_drop + 1e-12
-    return Finalist(number, recipe, m, holds)
+    return Finalist(number, recipe, m, holds, reading)
 
 
 def _costs(
@@ -163,12 +259,15 @@ def _costs(
     return latency, m.bit_operations, None if operations is None else operations.total({})
 
 
-def _result(session: Session, split: str, drop: float, reading: Reading, seed: int) -> SplitResult:
+def _result(
+    session: Session, split: str, drop: float, reading: Reading, seed: int
+) -> tuple[SplitResult, Interval]:
+    """Return what a split gave, and how sure its drop is."""
     baseline = session.evaluator.baseline(session.model, split)
-    interval = None
     metric = session.evaluator.metric
     assert metric is not None
+    found = UNKNOWN
     if reading.evidence is not None and baseline.evidence is not None:
-        found = paired_bootstrap(baseline.evidence, reading.evidence, metric, seed=seed)
-        interval = (found.low, found.high) if found.known else None
-    return SplitResult(reading.samples, baseline.value, reading.value, drop, interval)
+        found = drop_interval(baseline.evidence, reading.evidence, metric, seed)
+    ends = (found.low, found.high) if found.known else None
+    return SplitResult(reading.samples, baseline.value, reading.value, drop, ends), found

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant.errors import TrialError, UserError
 from autoquant.models.files import LoadedModel
+from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task
 from autoquant.search.confirm import confirm_one
 from autoquant.search.goal import Goal
-from autoquant.search.session import choose_device, open_session
+from autoquant.search.session import Session, choose_device, open_session
 from autoquant.spec.recipe import Recipe, SplitResult
+from autoquant.spec.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Evaluation:
     average_weight_bits: float
     size_bytes: int
     float_size_bytes: int
+    verdict: Verdict | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON takes it."""
@@ -41,6 +45,7 @@ class Evaluation:
         return {
             "metric": {"name": self.metric, "higher_is_better": self.higher_is_better},
             "splits": rows,
+            "verdict": None if self.verdict is None else self.verdict.plain(),
             "average_weight_bits": self.average_weight_bits,
             "size_bytes": self.size_bytes,
             "float_size_bytes": self.float_size_bytes,
@@ -53,10 +58,12 @@ def measure_recipe(
     recipe: Recipe | None,
     device: str = "auto",
     backend: str = "reference",
+    max_drop: str | None = None,
 ) -> Evaluation:
     """Measure a recipe (None: the float model) on every split that the task has.
 
-    ``backend`` is ``reference``, which computes what a saved model does, or ``auto``.
+    ``backend`` is ``reference``, which computes what a saved model does, or ``auto``. The verdict
+    is on ``max_drop``, or else on the maximum that the recipe itself was judged by.
     """
     folded = None if recipe is None else recipe.folded
     session = open_session(loaded, task, choose_device(device), folded=folded, backend=backend)
@@ -64,7 +71,8 @@ def measure_recipe(
         base = session.baseline("search")
         if session.evaluator.confirms:
             session.baseline("confirm")
-        goal = Goal(float("inf"), session.sizes.float_size_bytes)
+        margin = math.inf if recipe is None else _margin(session, recipe, base.value, max_drop)
+        goal = Goal(margin, session.sizes.float_size_bytes)
         sites = {} if recipe is None else recipe.sites
         seed = 0 if recipe is None else recipe.seed
         evidence = confirm_one(session, sites, goal, seed).recipe.evidence
@@ -83,4 +91,15 @@ def measure_recipe(
         evidence.average_weight_bits,
         evidence.size_bytes,
         evidence.float_size_bytes,
+        evidence.verdict,
     )
+
+
+def _margin(session: Session, recipe: Recipe, value: float, max_drop: str | None) -> float:
+    """Return the maximum drop to judge by, in the metric's unit; infinite where there is none."""
+    metric = session.evaluator.metric
+    assert metric is not None
+    if max_drop is not None:
+        return parse_max_drop(max_drop).absolute(metric, value)
+    verdict = None if recipe.evidence is None else recipe.evidence.verdict
+    return math.inf if verdict is None else verdict.margin

@@ -77,6 +77,13 @@ class SearchResult:
                 "interval": list(result.interval) if result.interval else None,
                 "higher_is_better": evidence.higher_is_better,
             },
+            "searched": {
+                "samples": evidence.search.samples,
+                "float": evidence.search.baseline,
+                "quantized": evidence.search.quantized,
+                "drop": evidence.search.drop,
+            },
+            "verdict": None if evidence.verdict is None else evidence.verdict.plain(),
             "average_weight_bits": evidence.average_weight_bits,
             "size_bytes": evidence.size_bytes,
             "float_size_bytes": evidence.float_size_bytes,

@@ -21,9 +21,10 @@ from autoquant.models.files import LoadedModel, sha256_of
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task, load_task
 from autoquant.search import samplers
-from autoquant.search.confirm import confirm, finalists
+from autoquant.search.confirm import confirm
 from autoquant.search.enough import Enough
 from autoquant.search.fidelity import fidelity
+from autoquant.search.finalists import finalists, incumbent
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import MEASURED, Ledger, count, names
 from autoquant.search.loop import Listener, Outcome, Stop, run_trials
@@ -444,7 +445,8 @@ def _run(
             f"with `autoquant resume {ledger.name}` and more --trials"
         )
     try:
-        chosen, confirmed = confirm(session, mapping, goal, candidates, options.seed)
+        rival = incumbent(trials, goal, len(plain))
+        chosen, confirmed = confirm(session, mapping, goal, candidates, options.seed, rival)
     except TrialError as error:
         raise StudyError(f"study {ledger.name}: {error}") from error
     recipe, checks = _time_result(session, chosen.recipe, ledger.header)

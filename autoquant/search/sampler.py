@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import optuna
+import scipy.linalg
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
+from threadpoolctl import threadpool_limits
 
 from autoquant.measure.cost import CostModel
 from autoquant.measure.speed import speed_class
@@ -71,6 +73,52 @@ class Seen:
     complete: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """A normal belief in the weight of each site's noise, in units of the ``typical`` one.
+
+    ``mean`` is [sites], ``lower`` the Cholesky factor of its precision [sites, sites].
+    """
+
+    typical: float
+    mean: np.ndarray
+    lower: np.ndarray
+
+    def draw(self, rng: np.random.Generator, spread: float = 1.0) -> np.ndarray:
+        """Return one draw, ``spread`` times as far from the mean; none below a twentieth."""
+        z = rng.standard_normal(len(self.mean))
+        noise = scipy.linalg.solve_triangular(self.lower, z, trans="T", lower=True)
+        floor = 0.05 * self.mean.mean()
+        return np.maximum(self.mean + spread * noise, floor)
+
+
+class _Sums:
+    """Sums over trials, r·rᵀ and r with r = damage ÷ loss: each trial is added once."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._forget()
+
+    def _forget(self) -> None:
+        self._added: list[int] = []
+        self._gram = np.zeros((self.size, self.size))
+        self._linear = np.zeros(self.size)
+
+    def over(self, seen: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
+        """Return both sums over ``seen``, in the order of the trials: they repeat bit for bit."""
+        numbers = [s.number for s in seen]
+        known = len(self._added)
+        if numbers[:known] != self._added:
+            self._forget()
+            known = 0
+        for s in seen[known:]:
+            row = s.damage / s.loss
+            self._gram += np.outer(row, row)
+            self._linear += row
+            self._added.append(s.number)
+        return self._gram.copy(), self._linear.copy()
+
+
 class KnapsackSampler(BaseSampler):
     """Proposes the solutions of knapsacks whose terms are learned from the trials.
 
@@ -97,6 +145,7 @@ class KnapsackSampler(BaseSampler):
         self.names = list(mapping.spaces)
         self.costs = costs
         self._seen: dict[int, Seen | None] = {}
+        self._sums = _Sums(len(self.names))
         self._options = {n: self._worth(n, profile.options[n]) for n in self.names}
         options = [self._options[n] for n in self.names]
         self._damage = [np.array([o.damage for o in row]) for row in options]
@@ -196,14 +245,13 @@ class KnapsackSampler(BaseSampler):
         target = curve.loss_at(self.goal.max_drop)
         if keep:  # one step at a time beyond what was measured
             target = min(target, FARTHEST * max(s.loss for s in keep))
-        typical, mean, root = self._posterior(seen)
+        belief = self._posterior(seen)
         sites: Sites = {}
         for attempt in range(TRIES):
-            noise = rng.standard_normal(len(mean))
             spread = 0.0 if attempt == 0 and number % 3 == 0 else 1.0 + attempt / 4
-            weights = np.maximum(mean + spread * (root @ noise), 0.05 * mean.mean())
+            weights = belief.draw(rng, spread)
             # In units of the typical weight, as the weights are.
-            limit = target / typical * float(np.exp(AIM * rng.standard_normal()))
+            limit = target / belief.typical * float(np.exp(AIM * rng.standard_normal()))
             sites = self._solve(weights, limit, incumbent)
             if attempt or rng.random() < MUTATIONS:
                 mutated = self._mutate(sites, rng)
@@ -223,11 +271,11 @@ class KnapsackSampler(BaseSampler):
             return None
         best = min(good, key=_rank)
         rng = np.random.default_rng((self.seed, len(trials), 1))
-        _, mean, root = self._posterior(seen)
+        belief = self._posterior(seen)
         cost = self._cost_of(best.sites)
         gains = []
         for _ in range(DRAWS):
-            weights = np.maximum(mean + root @ rng.standard_normal(len(mean)), 0.05 * mean.mean())
+            weights = belief.draw(rng)
             damage = [w * d for w, d in zip(weights, self._damage, strict=True)]
             own = float(weights @ best.damage)
             chosen = self._choose(damage, own)
@@ -276,27 +324,27 @@ class KnapsackSampler(BaseSampler):
             trial.state == TrialState.COMPLETE,
         )
 
-    def _posterior(self, seen: Sequence[Seen]) -> tuple[float, np.ndarray, np.ndarray]:
-        """Return the typical weight of a site's noise and, in its units, the posterior of all.
+    def _posterior(self, seen: Sequence[Seen]) -> Posterior:
+        """Return what the trials say of how much each site's noise matters.
 
-        The posterior is given as its mean [sites] and a root of its covariance [sites, sites].
         Rows are divided by their loss, so the error is relative: a trial with a loss a hundred
-        times larger does not drown the others.
+        times larger does not drown the others. Sums over trials are kept from call to call.
         """
         size, spread = len(self.names), self.profile.spread
         usable = [s for s in seen if s.loss > 0 and s.damage.sum() > 0 and np.isfinite(s.loss)]
         if not usable:
-            return 1.0, np.ones(size), spread * np.eye(size)
+            return Posterior(1.0, np.ones(size), np.eye(size) / spread)
         ratios = np.array([s.loss / s.damage.sum() for s in usable])
         typical = float(np.exp(np.median(np.log(ratios))))
-        rows = np.stack([s.damage / s.loss for s in usable]) * typical
+        gram, linear = self._sums.over(usable)
         # In units of the typical weight the prior is N(1, spread²) for every site.
-        precision = rows.T @ rows / NOISE**2 + np.eye(size) / spread**2
-        target = rows.T @ np.ones(len(usable)) / NOISE**2 + np.ones(size) / spread**2
-        lower = np.linalg.cholesky(precision)
-        mean = np.linalg.solve(precision, target)
-        root = np.linalg.inv(lower).T
-        return typical, np.maximum(mean, 0.05), root
+        precision = gram * (typical / NOISE) ** 2
+        precision[np.diag_indices(size)] += 1.0 / spread**2
+        target = linear * (typical / NOISE**2) + 1.0 / spread**2
+        with threadpool_limits(1):  # for matrices of this size threads only wait for each other
+            lower = scipy.linalg.cholesky(precision, lower=True, check_finite=False)
+            mean = scipy.linalg.cho_solve((lower, True), target, check_finite=False)
+        return Posterior(typical, np.maximum(mean, 0.05), lower)
 
     def _solve(self, weights: np.ndarray, limit: float, incumbent: Seen | None) -> Sites:
         """Return the least damage within the budgets, or the least cost with damage ``limit``."""

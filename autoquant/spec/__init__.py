@@ -10,6 +10,7 @@ from autoquant.spec.recipe import (
     SplitResult,
     WeightScheme,
 )
+from autoquant.spec.verdict import Verdict
 
 __all__ = [
     "FLOAT_SITE",
@@ -19,5 +20,6 @@ __all__ = [
     "Recipe",
     "SiteRecipe",
     "SplitResult",
+    "Verdict",
     "WeightScheme",
 ]

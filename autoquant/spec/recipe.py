@@ -15,6 +15,7 @@ from typing import Any
 
 from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.formats import FLOAT_BITS
+from autoquant.spec.verdict import Verdict
 
 VERSION = 1
 """Version of the YAML format; a file of another version is refused."""
@@ -132,7 +133,8 @@ class Evidence:
 
     ``confirm`` is None where the task could not be split; then the drop was measured on the data
     that the search saw. ``latency`` and the bit operations of one batch are None where the search
-    was not asked for them.
+    was not asked for them. ``verdict`` is on the claim that the reported drop is within the
+    maximum, None where nobody claimed it.
     """
 
     metric: str
@@ -145,6 +147,7 @@ class Evidence:
     latency: LatencyEvidence | None = None
     bit_operations: float | None = None
     float_bit_operations: float | None = None
+    verdict: Verdict | None = None
 
     @property
     def reported(self) -> SplitResult:

@@ -34,6 +34,7 @@ from autoquant.spec.recipe import (
     SplitResult,
     WeightScheme,
 )
+from autoquant.spec.verdict import OUTCOMES, Verdict
 
 SCHEMES = ("symmetric", "asymmetric")
 BITS = (*FORMATS, FLOAT_BITS)
@@ -182,8 +183,32 @@ def _evidence(fields: Fields, bits: float, size: int, float_size: int) -> Eviden
     result = None
     if confirm is not None and not isinstance(confirm, str):  # text says why there is none
         result = _split(Fields(confirm, f"{fields.where}: confirm"))
+    verdict = _verdict(fields.take("verdict", None), f"{fields.where}: verdict")
     fields.close()
-    return Evidence(name, higher, search, result, bits, size, float_size)
+    return Evidence(name, higher, search, result, bits, size, float_size, verdict=verdict)
+
+
+def _verdict(data: Any, where: str) -> Verdict | None:
+    if data is None:
+        return None
+    fields = Fields(data, where)
+    rate, needed = fields.take("flip_rate", None), fields.take("samples_needed", None)
+    share = None if rate is None else as_number(rate)
+    if rate is not None and (share is None or not 0 <= share <= 1):
+        raise fields.fail("flip_rate", rate, "a number, 0 … 1, or null")
+    if needed is not None and (type(needed) is not int or needed < 0):
+        raise fields.fail("samples_needed", needed, "an integer ≥ 0, or null")
+    verdict = Verdict(
+        fields.choice("outcome", OUTCOMES),
+        fields.number("max_drop", low=0),
+        fields.number("drop"),
+        _interval(fields),
+        share,
+        fields.integer("samples", 0, low=0),
+        needed,
+    )
+    fields.close()
+    return verdict
 
 
 def _optional(fields: Fields, name: str) -> float | None:
@@ -210,14 +235,18 @@ def _latency(data: Any, where: str) -> LatencyEvidence | None:
     return evidence
 
 
-def _split(fields: Fields) -> SplitResult:
+def _interval(fields: Fields) -> tuple[float, float] | None:
     found = fields.take("interval", None)
+    if found is None:
+        return None
     ends = [as_number(x) for x in found] if isinstance(found, list) else []
-    interval = None
-    if found is not None:
-        if len(ends) != 2 or ends[0] is None or ends[1] is None:
-            raise fields.fail("interval", found, "two numbers or null")
-        interval = (ends[0], ends[1])
+    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+        raise fields.fail("interval", found, "two numbers or null")
+    return ends[0], ends[1]
+
+
+def _split(fields: Fields) -> SplitResult:
+    interval = _interval(fields)
     result = SplitResult(
         fields.integer("samples", 0, low=0),
         fields.number("float"),
@@ -271,6 +300,8 @@ def dumps(recipe: Recipe) -> str:
             "search": _split_to_plain(evidence.search),
             "confirm": NOT_SPLIT if evidence.confirm is None else _split_to_plain(evidence.confirm),
         }
+        if evidence.verdict is not None:
+            head["metric"]["verdict"] = evidence.verdict.plain()
         head["average_weight_bits"] = evidence.average_weight_bits
         head["size_bytes"] = evidence.size_bytes
         head["float_size_bytes"] = evidence.float_size_bytes

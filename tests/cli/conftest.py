@@ -25,6 +25,8 @@ KEYS = {
     "device",
     "candidates_per_second",
     "layers_computed_by",
+    "searched",
+    "verdict",
 }
 METRIC_KEYS = {"name", "float", "quantized", "drop", "interval", "higher_is_better"}
 
@@ -154,7 +156,12 @@ def check_result(found: dict, folder: Path) -> dict:
     assert metric["higher_is_better"] is True
     for name in ("float", "quantized", "drop", "interval"):
         assert metric[name] == confirm[name]
+    assert found["verdict"] == recipe["metric"]["verdict"]
+    assert found["verdict"]["interval"] == metric["interval"]
+    search = recipe["metric"]["search"]
+    assert found["searched"] == {key: search[key] for key in found["searched"]}
     low, high = metric["interval"]
+    assert low < high
     assert low <= metric["drop"] <= high
     assert metric["drop"] == pytest.approx(metric["float"] - metric["quantized"])
     for name in ("average_weight_bits", "size_bytes", "float_size_bytes"):

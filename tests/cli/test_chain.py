@@ -150,6 +150,12 @@ def test_evaluate_reproduces_the_recipe(searched, cli, source):
     text = cli("evaluate", *words).out
     assert "search (160 samples): float accuracy" in text
     assert "average weight bits" in text
+    if source == "best":
+        assert found["verdict"] == recipe["metric"]["verdict"]
+        assert "drop ≤ 1 point: " in text
+    else:  # nobody judged it
+        assert found["verdict"] is None
+        assert "drop ≤ 5 points: " in cli("evaluate", *words, "--max-drop", "5%").out
     plain = cli("evaluate", "model.pt", "--task", "task.py")
     assert plain.status == 0
     assert "quantized" not in plain.out

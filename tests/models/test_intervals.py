@@ -55,7 +55,7 @@ def test_the_same_samples_are_drawn_for_both_models():
     rng = np.random.default_rng(0)
     hits = rng.random(500) < 0.7
     interval = paired_bootstrap(evidence(hits), evidence(hits), ACCURACY)
-    assert interval == Interval(0.0, 0.0, 0.0)
+    assert interval == Interval(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["accuracy", "f1", "mae", "pearson", "spearman"])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
@@ -13,7 +14,9 @@ from optuna.trial import TrialState
 from autoquant.errors import TrialError
 from autoquant.kernels.engine import Engine
 from autoquant.measure.evaluator import Reading
-from autoquant.search.confirm import FINALISTS, confirm, confirm_one, finalists
+from autoquant.models.metrics import METRICS
+from autoquant.search.confirm import confirm, confirm_one
+from autoquant.search.finalists import FINALISTS, finalists, incumbent
 from autoquant.search.goal import Goal, Measurement
 from autoquant.search.ledger import MEASURED, finished
 from autoquant.search.params import ParameterMap
@@ -134,7 +137,7 @@ class FakeSession:
         self.costs = SimpleNamespace(latency=None, operations=None)
         self.evaluator = SimpleNamespace(
             confirms=confirms,
-            metric=SimpleNamespace(name="accuracy", higher_is_better=True),
+            metric=METRICS.get("accuracy"),
             baseline=lambda model, split: self.baseline(split),
         )
 
@@ -203,3 +206,143 @@ def test_without_a_second_split_the_drop_is_the_searched_one():
     assert found.result.drop == 0.015
     assert (found.trial, found.holds, found.recipe.seed) == (-1, True, 3)
     assert {split for _, split in session.asked} == {"search"}
+
+
+class PairedSession(FakeSession):
+    """A session that has evidence: which confirm samples each recipe has right.
+
+    The float model has ``right`` of ``n`` right; a recipe is (lost, gained), and by the reference
+    what ``exact`` says of it, where that differs.
+    """
+
+    def __init__(self, recipes, n=200, right=150, exact=None):
+        super().__init__(dict.fromkeys(recipes, 0.0))
+        self.prepared.engine.fast = True
+        self.recipes, self.n, self.right = recipes, n, right
+        self.exact = exact or {}
+
+    def hits(self, lost=0, gained=0):
+        found = np.arange(self.n) < self.right
+        found[:lost] = False
+        found[self.right : self.right + gained] = True
+        return found
+
+    def read(self, hits):
+        outputs = torch.tensor(~hits).long()
+        evidence = METRICS.get("accuracy").evidence([(outputs, torch.zeros_like(outputs))])
+        return Reading(evidence.score(), self.n, evidence, None, 0.0)
+
+    def baseline(self, split):
+        return self.read(self.hits())
+
+    def measure(self, sites, split, **_):
+        key = tuple(s.weight.bits for s in sites.values())
+        self.asked.append((key, split))
+        known = self.recipes if self.prepared.engine.fast else {**self.recipes, **self.exact}
+        if known[key] is None:
+            raise TrialError("out of memory")
+        reading = self.read(self.hits(*known[key]))
+        drop = self.right / self.n - reading.value
+        bits = sum(key) / 2
+        m = Measurement(reading.value, drop, 1 / bits, bits, int(100 * bits), 0.0)
+        return m, reading, dict(sites)
+
+
+WIDE = Goal(0.02, 1600, bits=8.0)
+
+
+def confirmed(session, goal=WIDE, rival=None):
+    """Confirm every recipe of a session, in the order that it names them."""
+    trials = trials_of(*session.recipes)
+    by_bits = dict(zip(session.recipes, trials, strict=True))
+    found, done = confirm(session, MAPPING, goal, trials, 0, by_bits.get(rival))
+    return tuple(s.weight.bits for s in found.recipe.sites.values()), found, done
+
+
+def test_of_recipes_that_the_data_can_not_tell_apart_the_cheapest_wins():
+    # (6, 6) is one sample of 200 worse than the best, and they differ on 9: SE is 3 samples.
+    session = PairedSession({(8, 8): (4, 0), (6, 6): (5, 0), (4, 4): (30, 0)})
+    session.recipes[6, 6] = (8, 3)
+    bits, _, done = confirmed(session)
+    assert (bits, len(done)) == ((6, 6), 3)
+    # Ten samples worse on ten that differ is more than one standard error.
+    assert confirmed(PairedSession({(8, 8): (0, 0), (6, 6): (10, 0)}))[0] == (8, 8)
+
+
+def test_within_a_budget_nothing_is_worse_than_the_incumbent():
+    recipes = {(8, 8): (4, 0), (6, 6): (8, 3)}
+    assert confirmed(PairedSession(recipes))[0] == (6, 6)
+    # The same recipes: what is within one standard error still loses to the uniform recipe.
+    assert confirmed(PairedSession(recipes), rival=(8, 8))[0] == (8, 8)
+    assert confirmed(PairedSession(recipes), rival=(6, 6))[0] == (6, 6)
+    # As good as the uniform recipe, and smaller.
+    recipes[4, 4] = (6, 2)
+    assert confirmed(PairedSession(recipes), rival=(8, 8))[0] == (4, 4)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=2, max_size=5),
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=5, max_size=5),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_incumbent_is_never_beaten_by_luck_of_the_arithmetic(counts, again, same):
+    """Whatever the fast arithmetic says: by the reference the choice is no worse."""
+    keys = [(8, 8), (6, 6), (8, 4), (4, 4), (4, 6)][: len(counts)]
+    recipes = dict(zip(keys, counts, strict=True))
+    exact = {} if same else dict(zip(keys, again, strict=False))
+    session = PairedSession(recipes, exact=exact)
+    _, chosen, done = confirmed(session, rival=(6, 6))
+    lost, gained = (recipes | exact)[6, 6]
+    assert chosen.result.drop <= (lost - gained) / session.n + 1e-12
+    assert chosen in done
+    assert len(done) == len(keys)
+    assert len({key for key, split in session.asked if split == "confirm"}) <= FINALISTS
+
+
+def test_an_incumbent_that_fails_is_no_incumbent():
+    session = PairedSession({(8, 8): None, (6, 6): (5, 0)})
+    assert confirmed(session, rival=(8, 8))[0] == (6, 6)
+    session = PairedSession({(8, 8): (1, 0), (6, 6): (5, 0)}, exact={(8, 8): None})
+    assert confirmed(session, rival=(8, 8))[0] == (6, 6)
+    with pytest.raises(TrialError, match="no finalist could be measured again: out of memory"):
+        confirmed(PairedSession({(8, 8): (1, 0)}, exact={(8, 8): None}), rival=(8, 8))
+
+
+def test_under_a_maximum_drop_a_challenger_must_not_be_inferior_to_the_incumbent():
+    goal = Goal(0.02, 1600)
+    # The challenger loses 2 of 200 and keeps 2%; the uniform recipe is hardly better.
+    bits, found, done = confirmed(PairedSession({(4, 4): (2, 0), (8, 8): (0, 1)}), goal, (8, 8))
+    assert (bits, found.holds, len(done)) == ((4, 4), True, 2)
+    # It gains 30: the challenger is surely more than 2 points worse than that.
+    bits, found, _ = confirmed(PairedSession({(4, 4): (2, 0), (8, 8): (0, 30)}), goal, (8, 8))
+    assert (bits, found.holds) == ((8, 8), True)
+
+
+def test_a_challenger_that_breaks_its_promise_asks_nothing_of_the_incumbent():
+    session = PairedSession({(4, 4): (9, 0), (6, 6): (1, 0), (8, 8): (0, 0)})
+    bits, _, done = confirmed(session, Goal(0.02, 1600), (6, 6))
+    assert (bits, len(done)) == ((6, 6), 2)
+    assert ((8, 8), "confirm") not in session.asked
+
+
+def test_the_verdict_is_recorded():
+    _, found, _ = confirmed(PairedSession({(4, 4): (5, 2)}), Goal(0.02, 1600))
+    verdict = found.recipe.evidence.verdict
+    assert (verdict.outcome, verdict.margin, verdict.samples) == ("NOT PROVEN", 0.02, 200)
+    assert verdict.flip_rate == pytest.approx(7 / 200)
+    assert verdict.drop == found.result.drop == pytest.approx(0.015)
+    assert verdict.interval == found.result.interval
+    assert verdict.samples_needed > 200
+    _, found, _ = confirmed(PairedSession({(4, 4): (5, 2)}), Goal(float("inf"), 1600))
+    assert found.recipe.evidence.verdict is None
+
+
+def test_who_the_incumbent_is():
+    rows = [(8, 8, 0.001), (6, 6, 0.01), (4, 4, 0.2), (4, 6, 0.0)]
+    trials = [make(i, a, b, drop, BUDGET) for i, (a, b, drop) in enumerate(rows)]
+    assert incumbent(trials, BUDGET, 3).number == 2  # wider ones cost more than 5 bits
+    trials = [make(i, a, b, drop) for i, (a, b, drop) in enumerate(rows)]
+    assert incumbent(trials, DROP, 3).number == 1  # the smallest that keeps the drop
+    assert incumbent(trials[2:3], DROP, 3) is None
+    assert incumbent([], DROP, 3) is None

@@ -268,12 +268,24 @@ def test_what_matters_is_learned():
     problem = Problem(plain_spaces(8), Goal(0.05, 20_000, bits=5.5))
     sampler, done = problem.sampler(), problem.run(40)
     seen = [s for s in map(sampler._read, done) if s is not None]
-    typical, mean, root = sampler._posterior(seen)
+    belief = sampler._posterior(seen)
+    typical, mean = belief.typical, belief.mean
+    covariance = np.linalg.inv(belief.lower @ belief.lower.T)
     true = np.array([problem.importance[n] for n in sampler.names])
     assert np.corrcoef(np.log(typical * mean), np.log(true))[0, 1] > 0.7
-    assert np.all(np.linalg.eigvalsh(root @ root.T) > 0)
-    prior = sampler._posterior([])
-    assert np.trace(root @ root.T) < np.trace(prior[2] @ prior[2].T)
+    assert np.all(np.linalg.eigvalsh(covariance) > 0)
+    prior = sampler._posterior([]).lower
+    assert np.trace(covariance) < np.trace(np.linalg.inv(prior @ prior.T))
+    # Sums that were kept from earlier calls are those of a sampler that begins anew.
+    fresh = problem.sampler()
+    few, all_again = fresh._posterior(seen[:20]), fresh._posterior(seen)
+    assert not np.allclose(few.mean, belief.mean)
+    assert np.array_equal(all_again.mean, belief.mean)
+    # Draws follow the covariance.
+    rng = np.random.default_rng(0)
+    draws = np.stack([belief.draw(rng) - mean for _ in range(4000)])
+    inside = (draws + mean).min(0) > 0.06 * mean.mean()
+    assert np.allclose(draws.std(0)[inside], np.sqrt(np.diag(covariance))[inside], rtol=0.1)
 
 
 def test_a_layer_in_float_must_pay_for_it():

@@ -23,6 +23,7 @@ from autoquant.spec.recipe import (
     WeightScheme,
 )
 from autoquant.spec.recipe_file import SCHEMES, dumps, load, loads, save
+from autoquant.spec.verdict import Verdict
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -115,6 +116,39 @@ def test_costs_survive_yaml_where_they_were_asked_for():
         assert loads(text).evidence == evidence
         assert ("latency" in text) == (evidence.latency is not None)
         assert ("bit_operations" in text) == (evidence.bit_operations is not None)
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        Verdict("PASS", 0.01, -0.0025, (-0.0123, 0.0071), 0.0321, 436, 120),
+        Verdict("NOT PROVEN", 1e-3, 0.1, None, None, 0, None),
+    ],
+)
+def test_a_verdict_survives_yaml(verdict):
+    evidence = replace(COSTLY, verdict=verdict)
+    assert loads(dumps(Recipe({"fc": SiteRecipe()}, None, evidence))).evidence == evidence
+    assert "verdict" not in dumps(Recipe({"fc": SiteRecipe()}, None, COSTLY))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("outcome: FAIL", "outcome: MAYBE", "verdict: outcome: found 'MAYBE', allowed: PASS"),
+        ("max_drop: 0.01", "max_drop: -1", "verdict: max_drop: found -1"),
+        ("flip_rate: 0.5", "flip_rate: 2", "verdict: flip_rate: found 2, allowed: a number, 0 … 1"),
+        ("samples_needed: null", "samples_needed: 1.5", "verdict: samples_needed: found 1.5"),
+        ("interval: [0.1, 0.3]", "interval: [0.1]", "verdict: interval: found"),
+        ("samples: 40", "sample: 40", "verdict: unknown field 'sample'"),
+    ],
+)
+def test_verdicts_that_are_wrong(old, new, words):
+    verdict = Verdict("FAIL", 0.01, 0.2, (0.1, 0.3), 0.5, 40, None)
+    text = dumps(Recipe({"fc": SiteRecipe()}, None, replace(COSTLY, verdict=verdict)))
+    assert old in text
+    with pytest.raises(SpecError) as raised:
+        loads(text.replace(old, new))
+    assert words in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ CONTINUITY = 0.5
 
 Without it Tango's bounds are too tight where few samples flip: computed from the trinomial, a
 one-sided 5% test errs in up to 7% of cases; with it in up to 4.6%, and 95% intervals cover 95.6%
-or more (n 100 … 1000, flip rates 0 … 8%).
+or more (n 100 … 1000, flip rates 0 … 8%). At worst (n 10 … 600, flip rates to 30%, drops to 10%)
+it is 5.8% and 95.2%.
 """
 HALVINGS = 60
 """Steps of the bisection: to the last bits of a float."""
@@ -41,7 +42,7 @@ def bounds(lost: int, gained: int, n: int, z: float = TWO_SIDED) -> tuple[float,
     """Return the drops between which the score test does not reject, each end at quantile ``z``.
 
     Tango (1998), Statistics in Medicine 17:891, with a continuity correction. Where nothing flips
-    the width is that of some 4.7 flips (z = 1.96), never zero.
+    the ends are some 4.7 flips away (z = 1.96), never zero.
     """
     low, high = bounds_of(np.array([lost]), np.array([gained]), n, z)
     return float(low[0]), float(high[0])

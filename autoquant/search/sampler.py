@@ -2,7 +2,7 @@
 
 The loss of a recipe is modelled as a sum over sites of (how much the site's noise matters) ×
 (the noise that its choice makes, from the profile). The first factor is the unknown; its posterior
-given all measured trials, a Bayesian linear regression, is sampled for each proposal (Thompson
+given all measured trials, a Bayesian regression, is sampled for each proposal (Thompson
 sampling: Thompson 1933; Russo et al. 2018, arXiv 1707.02038) and the knapsack solved for it. With
 a budget, the budget is spent; with a maximum drop, the cheapest recipe is taken whose predicted
 loss is about the one at which all trials together say that the drop is reached. A layer that could
@@ -50,6 +50,8 @@ LIKELY = 1.05
 """How many times the damage of the best choice another may do, by the profile, and be kept."""
 BROKEN = 4.0
 """How many times the damage of what it replaces a choice may do, by the profile, to be tried."""
+NEWTON_STEPS, HALVINGS = 20, 6
+"""Most steps to the mode of the posterior, and how often one may be halved."""
 DRAWS = 32
 """Draws of the posterior over which the expected gain of more trials is averaged."""
 TRIES = 8
@@ -75,21 +77,66 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """A normal belief in the weight of each site's noise, in units of the ``typical`` one.
+    """A log-normal belief in the weight of each site's noise, in units of the ``typical`` one.
 
-    ``mean`` is [sites], ``lower`` the Cholesky factor of its precision [sites, sites].
+    ``center`` [sites] is the mode of the weights' logarithms, ``lower`` the Cholesky factor of
+    their precision [sites, sites]. Logarithms: weights are positive, and a few sites matter
+    hundreds of times more than most.
     """
 
     typical: float
-    mean: np.ndarray
+    center: np.ndarray
     lower: np.ndarray
 
+    @property
+    def mean(self) -> np.ndarray:
+        """The weights at the mode."""
+        return np.asarray(np.exp(self.center))
+
     def draw(self, rng: np.random.Generator, spread: float = 1.0) -> np.ndarray:
-        """Return one draw, ``spread`` times as far from the mean; none below a twentieth."""
-        z = rng.standard_normal(len(self.mean))
+        """Return one draw of the weights, ``spread`` times as far from the mode."""
+        z = rng.standard_normal(len(self.center))
         noise = scipy.linalg.solve_triangular(self.lower, z, trans="T", lower=True)
-        floor = 0.05 * self.mean.mean()
-        return np.maximum(self.mean + spread * noise, floor)
+        return np.asarray(np.exp(self.center + spread * noise))
+
+
+def infer(gram: np.ndarray, linear: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return mode and Cholesky factor of the precision of the logarithms u of the weights.
+
+    The model is 1 = Σ row · exp(u) ± NOISE for each trial, with ``gram`` and ``linear`` the sums of
+    row·rowᵀ and row over trials, and u ~ N(0, spread²) beforehand. The mode is found by damped
+    Gauss-Newton steps; the normal approximation around it is Laplace's.
+    """
+    u = np.zeros(len(linear))
+    diagonal = np.diag_indices(len(linear))
+
+    def cost(u: np.ndarray) -> float:
+        w = np.exp(u)
+        return float((w @ gram @ w / 2 - w @ linear) / NOISE**2 + u @ u / (2 * spread**2))
+
+    def factor(u: np.ndarray) -> np.ndarray:
+        w = np.exp(u)
+        precision = gram * np.outer(w, w) / NOISE**2
+        precision[diagonal] += 1.0 / spread**2
+        return scipy.linalg.cholesky(precision, lower=True, check_finite=False)
+
+    current = cost(u)
+    for _ in range(NEWTON_STEPS):
+        w = np.exp(u)
+        gradient = w * (gram @ w - linear) / NOISE**2 + u / spread**2
+        step = scipy.linalg.cho_solve((factor(u), True), -gradient, check_finite=False)
+        step *= min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
+        for _ in range(HALVINGS):
+            tried = cost(u + step)
+            if tried <= current:
+                break
+            step = step / 2
+        else:
+            break
+        u, last, current = u + step, current, tried
+        if last - current < 1e-6 * (1.0 + abs(current)):
+            break
+    return u, factor(u)
 
 
 class _Sums:
@@ -333,18 +380,13 @@ class KnapsackSampler(BaseSampler):
         size, spread = len(self.names), self.profile.spread
         usable = [s for s in seen if s.loss > 0 and s.damage.sum() > 0 and np.isfinite(s.loss)]
         if not usable:
-            return Posterior(1.0, np.ones(size), np.eye(size) / spread)
+            return Posterior(1.0, np.zeros(size), np.eye(size) / spread)
         ratios = np.array([s.loss / s.damage.sum() for s in usable])
         typical = float(np.exp(np.median(np.log(ratios))))
         gram, linear = self._sums.over(usable)
-        # In units of the typical weight the prior is N(1, spread²) for every site.
-        precision = gram * (typical / NOISE) ** 2
-        precision[np.diag_indices(size)] += 1.0 / spread**2
-        target = linear * (typical / NOISE**2) + 1.0 / spread**2
         with threadpool_limits(1):  # for matrices of this size threads only wait for each other
-            lower = scipy.linalg.cholesky(precision, lower=True, check_finite=False)
-            mean = scipy.linalg.cho_solve((lower, True), target, check_finite=False)
-        return Posterior(typical, np.maximum(mean, 0.05), lower)
+            center, lower = infer(gram * typical**2, linear * typical, spread)
+        return Posterior(typical, center, lower)
 
     def _solve(self, weights: np.ndarray, limit: float, incumbent: Seen | None) -> Sites:
         """Return the least damage within the budgets, or the least cost with damage ``limit``."""

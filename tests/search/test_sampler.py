@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
+from scipy.optimize import minimize
 
 from autoquant.search import sampler as module
 from autoquant.search.goal import Goal, Measurement
 from autoquant.search.ledger import MEASURED, finished
 from autoquant.search.params import ParameterMap
 from autoquant.search.profile import Option, Profile
-from autoquant.search.sampler import KnapsackSampler
+from autoquant.search.sampler import NOISE, KnapsackSampler, infer
 from autoquant.search.uniform import baselines
 from autoquant.spec.costs import Costs
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme, choices_key
@@ -281,11 +282,35 @@ def test_what_matters_is_learned():
     few, all_again = fresh._posterior(seen[:20]), fresh._posterior(seen)
     assert not np.allclose(few.mean, belief.mean)
     assert np.array_equal(all_again.mean, belief.mean)
-    # Draws follow the covariance.
+    # The logarithms of draws follow the covariance.
     rng = np.random.default_rng(0)
-    draws = np.stack([belief.draw(rng) - mean for _ in range(4000)])
-    inside = (draws + mean).min(0) > 0.06 * mean.mean()
-    assert np.allclose(draws.std(0)[inside], np.sqrt(np.diag(covariance))[inside], rtol=0.1)
+    draws = np.log(np.stack([belief.draw(rng) for _ in range(4000)])) - belief.center
+    assert np.allclose(np.cov(draws.T), covariance, atol=0.06 * np.diag(covariance).max())
+
+
+@pytest.mark.parametrize("spread", [0.35, 0.8])
+@pytest.mark.parametrize("trials", [0, 3, 40])
+def test_the_belief_is_the_mode_that_a_general_optimizer_finds(trials, spread):
+    rng = np.random.default_rng(trials)
+    true = rng.lognormal(0, 1.5, 6)
+    rows = rng.uniform(0.1, 2.0, (trials, 6))
+    rows /= (rows @ true)[:, None] * rng.lognormal(0, 0.1, (trials, 1))
+
+    def cost(u):
+        return np.square(rows @ np.exp(u) - 1.0).sum() / (2 * NOISE**2) + u @ u / (2 * spread**2)
+
+    center, lower = infer(rows.T @ rows, rows.sum(0), spread)
+    best = minimize(
+        cost,
+        np.zeros(6),
+        method="Nelder-Mead",
+        options={"maxfev": 40_000, "xatol": 1e-9, "fatol": 1e-12},
+    )
+    assert cost(center) <= cost(best.x) + 1e-4 * (1 + cost(best.x))
+    assert np.all(np.diag(lower) > 0)
+    if not trials:
+        assert np.allclose(center, 0.0)
+        assert np.allclose(lower @ lower.T, np.eye(6) / spread**2)
 
 
 def test_a_layer_in_float_must_pay_for_it():

@@ -20,7 +20,7 @@ from tests.benchmarks.peers.cases import Case
 from tests.benchmarks.peers.greedy import WIDEST, greedy
 from tests.benchmarks.peers.tools import Found
 
-CALIBRATIONS = ("mse", "max", "percentile_99.99", "percentile_99.999")
+CALIBRATIONS = ("mse", "max", "percentile_99.9", "percentile_99.99", "percentile_99.999")
 NARROW = (6, 4)
 SPACE = f"""\
 autoquant_space: 1
@@ -29,7 +29,8 @@ rules:
   - weight_bits: [8, 6, 4]
     weight_granularity: [per_channel]
     weight_scheme: [symmetric]
-    weight_calibration: [mse, max]
+    weight_calibration: [output_mse, mse, max]
+    bias_correction: [true]
     activation_bits: [8]
     activation_granularity: [per_tensor]
     activation_scheme: [asymmetric]
@@ -102,7 +103,7 @@ def search(case: Case, bits: float, sampler: str, seed: int, trials: int) -> Fou
     evidence = result.recipe.evidence
     assert evidence is not None
     return Found(
-        autoquant.apply(result.recipe, model),
+        autoquant.apply(result.recipe, model, task),
         evidence.average_weight_bits,
         seconds,
         len(counter.curve),
@@ -123,8 +124,9 @@ def recipe_of(session: Session, widths: dict[str, int], method: str) -> dict[str
     """Return the recipe that gives each layer a width; the rest is the same for all."""
     return {
         s.name: SiteRecipe(
-            WeightScheme(widths[s.name], calibration="mse"),
+            WeightScheme(widths[s.name], calibration="output_mse"),
             ActivationScheme(8, calibration=method) if s.activation else None,
+            bias_correction=s.corrects,
         )
         for s in session.prepared.sites
     }
@@ -177,7 +179,7 @@ def finished(
     """Return a recipe that is known without a search, as a model."""
     began = time.monotonic()
     measurement, _, done = session.measure(sites, "search")
-    model = autoquant.apply(session.recipe(done), case.model_copy())
+    model = autoquant.apply(session.recipe(done), case.model_copy(), case.task())
     seconds += time.monotonic() - began
     return Found(model, measurement.average_weight_bits, seconds, evaluations + 1)
 
@@ -232,7 +234,7 @@ def one_shot(case: Case, bits: float, folder: Path) -> Found:
     began = time.monotonic()
     session = opened(case)
     spaces = autoquant.SearchSpace.parse(SPACE, "peers").resolve(session.prepared.sites)
-    found = profile(session.prepared, session.statistics, spaces)
+    found = profile(session.prepared, session.statistics, spaces, measure=session.sensitivity)
     sizes = {s.name: s.numel for s in session.prepared.sites}
     options = [found.options[n] for n in sizes]
     damage = [np.array([o.damage for o in row]) for row in options]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autoquant.errors import OutOfMemory, TrialError, UserError
 from autoquant.measure.outputs import fingerprint
 from autoquant.measure.reuse import Reuse
-from autoquant.models.data import Splits, batch_size, to_device
+from autoquant.models.data import Splits, batch_size, take, to_device
 from autoquant.models.evidence import Evidence, as_float
 from autoquant.models.metrics import METRICS, Metric, MetricInfo, drop, model_metric, resolve_metric
 from autoquant.models.task import Task, outputs_of, run_forward
@@ -69,6 +69,10 @@ def out_of_memory(error: BaseException) -> OutOfMemory:
     return OutOfMemory("out of memory on the accelerator" if there else "out of memory")
 
 
+FEW = 4
+"""Samples that quick checks of a model take."""
+
+
 class Evaluator:
     """Runs a model over the splits of a task and scores it.
 
@@ -85,6 +89,7 @@ class Evaluator:
         self.metric: MetricInfo | None = model_metric(task) if task.evaluate else None
         self._float: dict[str, Reading] = {}
         self._outputs: dict[str, list[Any]] = {}
+        self._few: Any = None
 
     @property
     def confirms(self) -> bool:
@@ -109,6 +114,20 @@ class Evaluator:
         if self.splits.calibrate:
             return self.splits.calibrate[0]
         return self.splits.search[0][0] if self.splits.search else None
+
+    def few(self, model: nn.Module) -> Any:
+        """Return some samples of the example, where ``model`` takes so few: for quick checks.
+
+        A model that was exported for one batch size takes no other.
+        """
+        if self._few is None:
+            self._few = example = self.example()
+            if example is not None and batch_size(example) > FEW:
+                part = take(example, range(FEW))
+                with contextlib.suppress(Exception), torch.no_grad():
+                    self.run(model, part)
+                    self._few = part
+        return self._few
 
     def observe(self, model: nn.Module, inputs: Any) -> Any:
         """Return all that ``model`` gives on one batch, or on all that ``evaluate`` reads.

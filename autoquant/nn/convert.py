@@ -70,19 +70,21 @@ def prepare(
     run: Callable[[nn.Module], Any] | None = None,
     folded: Mapping[str, str] | None = None,
     engine: Engine | None = None,
+    quick: Callable[[nn.Module], Any] | None = None,
 ) -> Prepared:
     """Make the layers of ``model`` switchable, in place.
 
     ``run`` runs one batch: it shows which BatchNorms follow which layers, and which sites are
     used, in which order. Without it, ``folded`` says the former, and module order stands for the
-    latter. ``engine`` computes, the reference where there is none. Raises ModelFileError where the
-    model has nothing to quantize.
+    latter. ``quick`` runs a few samples, for checks that take several runs. ``engine`` computes,
+    the reference where there is none. Raises ModelFileError where the model has nothing to
+    quantize.
     """
     engine = engine or Engine()
     if folded is not None:
         fold(model, folded)
     elif run is not None:
-        folded = fold_checked(model, run)
+        folded = fold_checked(model, run, quick)
     sites, float_parts = find_sites(model)
     if not sites:
         raise ModelFileError(nothing_to_quantize(model))

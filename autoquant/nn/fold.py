@@ -167,11 +167,19 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def fold_checked(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, str]:
-    """Fold all that can be folded without changing what ``run`` returns; return the pairs."""
+def fold_checked(
+    model: nn.Module,
+    run: Callable[[nn.Module], Any],
+    quick: Callable[[nn.Module], Any] | None = None,
+) -> dict[str, str]:
+    """Fold all that can be folded without changing what ``run`` returns; return the pairs.
+
+    ``quick`` stands for ``run`` once it is known which layers follow each other.
+    """
     pairs = find_folds(model, run)
     if not pairs:
         return {}
+    run = quick or run
     with torch.no_grad():
         before = run(model)
         undo = fold(model, pairs)

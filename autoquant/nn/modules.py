@@ -122,7 +122,10 @@ class QuantizedEmbedding(_SiteWeight, nn.Embedding):
         rows = getattr(site, "rows", None)
         if rows is not None:
             return rows(input)
-        return super().forward(input)
+        compute = super().forward
+        y = compute(input)
+        listen = getattr(site, "listen", None)
+        return y if listen is None else listen(input, y, compute, None)
 
 
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {

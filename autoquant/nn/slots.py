@@ -20,6 +20,9 @@ from autoquant.nn.runtime import Multiply, Rows
 from autoquant.nn.sites import Site
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
 
+Listen = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], Rows], Tensor]
+"""Stands behind a layer: (input, output, compute, rows of the weight) → output."""
+
 
 class SiteSlot:
     """The switchable runtime of one site: float until told otherwise.
@@ -27,8 +30,11 @@ class SiteSlot:
     ``held`` replaces the parameter, ``activation`` quantizes the input, ``observe`` sees the
     input before that, and ``read`` is told when the weight is used. ``probe`` stands between the
     input and a float layer, and ``offset`` [channels] is added to the bias of one: gradients of
-    both say how much the site matters. ``choice`` names what the slot
-    was switched to, None where that has no name; ``used`` is told before anything depends on it.
+    both say how much the site matters. ``listen`` (input, output, compute, rows) stands behind a
+    float layer instead, where ``compute`` (input) is the layer without its clamp, on ``rows`` of
+    the weight; while ``stand_in`` is set, it computes with that weight and bias. ``choice`` names
+    what the slot was switched to, None where that has no name; ``used`` is told before anything
+    depends on it.
     """
 
     def __init__(self, site: Site, parameter: nn.Parameter, engine: Engine) -> None:
@@ -40,6 +46,8 @@ class SiteSlot:
         self.observe: Callable[[Tensor], None] | None = None
         self.probe: Callable[[Tensor], Tensor] | None = None
         self.offset: Tensor | None = None
+        self.listen: Listen | None = None
+        self.stand_in: tuple[Tensor, Tensor | None] | None = None
         self.read: Callable[[], None] | None = None
         self.choice: SiteRecipe | None = FLOAT_SITE
         self.used: Callable[[], None] | None = None
@@ -68,6 +76,8 @@ class SiteSlot:
 
     def bias(self, own: Tensor | None) -> Tensor | None:
         """Return the bias to compute with: the layer's ``own`` one, corrected where it is to be."""
+        if self.stand_in is not None:
+            return self.stand_in[1]
         found = own if self.held is None else self.held.bias(own)
         if self.offset is None:
             return found
@@ -80,6 +90,8 @@ class SiteSlot:
             self.read()
 
     def _real(self) -> Tensor:
+        if self.stand_in is not None:
+            return self.stand_in[0]
         return self.parameter if self.held is None else self.held.real(self.parameter)
 
     def quantize_input(self, x: Tensor) -> Tensor:
@@ -110,7 +122,10 @@ class SiteSlot:
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y if clamp is None else mark(y, clamp)
-        y = compute(self.quantize_input(x))
+        x = self.quantize_input(x)
+        y = compute(x)
+        if self.listen is not None:
+            y = self.listen(x, y, compute, None)
         if clamp is not None:
             y = mark(clamp_(y, clamp), clamp)
         self.engine.note(FLOAT, time.perf_counter() - start)
@@ -130,10 +145,16 @@ class SiteSlot:
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y
-        weight = self._real() if rows is None else self._real()[slice(*rows)]
-        y = F.linear(self.quantize_input(x), weight, bias)
+        x = self.quantize_input(x)
+        y = F.linear(x, self._rows(rows), bias)
+        if self.listen is not None:
+            y = self.listen(x, y, lambda x: F.linear(x, self._rows(rows)), rows)
         self.engine.note(FLOAT, time.perf_counter() - start)
         return y
+
+    def _rows(self, rows: Rows) -> Tensor:
+        real = self._real()
+        return real if rows is None else real[slice(*rows)]
 
     def _product(self, operation: Operation, rows: Rows) -> Product | None:
         """Return the kernel for one use of the weight; whoever observes needs the input itself."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoquant.kernels.cpu.native import round_weights
 from autoquant.quant.affine import QParams, choose_qparams
 from autoquant.quant.blocks import to_blocks
 
@@ -33,6 +34,10 @@ REFINEMENTS = (3.0, 9.0)
 """By how much finer the steps around the best are, round by round."""
 STEPS = 2
 """Steps to each side of the best in a round."""
+HOPELESS = 4.0
+"""Errors so many times the least of each channel end the first round: they come from clipping."""
+TOGETHER = 1 << 18
+"""Numbers quantized at a time: enough that operators' overhead is small, and that a cache holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,16 +61,41 @@ class OutputError:
         return cls((whole - basis.square().sum(2)).clamp(min=0.0), basis)
 
     def of_blocks(self, delta: Tensor, blocks: int) -> Tensor:
-        """Return the error [channels, ``blocks``] of ``delta`` [channels, n], cut into blocks.
+        """Return the error [..., channels, ``blocks``] of ``delta`` [..., channels, n], in blocks.
 
         Blocks of columns are taken one by one: what their errors do together is left out.
         """
+        diagonal = self.diagonal.repeat_interleave(delta.shape[-2] // len(self.diagonal), 0)
+        own = (delta.square() * diagonal).unflatten(-1, (blocks, -1)).sum(-1)
+        return own + self._together(delta, blocks)
+
+    def _together(self, delta: Tensor, blocks: int) -> Tensor:
+        """Return what is beside the diagonal, of the same shape as ``of_blocks``."""
         groups, n = self.diagonal.shape
-        d = delta.reshape(groups, -1, blocks, n // blocks)
-        own = (d.square() * self.diagonal.reshape(groups, 1, blocks, -1)).sum(3)
+        channels = delta.shape[-2]
+        d = delta.reshape(-1, groups, channels // groups, blocks, n // blocks)
         basis = self.basis.reshape(groups, blocks, n // blocks, -1)
-        projected = d.transpose(1, 2) @ basis  # [groups, blocks, channels, rank]
-        return (own + projected.square().sum(3).transpose(1, 2)).reshape(-1, blocks)
+        projected = d.transpose(2, 3) @ basis  # [..., groups, blocks, channels, rank]
+        found = torch.linalg.vecdot(projected, projected).transpose(2, 3)
+        return found.reshape(*delta.shape[:-2], channels, blocks)
+
+    def of_rounding(self, matrix: Tensor, p: QParams, blocks: int) -> Tensor:
+        """Return the errors [tried, channels, ``blocks``] of rounding ``matrix`` [channels, n].
+
+        ``p`` holds [tried, channels · blocks], or [tried, 1] for the whole matrix.
+        """
+        groups, n = self.diagonal.shape
+        x = matrix.reshape(len(matrix), blocks, n // blocks)
+        found = round_weights(x, self.diagonal.reshape(groups, blocks, -1), p)
+        if found is not None:
+            delta, own = found
+            return own + self._together(delta.flatten(2), blocks)
+        whole = p.scale.shape[1] != len(matrix) * blocks
+        shape = (-1, 1, 1, 1) if whole else (-1, len(matrix), blocks, 1)
+        each = QParams(p.scale.reshape(shape), p.zero_point.reshape(shape), p.bits, p.symmetric)
+        # The same numbers as fake_quantize gives; products with the inverse are faster.
+        real = each.clamp_(x * each.scale.reciprocal()).round_().mul_(each.scale)
+        return self.of_blocks(real.sub_(x).flatten(2), blocks)
 
 
 def _basis(moments: Tensor) -> Tensor:
@@ -100,39 +130,69 @@ def output_qparams(
     if symmetric:
         hi = torch.maximum(-lo, hi)
         lo = -hi
-    per_channel = max(len(blocks) // len(matrix), 1)
-
-    def errors(factors: Tensor) -> Tensor:
-        p = choose_qparams(
-            (lo * factors[:, 0])[:, None], (hi * factors[:, 1])[:, None], bits, symmetric=symmetric
-        )
-        # The same numbers as fake_quantize gives; products with the inverse are faster.
-        real = p.clamp_(blocks * p.scale.reciprocal()).round_().mul_(p.scale)
-        delta = real.sub_(blocks).reshape(matrix.shape)
-        found = error.of_blocks(delta, per_channel)
-        return found.sum()[None] if len(blocks) == 1 else found.flatten()
-
-    best = blocks.new_ones(len(blocks), 2)
-    least = errors(best)
-
-    def attempt(factors: Tensor) -> None:
-        nonlocal best, least
-        found = errors(factors)
-        better = found < least
-        least = torch.where(better, found, least)
-        best = torch.where(better[:, None], factors, best)
-
+    trial = _Trial(matrix, blocks, lo, hi, error, bits, symmetric)
     count = NARROW_FACTORS if matrix.shape[1] <= NARROW else FACTORS
     step = (1.0 - SMALLEST_FACTOR) / (count - 1)
-    for i in range(1, count):
-        attempt(torch.full_like(best, 1.0 - i * step))
-    both = best.new_ones(2)
+    both = blocks.new_ones(2)
+    factors = [both * (1.0 - i * step) for i in range(count)]
+    together = max(TOGETHER // matrix.numel(), 1)
+    for i in range(0, count, together):
+        trial.attempt(torch.stack(factors[i : i + together])[:, None].expand(-1, len(blocks), 2))
+        if trial.hopeless:
+            break
     ends = [] if symmetric else [both.new_tensor([0.0, 1.0]), both.new_tensor([1.0, 0.0])]
     for finer in REFINEMENTS:
         for direction in (both, *ends):
-            start = best
-            for i in (*range(-STEPS, 0), *range(1, STEPS + 1)):
-                attempt((start + i * step / finer * direction).clamp(0.0, 1.0))
+            steps = (*range(-STEPS, 0), *range(1, STEPS + 1))
+            moves = torch.stack([i * step / finer * direction for i in steps])
+            tried = (trial.best + moves[:, None]).clamp(0.0, 1.0)
+            for part in tried.split(together):
+                trial.attempt(part)
+    best = trial.best
     return choose_qparams(
         (lo * best[:, 0])[:, None], (hi * best[:, 1])[:, None], bits, symmetric=symmetric
     )
+
+
+class _Trial:
+    """Ranges tried on the blocks of a matrix: ``best`` [blocks, 2], the parts of both ends."""
+
+    def __init__(
+        self,
+        matrix: Tensor,
+        blocks: Tensor,
+        lo: Tensor,
+        hi: Tensor,
+        error: OutputError,
+        bits: int,
+        symmetric: bool,
+    ) -> None:
+        self.matrix, self.lo, self.hi = matrix, lo, hi
+        self.error = error
+        self.bits, self.symmetric = bits, symmetric
+        self.per_channel = max(len(blocks) // len(matrix), 1)
+        self.best = blocks.new_ones(len(blocks), 2)
+        self.least = blocks.new_full((len(blocks),), torch.inf)
+        self.hopeless = False
+
+    def attempt(self, factors: Tensor) -> None:
+        """Try ``factors`` [tried, blocks, 2] in turn; of equal ones the first stays."""
+        found = self._errors(factors)
+        least, first = found.min(0)
+        # Where even the best of several clips so much, narrower ranges only clip more.
+        self.hopeless = bool((found[-1] > HOPELESS * self.least.minimum(least)).all())
+        better = least < self.least
+        self.least = torch.where(better, least, self.least)
+        chosen = factors.gather(0, first[None, :, None].expand(1, -1, 2))[0]
+        self.best = torch.where(better[:, None], chosen, self.best)
+
+    def _errors(self, factors: Tensor) -> Tensor:
+        """Return the errors [tried, blocks]; those of a single block for a whole matrix summed."""
+        p = choose_qparams(
+            self.lo * factors[..., 0],
+            self.hi * factors[..., 1],
+            self.bits,
+            symmetric=self.symmetric,
+        )
+        found = self.error.of_rounding(self.matrix, p, self.per_channel)
+        return found.sum((1, 2))[:, None] if len(self.lo) == 1 else found.flatten(1)

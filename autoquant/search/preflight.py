@@ -89,7 +89,7 @@ def _run(session: Session, model: torch.nn.Module, inputs: Any) -> Any:
 
 def _check_repeats(session: Session, value: float) -> None:
     source = session.task.source
-    example = session.evaluator.example()
+    example = session.evaluator.few(session.model)
     if session.task.evaluate is not None:
         again = session.evaluator.read(session.model, "search").value
         if abs(again - value) > REPEATS * max(abs(value), 1e-12):
@@ -112,7 +112,7 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
     sites = uniform(spaces, 8)
     try:
         done = session.realizer.apply(sites)
-        example = session.evaluator.example()
+        example = session.evaluator.few(session.model)
         with session.prepared.engine.reference():  # which is what a saved model computes
             expected = None if example is None else _run(session, session.model, example)
         deployed = session.realizer.deploy(done)

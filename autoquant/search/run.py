@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
@@ -413,7 +414,9 @@ def _run(
 
     def measure(sites: Mapping[str, SiteRecipe], watch: Watch) -> Outcome:
         nonlocal answered
-        m, reading, done = session.measure(sites, "search", bar=bar(), watch=watch)
+        # Uniform recipes have nothing in common, and nothing with what follows.
+        with session.without_reuse() if sites in plain else contextlib.nullcontext():
+            m, reading, done = session.measure(sites, "search", bar=bar(), watch=watch)
         answered = answered or not reading.stopped
         return Outcome(m, done, reading.stopped)
 
@@ -446,7 +449,8 @@ def _run(
         )
     try:
         rival = incumbent(trials, goal, len(plain))
-        chosen, confirmed = confirm(session, mapping, goal, candidates, options.seed, rival)
+        with session.without_reuse():
+            chosen, confirmed = confirm(session, mapping, goal, candidates, options.seed, rival)
     except TrialError as error:
         raise StudyError(f"study {ledger.name}: {error}") from error
     recipe, checks = _time_result(session, chosen.recipe, ledger.header)

@@ -11,7 +11,6 @@ labels are drawn and not given.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,31 +19,36 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autoquant.errors import AutoquantError
 from autoquant.methods.realize import Realizer
 from autoquant.models.trees import batch_size, take
-from autoquant.nn.slots import SiteSlot
-from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.search.probes import (
+    NESTED,
+    TILED,
+    Array,
+    Candidates,
+    Changes,
+    Mixed,
+    Probe,
+    UsesOfWeight,
+    WholeGradients,
+    listening,
+)
+from autoquant.spec.recipe import ActivationScheme, WeightScheme
 
 SAMPLES = 96
 """Samples whose gradients are taken, at most: an entry is then known to some 15%."""
-TOGETHER = 8
-"""Gradients of a weight that are multiplied with its changes at a time."""
-
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What is to be scored at one site."""
-
-    weights: tuple[WeightScheme, ...]
-    activations: tuple[ActivationScheme, ...]
-    corrected: bool
+TRIED = 3
+"""Samples on which the fast way is held against the one that is always right."""
+TOGETHER = 32
+"""Samples that are run at a time, at most."""
+SINGLES = 24
+"""Samples that are run alone for the sake of a few layers in which they can't be told apart."""
+RUN_BYTES = 400 << 20
+"""Inputs and outputs of layers in one run, at most: what autograd keeps is about as much again."""
 
 
 @dataclass(frozen=True)
@@ -77,76 +81,195 @@ def measure_sensitivity(
     """Return the sensitivity on ``samples`` of ``batches``, or in one line why there is none.
 
     ``run`` (model, inputs) → outputs is the user's forward; ``classes`` says that outputs are
-    scores of classes. The model is left in float, as it was.
+    scores of classes. The model is left in float, as it was. Samples are run together where that
+    is seen to give what each gives alone, on the first few.
     """
-    singles = list(_singles(batches, samples))
-    if not singles:
+    chosen = _Samples(batches, samples)
+    if not chosen.count:
         return "there are no calibration data to take gradients on"
     realizer.to_float()
     prepared = realizer.prepared
-    probes = {n: _Probe(prepared.slots[n], c, realizer, n) for n, c in candidates.items()}
-    draw = torch.Generator().manual_seed(seed)
-    power = 0.0
+    changes = {n: Changes(prepared.slots[n], c, realizer) for n, c in candidates.items()}
+    work = _Work(realizer, run, _Objective(classes, seed))
     try:
-        with _gradients(prepared.model, probes), prepared.engine.reference():
-            for i, inputs in enumerate(singles):
-                outputs = run(prepared.model, inputs)
-                found = _objective(outputs, classes, draw)
-                if found is None:
-                    return "the model's outputs have no gradient"
-                loss, square = found
-                power += square / len(singles)
-                loss.backward()
-                for probe in probes.values():
-                    probe.close(last=i + 1 == len(singles))
+        with prepared.engine.reference():
+            found = work.take(changes, chosen)
     except AutoquantError as error:
         return f"gradients can't be taken: {error}"
     except RuntimeError as error:  # torch's own: an operator without a gradient, memory
         return f"gradients can't be taken: {str(error).splitlines()[0]}"
-    unit = 0.5 if classes else 1.0 / max(power, 1e-30)
+    if found is None:
+        return "the model's outputs have no gradient"
+    unit = 0.5 if classes else 1.0 / max(work.objective.power / chosen.count, 1e-30)
     weights, activations = {}, {}
-    for name, probe in probes.items():
-        weights[name] = _scores(probe.candidates.weights, probe.weight_scores, unit)
-        activations[name] = _scores(probe.candidates.activations, probe.activation_scores, unit)
-    return Sensitivity(weights, activations, len(singles))
+    for name, c in candidates.items():
+        rows = [probes[name] for probes in found if name in probes]
+        weights[name] = _scores(c.weights, [r for p in rows for r in p.weight_rows], unit)
+        inputs = [r for p in rows for r in p.activation_rows]
+        activations[name] = _scores(c.activations, inputs, unit)
+    return Sensitivity(weights, activations, chosen.count)
 
 
-def _singles(batches: Sequence[Any], samples: int) -> Iterator[Any]:
-    """Yield at most ``samples`` samples, as batches of one, evenly spread over ``batches``."""
-    sizes = [batch_size(batch) for batch in batches if batch is not None]
-    total = sum(sizes)
-    count = min(samples, total)
-    chosen = [i * total // count for i in range(count)]
-    start = 0
-    for batch, size in zip((b for b in batches if b is not None), sizes, strict=True):
-        for i in chosen:
-            if start <= i < start + size:
-                yield take(batch, [i - start])
-        start += size
+class _Samples:
+    """Samples evenly spread over batches, to be run alone or, those of one batch, together."""
+
+    def __init__(self, batches: Sequence[Any], most: int) -> None:
+        self._batches = [batch for batch in batches if batch is not None]
+        sizes = [batch_size(batch) for batch in self._batches]
+        total = sum(sizes)
+        self.count = min(most, total)
+        places = [i * total // self.count for i in range(self.count)]
+        self._runs: list[list[int]] = []
+        start = 0
+        for size in sizes:
+            self._runs.append([i - start for i in places if start <= i < start + size])
+            start += size
+
+    def runs(self, together: int, skip: int = 0) -> Iterator[tuple[int, int, Any]]:
+        """Yield (number of the first, how many, inputs) of the samples from ``skip`` on."""
+        number = 0
+        for batch, places in zip(self._batches, self._runs, strict=True):
+            mine = places[max(skip - number, 0) :]
+            first = number + len(places) - len(mine)
+            for i in range(0, len(mine), together):
+                part = mine[i : i + together]
+                yield first + i, len(part), take(batch, part)
+            number += len(places)
 
 
-def _objective(outputs: Any, classes: bool, draw: torch.Generator) -> tuple[Tensor, float] | None:
-    """Return what to differentiate, and the squared size of the outputs; None without gradient."""
-    leaves = [
-        leaf
-        for leaf in pytree.tree_leaves(outputs)
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
-    ]
-    if not leaves:
-        return None
-    if classes:
-        logits = leaves[0].float()
+class _Work:
+    """Runs samples forward and back past the probes."""
+
+    def __init__(
+        self,
+        realizer: Realizer,
+        run: Callable[[nn.Module, Any], Any],
+        objective: _Objective,
+    ) -> None:
+        self.model = realizer.prepared.model
+        self.run = run
+        self.objective = objective
+
+    def take(
+        self, changes: Mapping[str, Changes], samples: _Samples
+    ) -> list[Mapping[str, Probe]] | None:
+        """Return probes with the rows of all samples; None where outputs have no gradient."""
+        alone = {n: WholeGradients(c) for n, c in changes.items()}
+        tried = next((size for _, size, _ in samples.runs(TRIED)), 0)
+        if not self._singly(alone, samples, 0, tried):
+            return None
+        fine, most = self._tried(changes, samples, alone) if tried > 1 else ({}, 1)
+        rest = {n: probe for n, probe in alone.items() if n not in fine}
+        if 2 * len(rest) > len(alone):
+            fine, rest = {}, alone
+        if rest:
+            self._singly(rest, samples, tried, min(SINGLES, samples.count) if fine else None)
+        with listening(self.model, fine):
+            for first, size, inputs in samples.runs(most, tried) if fine else ():
+                self._back(fine, first, size, inputs)
+        return [alone, fine]
+
+    def _singly(
+        self, probes: Mapping[str, WholeGradients], samples: _Samples, skip: int, stop: int | None
+    ) -> bool:
+        """Run samples ``skip`` to ``stop`` alone; return whether they have gradients."""
+        stop = samples.count if stop is None else stop
+        with listening(self.model, probes):
+            for first, size, inputs in samples.runs(1, skip):
+                if first >= stop:
+                    break
+                if not self._back(probes, first, size, inputs, last=first + 1 == stop):
+                    return False
+        return True
+
+    def _tried(
+        self, changes: Mapping[str, Changes], samples: _Samples, alone: Mapping[str, Probe]
+    ) -> tuple[Mapping[str, UsesOfWeight], int]:
+        """Return fresh probes for many samples a run, for the sites that allow it; and how many."""
+        anchor = torch.zeros((), device=next(iter(changes.values())).nothing.device)
+        anchor.requires_grad_(True)
+        uses = {n: UsesOfWeight(c, anchor, (TILED, NESTED)) for n, c in changes.items()}
+        first, size, inputs = next(samples.runs(TRIED))
+        power = self.objective.power
+        try:
+            with listening(self.model, uses):
+                self._back(uses, first, size, inputs)
+        except (Mixed, RuntimeError, IndexError):
+            return {}, 1
+        finally:
+            self.objective.power = power
+        orders = {n: probe.agreed(alone[n]) for n, probe in uses.items()}
+        used = sum(probe.bytes for probe in uses.values()) / size
+        most = int(min(max(RUN_BYTES / max(used, 1.0), 1.0), TOGETHER))
+        return {
+            n: UsesOfWeight(changes[n], anchor, (order,)) for n, order in orders.items() if order
+        }, most
+
+    def _back(
+        self, probes: Mapping[str, Any], first: int, size: int, inputs: Any, *, last: bool = False
+    ) -> bool:
+        """Run samples forward and back; return whether their outputs have a gradient."""
+        for probe in probes.values():
+            probe.begin(size)
+        loss = self.objective.of(self.run(self.model, inputs), first, size)
+        if loss is None:
+            return False
+        loss.backward()
+        for probe in probes.values():
+            probe.close(last=last)
+        return True
+
+
+class _Objective:
+    """What is differentiated: drawn for each sample by its number, whatever it is run with.
+
+    ``power`` adds up the squared size of the outputs, where they are no class scores.
+    """
+
+    def __init__(self, classes: bool, seed: int) -> None:
+        self.classes = classes
+        self.seed = seed
+        self.power = 0.0
+
+    def of(self, outputs: Any, first: int, size: int) -> Tensor | None:
+        """Return what to differentiate, None without gradient; Mixed where samples are."""
+        leaves = [
+            leaf
+            for leaf in pytree.tree_leaves(outputs)
+            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
+        ]
+        if not leaves:
+            return None
+        if size > 1 and any(not leaf.dim() or len(leaf) != size for leaf in leaves):
+            raise Mixed
+        return self._label(leaves[0], first) if self.classes else self._project(leaves, first, size)
+
+    def _label(self, outputs: Tensor, first: int) -> Tensor | None:
+        logits = outputs.float()
         chances = logits.detach().cpu().softmax(-1)
         if not bool(chances.isfinite().all()):
             return None
-        labels = torch.multinomial(chances, 1, generator=draw)[:, 0].to(logits.device)
-        return F.cross_entropy(logits, labels, reduction="sum"), 0.0
-    total, square = leaves[0].new_zeros((), dtype=torch.float32), 0.0
-    for leaf in leaves:
-        signs = torch.randint(0, 2, leaf.shape, generator=draw).to(leaf.device) * 2.0 - 1.0
-        total = total + (leaf.float() * signs).sum()
-        square += float(leaf.detach().double().square().sum())
-    return (total, square) if math.isfinite(square) else None
+        labels = torch.cat(
+            [
+                torch.multinomial(row[None], 1, generator=self._draw(first + i))[:, 0]
+                for i, row in enumerate(chances)
+            ]
+        )
+        return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+
+    def _project(self, leaves: Sequence[Tensor], first: int, size: int) -> Tensor | None:
+        total, square = leaves[0].new_zeros((), dtype=torch.float32), 0.0
+        draws = [self._draw(first + i) for i in range(size)]
+        for leaf in leaves:
+            shape = leaf.shape[1:] if size > 1 else leaf.shape
+            signs = [torch.randint(0, 2, shape, generator=draw) * 2.0 - 1.0 for draw in draws]
+            total = total + (leaf.float() * torch.stack(signs).reshape(leaf.shape).to(leaf)).sum()
+            square += float(leaf.detach().double().square().sum())
+        self.power += square
+        return total if math.isfinite(square) else None
+
+    def _draw(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed << 32) + number)
 
 
 def _scores(choices: Sequence[Any], rows: list[Array], unit: float) -> dict[Any, Score]:
@@ -159,100 +282,3 @@ def _scores(choices: Sequence[Any], rows: list[Array], unit: float) -> dict[Any,
         choice: Score(float(loss), float(error))
         for choice, loss, error in zip(choices, losses.mean(0), errors, strict=True)
     }
-
-
-class _Probe:
-    """Takes the gradients at one site, and multiplies them with what each choice would change."""
-
-    def __init__(
-        self, slot: SiteSlot, candidates: Candidates, realizer: Realizer, name: str
-    ) -> None:
-        self.slot = slot
-        self.candidates = candidates
-        self.schemes = [realizer.activation(name, a) for a in candidates.activations]
-        parameter = slot.parameter.detach()
-        self.offset = torch.zeros(slot.site.matrix[0], device=parameter.device)
-        changes, shifts = [], []
-        for scheme in candidates.weights:
-            held = realizer.held(name, SiteRecipe(scheme, None, None, candidates.corrected))
-            assert held is not None
-            changes.append((held.quantized.dequantize(torch.float32) - parameter).flatten())
-            shifts.append(self.offset if held.shift is None else held.shift)
-        self.changes = torch.stack(changes) if changes else None
-        self.shifts = torch.stack(shifts) if shifts else None
-        self.weight_scores: list[Array] = []
-        self.activation_scores: list[Array] = []
-        self._waiting: list[tuple[Tensor, Tensor]] = []
-        self._products = np.zeros(len(self.schemes))
-
-    def probe(self, x: Tensor) -> Tensor:
-        """Return the input, so that its gradient through this layer alone is heard of."""
-        if not torch.is_grad_enabled() or not x.is_floating_point():
-            return x
-        # A copy: the user's code may write into its own later.
-        mine = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
-        seen = mine.detach()
-        mine.register_hook(lambda gradient: self._hear(seen, gradient))
-        return mine
-
-    def _hear(self, x: Tensor, gradient: Tensor) -> None:
-        engine, kind = self.slot.engine, self.slot.site.kind
-        with torch.no_grad():
-            for i, scheme in enumerate(self.schemes):
-                change = engine.fake_quantize(x, scheme, kind) - x
-                self._products[i] += float((change * gradient).sum())
-
-    def close(self, *, last: bool) -> None:
-        """End a sample: note its products, and forget its gradients."""
-        if self.schemes:
-            self.activation_scores.append(self._products)
-            self._products = np.zeros(len(self.schemes))
-        parameter = self.slot.parameter
-        if self.changes is not None:
-            nothing = parameter.grad is None
-            gradient = torch.zeros_like(parameter) if nothing else parameter.grad
-            assert gradient is not None
-            moved = self.offset.grad
-            zeros = torch.zeros_like(self.offset)
-            self._waiting.append(
-                (gradient.detach().float().flatten(), zeros if moved is None else moved.detach())
-            )
-            if last or len(self._waiting) == TOGETHER:
-                self._multiply()
-        parameter.grad = self.offset.grad = None
-
-    def _multiply(self) -> None:
-        assert self.changes is not None
-        assert self.shifts is not None
-        gradients = torch.stack([g for g, _ in self._waiting])
-        moved = torch.stack([m for _, m in self._waiting])
-        products = gradients @ self.changes.T + moved @ self.shifts.T
-        self.weight_scores.extend(products.double().cpu().numpy())
-        self._waiting.clear()
-
-
-@contextlib.contextmanager
-def _gradients(model: nn.Module, probes: Mapping[str, _Probe]) -> Iterator[None]:
-    """Let gradients reach the probed weights, biases and inputs, and nothing else, for a while."""
-    parameters = list(model.parameters())
-    before = [(p.requires_grad, p.grad) for p in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    for probe in probes.values():
-        slot = probe.slot
-        if probe.candidates.weights:
-            slot.parameter.requires_grad_(True)
-            if probe.candidates.corrected:
-                slot.offset = probe.offset.requires_grad_(True)
-        if probe.candidates.activations:
-            slot.probe = probe.probe
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for probe in probes.values():
-            probe.slot.probe = probe.slot.offset = None
-        for parameter, (wanted, gradient) in zip(parameters, before, strict=True):
-            parameter.requires_grad_(wanted)
-            parameter.grad = gradient

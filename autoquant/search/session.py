@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -131,14 +132,14 @@ class Session:
         budget = default_memory(self.device) if memory is None else memory
         found = Reuse(self.prepared, budget, say)
         whole = self.task.evaluate is not None
-        inputs = None if whole else self.splits.search[0][0]
         self.realizer.to_float()
+        inputs = None if whole else self.evaluator.few(self.model)
         try:
             fine = check(
                 found,
                 self.realizer,
                 lambda: self.evaluator.observe(self.model, inputs),
-                ("search", None if whole else 0),
+                "check",
                 by_content=whole,
             )
         except OutOfMemory:
@@ -146,6 +147,13 @@ class Session:
             found.switch_off("there is too little memory")
         self.evaluator.reuse = found if fine else None
         return self.evaluator.reuse
+
+    @contextlib.contextmanager
+    def without_reuse(self) -> Iterator[None]:
+        """Keep nothing of what is measured inside: where no later candidate is like it."""
+        reuse = self.evaluator.reuse
+        with contextlib.nullcontext() if reuse is None else reuse.paused():
+            yield
 
     def sensitivity(self, candidates: Mapping[str, Candidates]) -> Sensitivity | str:
         """Return what each candidate does to the outputs on calibration data, or why not."""
@@ -230,8 +238,13 @@ def open_session(
 
     size = float_bytes(model)
     say("finding the layers")
-    prepared = prepare(model, run, folded, make_engine(device, backend))
-    _choose_layout(prepared, run)
+
+    def quick(m: nn.Module) -> Any:
+        return run(m, few)
+
+    few = evaluator.few(model)
+    prepared = prepare(model, run, folded, make_engine(device, backend), quick)
+    _choose_layout(prepared, quick)
     say("calibrating")
     statistics = calibrate(prepared, splits.calibrate or (None,), run)
     sizes = SizeModel(prepared, size)

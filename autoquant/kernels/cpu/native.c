@@ -230,6 +230,97 @@ EXPORT int squared_errors(const float *x, const float *scale, const float *zero_
     return 0;
 }
 
+VECTORS static float change_span(const float *restrict x, const float *restrict g, ptrdiff_t n,
+                                 float scale, float lo, float hi) {
+    const float inverse = 1 / scale;
+    float sum[LANES] = {0}, total = 0;
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; ++j) {
+            float v = x[i + j] * inverse;
+            v = v < lo ? lo : v;
+            v = v > hi ? hi : v;
+            sum[j] += (rintf(v) * scale - x[i + j]) * g[i + j];
+        }
+    for (; i < n; ++i) {
+        float v = x[i] * inverse;
+        v = v < lo ? lo : v;
+        v = v > hi ? hi : v;
+        total += (rintf(v) * scale - x[i]) * g[i];
+    }
+    for (int j = 0; j < LANES; ++j) total += sum[j];
+    return total;
+}
+
+#define SHORT 2048 /* numbers of x and of g that stay in the first cache, and that floats can sum */
+
+/* x and g [rows, columns] → products [rows, tried], Σ (Q(x) − x) · g of each row under each scale;
+ * lo and hi [tried] are the ends of the grid less the zero point. */
+EXPORT int change_products(const float *x, const float *g, const float *scale, const float *lo,
+                           const float *hi, double *products, ptrdiff_t rows, ptrdiff_t columns,
+                           ptrdiff_t tried) {
+    const ptrdiff_t spans = (columns + SHORT - 1) / SHORT;
+#pragma omp parallel for schedule(static) if (rows > 1 && rows * columns * tried > GRAIN)
+    for (ptrdiff_t r = 0; r < rows; ++r) {
+        for (ptrdiff_t t = 0; t < tried; ++t) products[r * tried + t] = 0;
+        for (ptrdiff_t p = 0; p < spans; ++p) {
+            const ptrdiff_t start = r * columns + p * SHORT;
+            const ptrdiff_t size = smaller(SHORT, columns - p * SHORT);
+            for (ptrdiff_t t = 0; t < tried; ++t)
+                products[r * tried + t] +=
+                    (double)change_span(x + start, g + start, size, scale[t], lo[t], hi[t]);
+        }
+    }
+    return 0;
+}
+
+VECTORS static float round_span(const float *restrict x, const float *restrict weight,
+                                float *restrict delta, ptrdiff_t n, float scale, float lo,
+                                float hi) {
+    const float inverse = 1 / scale;
+    float sum[LANES] = {0}, total = 0;
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; ++j) {
+            float v = x[i + j] * inverse;
+            v = v < lo ? lo : v;
+            v = v > hi ? hi : v;
+            const float d = rintf(v) * scale - x[i + j];
+            delta[i + j] = d;
+            sum[j] += d * d * weight[i + j];
+        }
+    for (; i < n; ++i) {
+        float v = x[i] * inverse;
+        v = v < lo ? lo : v;
+        v = v > hi ? hi : v;
+        const float d = rintf(v) * scale - x[i];
+        delta[i] = d;
+        total += d * d * weight[i];
+    }
+    for (int j = 0; j < LANES; ++j) total += sum[j];
+    return total;
+}
+
+/* x [rows, parts, columns] and weights [groups, parts, columns] of its squares; scale and
+ * zero_point [tried, rows, parts] (or [tried] where shared) → what rounding changes, delta
+ * [tried, rows, parts, columns], and sums [tried, rows, parts] of weight · delta². */
+EXPORT int round_weights(const float *x, const float *weight, const float *scale,
+                         const float *zero_point, float *delta, float *sums, ptrdiff_t rows,
+                         ptrdiff_t parts, ptrdiff_t columns, ptrdiff_t groups, ptrdiff_t tried,
+                         int bits, int shared) {
+    const float qmax = (float)((1 << (bits - 1)) - 1), qmin = -qmax - 1;
+    const ptrdiff_t blocks = rows * parts, all = tried * blocks;
+#pragma omp parallel for schedule(static) if (all * columns > GRAIN)
+    for (ptrdiff_t p = 0; p < all; ++p) {
+        const ptrdiff_t b = p % blocks, group = (b / parts) / (rows / groups);
+        const ptrdiff_t q = shared ? p / blocks : p;
+        const float zero = zero_point[q];
+        sums[p] = round_span(x + b * columns, weight + (group * parts + b % parts) * columns,
+                             delta + p * columns, columns, scale[q], qmin - zero, qmax - zero);
+    }
+    return 0;
+}
+
 #define COUNTERS 4 /* so that equal numbers in a row do not wait for each other's count */
 #define PIECE 4096
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ _SIGNATURES = {
     "quantize_rows": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
     "fake_quantize_rows": (_POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
     "squared_errors": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT),
+    "change_products": (*[_POINTER] * 6, _SIZE, _SIZE, _SIZE),
+    "round_weights": (*[_POINTER] * 6, *[_SIZE] * 5, _INT, _INT),
     "histogram": (_POINTER, _SIZE, _FLOAT, _INT, _POINTER, _POINTER, _POINTER),
     "gru_gates": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "lstm_gates": (*[_POINTER] * 5, _SIZE, _SIZE, _SIZE),
@@ -215,6 +218,70 @@ def squared_errors(blocks: Tensor, p: QParams) -> Tensor | None:
         p.bits,
     )
     return errors.sum(2)
+
+
+def change_products(x: Tensor, g: Tensor, schemes: Sequence[ActivationScheme]) -> Tensor | None:
+    """Return Σ (Q(x) − x)·g over all but the first axis, float64 [len(x), schemes], in one pass.
+
+    ``x`` and ``g`` have the same shape. None where a scheme is dynamic, the numbers are not float32
+    on a CPU, or the library is missing.
+    """
+    native = library()
+    if native is None or x.device.type != "cpu" or not len(x):
+        return None
+    if {x.dtype, g.dtype} != {torch.float32} or any(s.scale is None for s in schemes):
+        return None
+    x = dense(x)
+    g = g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
+    ends = torch.tensor([_bounds(s) for s in schemes], dtype=torch.float32).T.contiguous()
+    scales = torch.tensor([s.scale for s in schemes], dtype=torch.float32)
+    found = torch.empty(len(x), len(schemes), dtype=torch.float64)
+    native.change_products(
+        x.data_ptr(),
+        g.data_ptr(),
+        scales.data_ptr(),
+        ends[0].data_ptr(),
+        ends[1].data_ptr(),
+        found.data_ptr(),
+        len(x),
+        x.numel() // len(x),
+        len(schemes),
+    )
+    return found
+
+
+def round_weights(x: Tensor, weights: Tensor, p: QParams) -> tuple[Tensor, Tensor] | None:
+    """Return what rounding changes of a matrix, and the weighted sums of its squares.
+
+    ``x`` is [rows, parts, columns], float32 on a CPU, ``weights`` [groups, parts, columns], for as
+    many rows each; ``p`` holds [tried, rows · parts], or [tried, 1]. Changes are [tried, rows,
+    parts, columns], sums [tried, rows, parts]. None where the library is missing.
+    """
+    native = library()
+    if native is None or x.device.type != "cpu":
+        return None
+    x, weights, scale, zero_point = (
+        t.float().contiguous() for t in (x, weights, p.scale, p.zero_point)
+    )
+    rows, parts, columns = x.shape
+    delta = torch.empty(len(scale), *x.shape)
+    sums = torch.empty(delta.shape[:3])
+    native.round_weights(
+        x.data_ptr(),
+        weights.data_ptr(),
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+        delta.data_ptr(),
+        sums.data_ptr(),
+        rows,
+        parts,
+        columns,
+        len(weights),
+        len(scale),
+        p.bits,
+        scale.shape[1] != rows * parts,
+    )
+    return delta, sums
 
 
 def _bounds(scheme: ActivationScheme) -> tuple[int, int]:

@@ -33,9 +33,14 @@ MOST_GRADIENTS = 1 << 24
 Array = NDArray[np.float64]
 
 
-TILED, NESTED = "tiled", "nested"
+TILED, NESTED, LATER = "tiled", "nested", "later"
 """How rows of several samples lie where each has more than one: all first ones first, as
-``torch.cat`` of two batches gives, or all of the first sample first, as ``flatten(0, 1)`` does."""
+``torch.cat`` of two batches gives; all of the first sample first, as ``flatten(0, 1)`` does; or
+along the second axis, as recurrent layers have them, where they come one after the other."""
+
+
+ROWS = ("linear", "rnn", "attention")
+"""Kinds of sites that multiply the last axis and take all others for rows."""
 
 
 class Mixed(Exception):
@@ -126,6 +131,8 @@ class _Listener:
         schemes, alone = self.changes.schemes, self.samples == 1
         if alone:
             x, gradient = x[None], gradient[None]
+        else:
+            x, gradient = self._samples_first(x), self._samples_first(gradient)
         found = change_products(x, gradient, schemes)
         if found is None:
             engine, kind = self.slot.engine, self.slot.site.kind
@@ -133,6 +140,11 @@ class _Listener:
             products = [(engine.fake_quantize(inner, s, kind) - inner) * back for s in schemes]
             found = torch.stack([p.reshape(len(x), -1).sum(1) for p in products], 1)
         self._add(self._products, found)
+
+    def _samples_first(self, x: Tensor) -> Tensor:
+        """Return a view whose first axis has the samples."""
+        later = self.orders == (LATER,) and self.slot.site.kind in ROWS and x.dim() > 2
+        return x.transpose(0, 1) if later else x
 
     def _add(self, total: Array, found: Tensor) -> None:
         """Add products [rows, candidates] to those of the samples [orders, samples, candidates]."""
@@ -142,8 +154,8 @@ class _Listener:
             self.mixed = True
             return
         for i, order in enumerate(self.orders):
-            shape = (each, self.samples, -1) if order == TILED else (self.samples, each, -1)
-            total[i] += rows.reshape(shape).sum(0 if order == TILED else 1)
+            shape = (self.samples, each, -1) if order == NESTED else (each, self.samples, -1)
+            total[i] += rows.reshape(shape).sum(1 if order == NESTED else 0)
 
     def _note_inputs(self) -> None:
         if self.changes.schemes:
@@ -240,6 +252,7 @@ class UsesOfWeight(_Listener):
         changes, shifts = self.changes.weights, self.changes.shifts
         assert changes is not None
         assert shifts is not None
+        x, gradient = self._samples_first(x), self._samples_first(gradient)
         if len(x) != len(gradient) or len(x) % self.samples:
             self.mixed = True  # and not worth the work
             return
@@ -300,7 +313,7 @@ def _vectors(
         if not pointwise or x.shape[1] != columns or x.shape[2:] != gradient.shape[2:]:
             return None
         inputs, outputs = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
-    elif kind in ("linear", "rnn", "attention"):
+    elif kind in ROWS:
         inputs, outputs = x, gradient
     else:
         return None

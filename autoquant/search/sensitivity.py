@@ -26,6 +26,7 @@ from autoquant.errors import AutoquantError
 from autoquant.methods.realize import Realizer
 from autoquant.models.trees import batch_size, take
 from autoquant.search.probes import (
+    LATER,
     NESTED,
     TILED,
     Array,
@@ -188,22 +189,30 @@ class _Work:
         """Return fresh probes for many samples a run, for the sites that allow it; and how many."""
         anchor = torch.zeros((), device=next(iter(changes.values())).nothing.device)
         anchor.requires_grad_(True)
-        uses = {n: UsesOfWeight(c, anchor, (TILED, NESTED)) for n, c in changes.items()}
         first, size, inputs = next(samples.runs(TRIED))
         power = self.objective.power
+        found: dict[str, UsesOfWeight] = {}
+        used = 0
         try:
-            with listening(self.model, uses):
-                self._back(uses, first, size, inputs)
+            for orders in ((TILED, NESTED), (LATER,)):
+                rest = {
+                    n: UsesOfWeight(c, anchor, orders) for n, c in changes.items() if n not in found
+                }
+                if not rest:
+                    break
+                with listening(self.model, rest):
+                    self._back(rest, first, size, inputs)
+                used += sum(probe.bytes for probe in rest.values())
+                for name, probe in rest.items():
+                    order = probe.agreed(alone[name])
+                    if order is not None:
+                        found[name] = UsesOfWeight(changes[name], anchor, (order,))
         except (Mixed, RuntimeError, IndexError):
-            return {}, 1
+            pass  # what was found so far holds
         finally:
             self.objective.power = power
-        orders = {n: probe.agreed(alone[n]) for n, probe in uses.items()}
-        used = sum(probe.bytes for probe in uses.values()) / size
-        most = int(min(max(RUN_BYTES / max(used, 1.0), 1.0), TOGETHER))
-        return {
-            n: UsesOfWeight(changes[n], anchor, (order,)) for n, order in orders.items() if order
-        }, most
+        most = int(min(max(RUN_BYTES * size / max(used, 1), 1.0), TOGETHER))
+        return found, most
 
     def _back(
         self, probes: Mapping[str, Any], first: int, size: int, inputs: Any, *, last: bool = False

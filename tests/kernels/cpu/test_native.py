@@ -151,3 +151,71 @@ def test_gates_take_a_row_of_a_sequence_and_refuse_what_is_not_theirs():
         bad[1, 2] = math.nan
         assert bool(gru_gates(sequence[:, 3], bad, h)[1].isnan().any())
     assert gru_gates(sequence[:, 3], y, h) is None  # gradients go through the operators of torch
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 5000),
+    last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_change_products_are_those_of_the_changes(rows, columns, last, seed):
+    draw = torch.Generator().manual_seed(seed)
+    shape = (rows, max(columns // 6, 1), 3, 2)
+    x, g = (torch.randn(shape, generator=draw) for _ in range(2))
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    schemes = (
+        ActivationScheme(8, scale=0.02, zero_point=3),
+        ActivationScheme(3, "per_tensor", "symmetric", scale=0.4, zero_point=0),
+    )
+    found = native.change_products(x, g, schemes)
+    for i, scheme in enumerate(schemes):
+        change = (fake_quantize_activation(x, scheme, "conv") - x).double()
+        expected = (change * g).flatten(1).sum(1)
+        scale = (change * g).abs().flatten(1).sum(1) + 1e-9
+        assert bool(((found[:, i] - expected).abs() <= 1e-3 * scale + 1e-4).all())
+
+
+def test_dynamic_schemes_have_no_change_products():
+    x = torch.randn(2, 3)
+    assert native.change_products(x, x, [ActivationScheme(8, "per_token")]) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.integers(1, 4),
+    groups=st.sampled_from([1, 2, 3]),
+    parts=st.integers(1, 3),
+    columns=st.integers(1, 70),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    shared=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_round_weights_is_what_rounding_changes(
+    channels, groups, parts, columns, bits, symmetric, shared, seed
+):
+    draw = torch.Generator().manual_seed(seed)
+    rows = channels * groups
+    x = torch.randn(rows, parts, columns, generator=draw)
+    weights = torch.rand(groups, parts, columns, generator=draw)
+    tops = torch.rand(4, 1 if shared else rows * parts, generator=draw) * 3 + 0.1
+    p = choose_qparams(-tops, tops * 0.7, bits, symmetric=symmetric)
+    found = native.round_weights(x, weights, p)
+    delta, sums = found
+    each = QParams(
+        *(
+            t[:, :, None].expand(4, rows * parts, 1).reshape(4, rows, parts, 1)
+            for t in (p.scale, p.zero_point)
+        ),
+        bits,
+        symmetric,
+    )
+    expected = fake_quantize(x.expand(4, -1, -1, -1), each) - x
+    # A number on the edge of two integers may go either way.
+    edges = (delta - expected).abs() > 1e-5
+    assert float(edges.float().mean()) < 0.01
+    whole = weights.repeat_interleave(channels, 0)
+    assert torch.allclose(sums, (delta.square() * whole).sum(3), rtol=1e-4, atol=1e-6)

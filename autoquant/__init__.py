@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoquant.export.model import apply as apply
+    from autoquant.kernels.cpu.heap import keep_freed_memory as keep_freed_memory
     from autoquant.models.task import Task as Task
     from autoquant.nn.archive import load_archive as load
     from autoquant.search.run import resume as resume
@@ -17,13 +18,23 @@ if TYPE_CHECKING:
     from autoquant.spec.recipe import Recipe as Recipe
     from autoquant.spec.space import SearchSpace as SearchSpace
 
-__all__ = ["Recipe", "SearchSpace", "Task", "apply", "load", "resume", "search"]
+__all__ = [
+    "Recipe",
+    "SearchSpace",
+    "Task",
+    "apply",
+    "keep_freed_memory",
+    "load",
+    "resume",
+    "search",
+]
 
 _PLACES = {
     "Recipe": ("autoquant.spec.recipe", "Recipe"),
     "SearchSpace": ("autoquant.spec.space", "SearchSpace"),
     "Task": ("autoquant.models.task", "Task"),
     "apply": ("autoquant.export.model", "apply"),
+    "keep_freed_memory": ("autoquant.kernels.cpu.heap", "keep_freed_memory"),
     "load": ("autoquant.nn.archive", "load_archive"),
     "resume": ("autoquant.search.run", "resume"),
     "search": ("autoquant.search.run", "search"),

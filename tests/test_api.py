@@ -61,7 +61,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all():
-    names = ["Recipe", "SearchSpace", "Task", "apply", "load", "resume", "search"]
+    names = ["Recipe", "SearchSpace", "Task", "apply", "keep_freed_memory", "load", "resume"]
+    names.append("search")
     assert autoquant.__all__ == names
     assert dir(autoquant) == names
     for name in names:

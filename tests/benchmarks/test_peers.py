@@ -97,7 +97,7 @@ def test_evaluations_are_counted_to_where_a_rival_had_its_best():
         row("autoquant", 2, curve=(1.0, 1.0, 1.0)),
     ]
     assert tables.pairs(ours, theirs) == [(1, 2), (None, 3)]
-    assert tables.speed_cells("TPE", ours, theirs)[2] == "more than 3 (1 … more than 3)"
+    assert tables.speed_cells("TPE", ours, theirs)[3] == "more than 3 (1 … more than 3)"
     assert tables.speed_cells("GP", ours, [])[1] == "not run"
 
 
@@ -106,5 +106,6 @@ def test_tools_are_asked_for_budgets_that_they_can_keep():
     named = {tool.name: tool for tool in TOOLS}
     assert not named["nncf"].takes(5.0)
     assert named["nncf"].takes(8.0)
+    assert not named["nncf"].takes(8.0, classifier=False)
     assert not named["modelopt_kl"].takes(8.0)
     assert all(tool.takes(5.0) for tool in TOOLS if tool.stochastic)

@@ -14,7 +14,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed blocks for the next layer; return whether this C library can."""
+    """Keep freed blocks for the next layer; return whether this C library can.
+
+    It holds for the whole process, so a library does not call it of itself.
+    """
     if not sys.platform.startswith("linux"):
         return False
     try:

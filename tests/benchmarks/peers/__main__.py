@@ -58,8 +58,9 @@ SPEED = """\
 ## Evaluations to reach what a rival reaches
 
 How many evaluations autoquant's default takes until its best candidate, on the data that the
-search measures by, is as good as the rival's best at its end; the same seeds, goal and number of
-evaluations. The ratio is the rival's evaluations until it had its best, over ours; medians."""
+search measures by, is as good as the rival's best at its end; the same seeds and goal. The ratio
+is the rival's evaluations until it had its best, over ours; medians. All begin with the same
+uniform recipes."""
 
 
 def run_one(tool: Tool, wanted: Row, folder: Path, limit: float) -> Row:
@@ -98,7 +99,7 @@ def wanted_rows(
     for seed in range(seeds):
         for bits in budgets:
             for tool in tools:
-                if tool.takes(bits) and (tool.stochastic or seed == 0):
+                if tool.takes(bits, model in CLASSIFIERS) and (tool.stochastic or seed == 0):
                     count = trials if tool.stochastic else 0
                     rows.append(Row(tool.name, model, bits, seed, count))
     return rows
@@ -121,24 +122,27 @@ def tool_table(results: Results, model: str, bits: float) -> str | None:
 
 def speed_table(results: Results, model: str, bits: float) -> str | None:
     """Return the table of evaluations of one model and budget, or None where nothing was run."""
-    ours = results.rows(tool="autoquant", model=model, budget=bits)
+    ours = _longest(results.rows(tool="autoquant", model=model, budget=bits))
     rows = []
     for name in RIVALS:
-        theirs = results.rows(tool=name, model=model, budget=bits)
-        same = [r for r in theirs if any(o.trials == r.trials for o in ours)]
-        if same:
-            most = max(r.trials for r in same)
-            mine = [o for o in ours if o.trials == most]
-            theirs = [r for r in same if r.trials == most]
-            rows.append(tables.speed_cells(BY_NAME[name].title, mine, theirs))
+        theirs = _longest(results.rows(tool=name, model=model, budget=bits))
+        if theirs and ours:
+            rows.append(tables.speed_cells(BY_NAME[name].title, ours, theirs))
     head = [
         "rival",
-        "its evaluations until its best",
+        "its evaluations in all",
+        "until its best",
         "autoquant's until as good",
         "ratio",
         "seeds",
     ]
     return tables.table(head, rows) if rows else None
+
+
+def _longest(rows: list[Row]) -> list[Row]:
+    """Return the rows of the longest searches, where there are several lengths."""
+    most = max((r.trials for r in rows if r.error is None), default=0)
+    return [r for r in rows if r.trials == most and r.error is None]
 
 
 def report(results: Results) -> str:
@@ -148,7 +152,7 @@ def report(results: Results) -> str:
     parts = [INTRODUCTION]
     for model, bits in budgets:
         text = tool_table(results, model, bits)
-        if text is not None and model in CLASSIFIERS:
+        if text is not None:
             parts.append(f"## {TITLES[model]}: at most {bits:g} bits\n\n{text}")
     parts.append(NOTES)
     speeds = [(m, b, t) for m, b in budgets if (t := speed_table(results, m, b)) is not None]

@@ -19,6 +19,7 @@ from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from tests.benchmarks.peers.cases import Case
 from tests.benchmarks.peers.greedy import WIDEST, greedy
 from tests.benchmarks.peers.tools import Found
+from tests.benchmarks.zoo import naive
 
 CALIBRATIONS = ("mse", "max", "percentile_99.9", "percentile_99.99", "percentile_99.999")
 NARROW = (6, 4)
@@ -213,6 +214,23 @@ def knapsack(
     if chosen is None:
         raise ValueError(f"no recipe of the space has {bits} bits")
     return {n: widths[k] for n, k in zip(names, chosen, strict=True)}
+
+
+def float_model(case: Case, bits: float, folder: Path) -> Found:
+    """Return the model as it is: what all others are held against."""
+    return Found(case.model, 32.0, 0.0)
+
+
+def naive_recipe(case: Case, bits: float, folder: Path) -> Found:
+    """Quantize as one who gives it no thought does; nothing is chosen."""
+    began = time.monotonic()
+    session = open_session(of_module(case.model_copy()), case.task(), torch.device("cpu"))
+    sites = session.prepared.sites
+    recipe = naive(
+        [s.name for s in sites], {s.name for s in sites if s.activation}, math.ceil(bits)
+    )
+    model = autoquant.apply(recipe, case.model_copy(), case.task())
+    return Found(model, float(math.ceil(bits)), time.monotonic() - began)
 
 
 def greedy_search(case: Case, bits: float, folder: Path) -> Found:

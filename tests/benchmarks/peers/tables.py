@@ -93,7 +93,7 @@ def speed_cells(title: str, ours: Sequence[Row], theirs: Sequence[Row]) -> list[
     """Return the row of one rival sampler in the table of evaluations."""
     both = pairs(ours, theirs)
     if not both:
-        return [title, "not run", "–", "–", "0"]
+        return [title, "not run", "–", "–", "–", "0"]
     counts = [float("inf") if mine is None else mine for mine, _ in both]
     length = max(len(r.curve) for r in ours if r.curve)
 
@@ -103,6 +103,7 @@ def speed_cells(title: str, ours: Sequence[Row], theirs: Sequence[Row]) -> list[
     ratio = statistics.median(t / m for (_, t), m in zip(both, counts, strict=True))
     return [
         title,
+        spread([float(len(r.curve)) for r in theirs], lambda v: f"{v:g}"),
         spread([t for _, t in both], lambda v: f"{v:g}"),
         spread(counts, show),
         f"{ratio:.1f}×",

@@ -25,7 +25,8 @@ class Tool:
 
     ``place`` is module:function; ``sampler`` is set for searches by autoquant's own trial loop ("":
     its default). ``package`` is the distribution whose version is reported. ``least`` and ``most``
-    bound the budgets that the tool can be asked for.
+    bound the budgets that the tool can be asked for; ``classes`` says that it takes classifiers of
+    convolutions and linear layers only.
     """
 
     name: str
@@ -35,20 +36,23 @@ class Tool:
     package: str = "autoquant"
     least: float = 0.0
     most: float = 8.0
+    classes: bool = False
 
     @property
     def stochastic(self) -> bool:
         """Whether a seed matters."""
         return self.sampler is not None
 
-    def takes(self, bits: float) -> bool:
-        """Return whether the tool can be asked for ``bits``."""
-        return self.least <= bits <= self.most
+    def takes(self, bits: float, classifier: bool = True) -> bool:
+        """Return whether the tool can be asked for ``bits`` of such a model."""
+        return self.least <= bits <= self.most and (classifier or not self.classes)
 
 
 OURS = "ours:search"
 BELOW_8 = 7.99
 TOOLS = (
+    Tool("float", "the float model", "ours:float_model"),
+    Tool("naive", "naive: max, per tensor, one width (rounded up)", "ours:naive_recipe"),
     Tool("autoquant", "autoquant (its default)", OURS, ""),
     Tool("tpe", "Optuna's TPE, same space", OURS, "tpe"),
     Tool("nsga2", "Optuna's NSGA-II, same space", OURS, "nsga2"),
@@ -62,6 +66,7 @@ TOOLS = (
         "ModelOpt AutoQuantize, gradient",
         "modelopt:gradient",
         package="nvidia-modelopt",
+        classes=True,
         most=BELOW_8,
     ),
     Tool(
@@ -69,6 +74,7 @@ TOOLS = (
         "ModelOpt AutoQuantize, KL",
         "modelopt:kl_div",
         package="nvidia-modelopt",
+        classes=True,
         most=BELOW_8,
     ),
     Tool(
@@ -76,15 +82,17 @@ TOOLS = (
         "ModelOpt INT8 default",
         "modelopt:int8",
         package="nvidia-modelopt",
+        classes=True,
         least=8.0,
     ),
-    Tool("nncf", "NNCF, preset MIXED ¹", "nncf:quantize", package="nncf", least=8.0),
+    Tool("nncf", "NNCF, preset MIXED ¹", "nncf:quantize", package="nncf", least=8.0, classes=True),
     Tool(
         "inc",
         "Neural Compressor autotune ²",
         "inc:autotune",
         package="neural-compressor-pt",
         least=8.0,
+        classes=True,
     ),
 )
 BY_NAME = {tool.name: tool for tool in TOOLS}

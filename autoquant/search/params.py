@@ -8,7 +8,8 @@ smallest first (``layer.weight_bits_rank``). A dimension with one choice is no p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import (
@@ -35,6 +36,25 @@ _ACTIVATION = (
 )
 
 
+MOST_OF_A_SITE = 4096
+"""Combinations of one site's choices up to which those that differ are counted."""
+
+
+def _choices(distribution: BaseDistribution) -> int:
+    """Return how many values a distribution over a finite set has."""
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    assert isinstance(distribution, IntDistribution)
+    return (distribution.high - distribution.low) // distribution.step + 1
+
+
+def _values(distribution: BaseDistribution) -> Sequence[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    assert isinstance(distribution, IntDistribution)
+    return range(distribution.low, distribution.high + 1, distribution.step)
+
+
 class ParameterMap:
     """The parameters of one resolved search space, and both ways between them and recipes."""
 
@@ -56,6 +76,24 @@ class ParameterMap:
                 if rate.low < rate.high:
                     name = f"{site}.learning_rate"
                     self.distributions[name] = FloatDistribution(rate.low, rate.high, log=True)
+
+    def recipes(self, most: int) -> list[dict[str, SiteRecipe]] | None:
+        """Return every recipe of the space, each once; None where there are more than ``most``."""
+        if any(isinstance(d, FloatDistribution) for d in self.distributions.values()):
+            return None
+        own: dict[str, list[SiteRecipe]] = {}
+        count = 1
+        for site in self.spaces:
+            mine = {n: d for n, d in self.distributions.items() if n.rpartition(".")[0] == site}
+            if math.prod(map(_choices, mine.values())) > MOST_OF_A_SITE:
+                return None
+            values = itertools.product(*(_values(d) for d in mine.values()))
+            found = [self._decode(site, dict(zip(mine, v, strict=True))) for v in values]
+            own[site] = list(dict.fromkeys(found))
+            count *= len(own[site])
+            if count > most:
+                return None
+        return [dict(zip(own, row, strict=True)) for row in itertools.product(*own.values())]
 
     def _add(self, site: str, dimension: str, choices: tuple[Any, ...]) -> None:
         if not dimension.endswith("_bits"):

@@ -14,6 +14,7 @@ import torch
 
 from autoquant.errors import TaskError, TrialError, UserError
 from autoquant.methods.realize import CACHE_BYTES
+from autoquant.models.evidence import FunctionEvidence
 from autoquant.models.usercode import describe
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.convert import deploy
@@ -98,6 +99,15 @@ def _check_repeats(session: Session, value: float) -> None:
                 "float model; seed what it draws at random"
             )
         return
+    evidence = session.baseline("search").evidence
+    metric = session.evaluator.metric
+    if isinstance(evidence, FunctionEvidence) and metric is not None:
+        again = evidence.score()
+        if abs(again - value) > REPEATS * max(abs(value), 1e-12):
+            raise TaskError(
+                f"{source}: metric {metric.name} returned {value:g} and then {again:g} on the same "
+                "outputs and targets; seed what it draws at random"
+            )
     first = _run(session, session.model, example)
     second = _run(session, session.model, example)
     if not same_outputs(first, second, REPEATS):

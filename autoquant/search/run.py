@@ -66,6 +66,9 @@ from autoquant.spec.space import SearchSpace, SiteSpace
 WORTH_REUSING = 0.3
 """Seconds that the float model takes on the search split, from which results are kept."""
 
+MOST_OF_ALL = 200
+"""Recipes of a space up to which a search without a number of trials tries them all."""
+
 FORMAT = 1
 """Version of a study's header."""
 
@@ -397,6 +400,12 @@ def _run(
     if options.trials == AUTO and most is None:
         gain = None if sampler is None else sampler.expected_gain
         stop = replace(stop, enough=Enough(len(plain), gain))
+    # Of few recipes all are tried: no sampler does better.
+    every = mapping.recipes(MOST_OF_ALL if most is None else most)
+    if every is not None and own is None and mapping.distributions:
+        exhaustive = samplers.Exhaustive(every, mapping, ledger.trials)
+        proposer = samplers.Baselines(plain, mapping, exhaustive)
+        stop = replace(stop, enough=exhaustive.done)
     answered = any(measured(trial) is not None for trial in ledger.trials())
 
     def bar() -> Bar | None:

@@ -21,7 +21,7 @@ from autoquant.errors import UserError
 from autoquant.registry import Registry
 from autoquant.search.params import ParameterMap
 from autoquant.search.sampler import KnapsackSampler
-from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.recipe import SiteRecipe, choices_key
 
 STOCK: Registry[Callable[[int], BaseSampler]] = Registry("sampler")
 DEFAULT = "knapsack"
@@ -223,3 +223,37 @@ class Baselines:
     def told(self, trial: FrozenTrial) -> FrozenTrial:
         """Pass a finished trial on."""
         return self._then.told(trial)
+
+
+class Exhaustive:
+    """Proposes every recipe of a small space, one after the other, whatever the sampler."""
+
+    def __init__(
+        self,
+        recipes: Sequence[Mapping[str, SiteRecipe]],
+        mapping: ParameterMap,
+        trials: Callable[[], Sequence[FrozenTrial]],
+    ) -> None:
+        self._recipes = {choices_key(sites): sites for sites in recipes}
+        self._mapping = mapping
+        self._trials = trials
+
+    def left(self, trials: Sequence[FrozenTrial]) -> list[str]:
+        """Return the keys of the recipes that no trial was of."""
+        tried = {choices_key(self._mapping.decode(t.params)) for t in trials}
+        return [key for key in self._recipes if key not in tried]
+
+    def done(self, trials: Sequence[FrozenTrial]) -> str | None:
+        """Return in one line that there is nothing left to try, or None."""
+        if self.left(trials):
+            return None
+        return f"done: all {len(self._recipes)} recipes of the space were tried"
+
+    def propose(self, number: int) -> Proposal:
+        """Return the proposal for trial ``number``."""
+        key = next(iter(self.left(self._trials())), next(iter(self._recipes)))
+        return Proposal(self._mapping.encode(self._recipes[key]))
+
+    def told(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return ``trial`` as it is."""
+        return trial

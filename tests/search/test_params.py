@@ -7,7 +7,13 @@ from autoquant.errors import StudyError
 from autoquant.search.extract import StoredSite
 from autoquant.search.params import ParameterMap
 from autoquant.search.uniform import baselines, uniform
-from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
+from autoquant.spec.recipe import (
+    ActivationScheme,
+    Recipe,
+    SiteRecipe,
+    WeightScheme,
+    choices_key,
+)
 from autoquant.spec.recipe_file import dumps, loads
 from autoquant.spec.space import (
     DEFAULTS,
@@ -146,3 +152,23 @@ def test_shipped_spaces_through_parameters_and_yaml(name):
         again = dict(loads(dumps(Recipe(recipes))).sites)
         assert again == recipes
         assert mapping.decode(mapping.encode(again)) == recipes
+
+
+@given(st.lists(spaces(), min_size=1, max_size=2), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_all_recipes_of_a_small_space_are_those_that_can_be_drawn(found, seed):
+    mapping = ParameterMap({f"l{i}.x": space for i, space in enumerate(found)})
+    every = mapping.recipes(3000)
+    if every is None:
+        return
+    keys = {choices_key(sites) for sites in every}
+    assert len(keys) == len(every) <= 3000
+    assert mapping.recipes(len(every) - 1) is None
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    for _ in range(20):
+        assert choices_key(mapping.decode(study.ask(mapping.distributions).params)) in keys
+
+
+def test_a_learning_rate_has_no_last_recipe():
+    space = SiteSpace(DEFAULTS, LearningRates(1e-3, 0.1))
+    assert ParameterMap({"a": space}).recipes(10**9) is None

@@ -124,6 +124,18 @@ def test_noise_of_the_size_of_rounding_is_no_matter():
     assert check(Wrapped(lambda m, y: y * (1 + 1e-7 * (m.calls % 2)))).metric == "accuracy"
 
 
+def test_a_metric_that_does_not_repeat():
+    values = iter(range(100))
+    task = Task(
+        evaluation_data=batches,
+        metric=lambda outputs, targets: next(values),
+        higher_is_better=True,
+        source="t.py",
+    )
+    with pytest.raises(TaskError, match=r"t\.py: metric .* returned 0 and then 1 on the same"):
+        check(net(), task)
+
+
 def test_an_evaluate_that_does_not_repeat():
     values = iter(range(100))
     task = Task(

@@ -277,6 +277,19 @@ def test_nothing_to_choose_is_one_trial():
     assert {site.weight_bits for site in result.recipe.sites.values()} == {4}
 
 
+@pytest.mark.parametrize(
+    "words", [{"trials": 50}, {"trials": "auto"}, {"trials": 50, "sampler": "random"}]
+)
+def test_a_small_space_is_tried_to_its_end(words):
+    space = SPACE.replace("[8, 6, 4, 2]", "[8, 4]").replace("[8, 16]", "[8]")
+    result = searched(space=space, **words)
+    assert result.done == "done: all 16 recipes of the space were tried"
+    keys = {repr(sorted(trial.params.items())) for trial in trials()}
+    assert len(trials()) == len(keys) == 16
+    # One trial fewer than there are recipes: the sampler has to choose.
+    assert searched(space=space, study="fewer", trials=15).done is None
+
+
 def test_timeout_ends_a_search_without_a_number_of_trials(monkeypatch):
     from autoquant.search import loop
 

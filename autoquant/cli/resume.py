@@ -23,6 +23,13 @@ from autoquant.cli.options import Trials, json_option, memory_option, seconds, s
     is_flag=True,
     help="Go on although the model, the task or the space has changed since the study began.",
 )
+@click.option(
+    "--worker",
+    type=click.IntRange(0, 999),
+    default=0,
+    show_default=True,
+    help="Number of this process, where several work on one study at a time.",
+)
 @json_option
 def command(
     study: str | None,
@@ -31,12 +38,17 @@ def command(
     timeout: str | None,
     memory: str | None,
     accept_changes: bool,
+    worker: int,
     as_json: bool,
 ) -> None:
     """Go on with STUDY (default: the newest) from its storage alone.
 
     The study knows its model, task, space and options. It gives the same trials as a study that
     was never interrupted.
+
+    Several processes, on one machine or on several that share a database, may work on a study at
+    the same time: `autoquant resume STUDY --worker 1` beside the search that began it, and so on.
+    Each profiles the model for itself, learns from the trials of all, and proposes others.
     """
     from autoquant.cli.progress import searching
     from autoquant.search.run import resume
@@ -51,5 +63,6 @@ def command(
             memory=memory,
             accept_changes=accept_changes,
             reporter=reporter,
+            worker=worker,
         )
     reporter.finish(result)

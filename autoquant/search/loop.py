@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,8 +84,8 @@ def run_trials(
     trials = ledger.trials()
     failures = _failures(trials)
     best = best_trial(trials)
-    number = len(trials)
-    while stop.trials is None or number < stop.trials:
+    # Counted anew each time: other workers may add trials to the same study.
+    while (number := len(ledger.trials())) < (math.inf if stop.trials is None else stop.trials):
         if stop.seconds is not None and time.monotonic() - started >= stop.seconds:
             return None
         if stop.enough is not None and (reason := stop.enough(ledger.trials())) is not None:
@@ -98,7 +99,6 @@ def run_trials(
             raise StudyError(
                 f"{FAILURES} trials in a row failed, the last one: {trial.user_attrs[REASON]}"
             )
-        number += 1
     return None
 
 

@@ -291,12 +291,14 @@ def resume(
     task: Task | None = None,
     sampler: BaseSampler | None = None,
     reporter: Reporter | None = None,
+    worker: int = 0,
 ) -> SearchResult:
     """Go on with a study from its storage alone.
 
-    ``trials`` and ``timeout``, and ``memory``, replace the study's own. A study of a module or Task
-    in Python needs them again. Raises StudyError where the model, the task or the space is not what
-    the study began with, unless ``accept_changes``.
+    Several processes may work on one study at a time, each with another ``worker`` number from 0
+    on: it makes their proposals differ. ``trials``, ``timeout`` and ``memory`` replace the study's
+    own. A study of a module or Task in Python needs them again. Raises StudyError where the model,
+    the task or the space is not what the study began with, unless ``accept_changes``.
     """
     began = time.monotonic()
     reporter = reporter or Silent()
@@ -350,7 +352,7 @@ def resume(
     reporter.preflight(flight)
     goal = make_goal(session, options, flight)
     out = Path(header["out"])
-    return _run(ledger, session, spaces, goal, options, out, sampler, reporter, began)
+    return _run(ledger, session, spaces, goal, options, out, sampler, reporter, began, worker)
 
 
 def make_goal(session: Session, options: Options, found: Preflight) -> Goal:
@@ -382,6 +384,7 @@ def _run(
     own: BaseSampler | None,
     reporter: Reporter,
     began: float,
+    worker: int = 0,
 ) -> SearchResult:
     mapping = ParameterMap(spaces)
     # What arithmetic rules out is never tried, but something uniform is, where it can be.
@@ -396,15 +399,16 @@ def _run(
     stop = Stop(most, options.timeout)
     # From here on whoever interrupts the search is told which study to resume.
     reporter.begin(ledger.name, goal, ledger.trials(), stop)
-    proposer, sampler = _proposer(ledger, session, mapping, plain, goal, options, own, reporter)
+    then, sampler = _proposer(ledger, session, mapping, goal, options, own, reporter, worker)
+    proposer = samplers.Baselines(plain, mapping, then, worker)
     if options.trials == AUTO and most is None:
         gain = None if sampler is None else sampler.expected_gain
         stop = replace(stop, enough=Enough(len(plain), gain))
     # Of few recipes all are tried: no sampler does better.
     every = mapping.recipes(MOST_OF_ALL if most is None else most)
     if every is not None and own is None and mapping.distributions:
-        exhaustive = samplers.Exhaustive(every, mapping, ledger.trials)
-        proposer = samplers.Baselines(plain, mapping, exhaustive)
+        exhaustive = samplers.Exhaustive(every, mapping, ledger.trials, worker)
+        proposer = samplers.Baselines(plain, mapping, exhaustive, worker)
         stop = replace(stop, enough=exhaustive.done)
     answered = any(measured(trial) is not None for trial in ledger.trials())
 
@@ -502,11 +506,11 @@ def _proposer(
     ledger: Ledger,
     session: Session,
     mapping: ParameterMap,
-    plain: Sequence[Mapping[str, SiteRecipe]],
     goal: Goal,
     options: Options,
     own: BaseSampler | None,
     reporter: Reporter,
+    worker: int,
 ) -> tuple[samplers.Proposer, KnapsackSampler | None]:
     sampler: KnapsackSampler | None = None
     if own is None and options.sampler == samplers.DEFAULT:
@@ -524,12 +528,11 @@ def _proposer(
         if FIELD not in ledger.header:
             ledger.note(**{FIELD: plain_profile(table)})
         rest = session.sizes.rest
-        sampler = KnapsackSampler(mapping, table, goal, rest, options.seed, session.costs)
+        sampler = KnapsackSampler(mapping, table, goal, rest, options.seed, session.costs, worker)
         then: samplers.Proposer = samplers.KnapsackProposer(sampler, ledger.trials)
     else:
-        make = (
-            (lambda _: own) if own is not None else samplers.seeded(options.sampler, options.seed)
-        )
+        seed = samplers.of_worker(options.seed, worker)
+        make = (lambda _: own) if own is not None else samplers.seeded(options.sampler, seed)
         state = ledger.header.get(samplers.SAMPLER_STATE, {})
 
         def keep(new: dict[str, Any]) -> None:
@@ -538,7 +541,7 @@ def _proposer(
         then = samplers.StockProposer(make, mapping, ledger.trials(), state, keep)
     if not any(space.learns for space in mapping.spaces.values()):
         session.forget_moments()
-    return samplers.Baselines(plain, mapping, then), sampler
+    return then, sampler
 
 
 def new_name(model: str, storage: str | None) -> str:

@@ -166,11 +166,16 @@ class _Sums:
         return self._gram.copy(), self._linear.copy()
 
 
+WORKER = 2
+"""Sets the random numbers of workers apart from all others of a study."""
+
+
 class KnapsackSampler(BaseSampler):
     """Proposes the solutions of knapsacks whose terms are learned from the trials.
 
     A proposal depends on the seed, the trial's number and the finished trials before it, and on
-    nothing else, so a resumed study goes on as if it had never stopped. ``rest_bytes`` is the size
+    nothing else, so a resumed study goes on as if it had never stopped. Of several that work on a
+    study at a time each has another ``worker`` number, and draws others. ``rest_bytes`` is the size
     of what is not quantized; ``costs`` knows the latency and the bit operations, where the goal is
     about them, and keeps proposals within every limit.
     """
@@ -183,7 +188,9 @@ class KnapsackSampler(BaseSampler):
         rest_bytes: int,
         seed: int,
         costs: CostModel | None = None,
+        worker: int = 0,
     ) -> None:
+        self.worker = worker
         self.mapping = mapping
         self.profile = profile
         self.goal = goal
@@ -281,7 +288,8 @@ class KnapsackSampler(BaseSampler):
 
     def propose(self, trials: Sequence[FrozenTrial], number: int) -> Sites:
         """Return the recipe to try as trial ``number``."""
-        rng = np.random.default_rng((self.seed, number))
+        draws = (self.seed, number, WORKER, self.worker) if self.worker else (self.seed, number)
+        rng = np.random.default_rng(draws)
         seen = [s for s in map(self._read, trials) if s is not None]
         taken = {s.key for s in seen}
         curve = fit_drops([s.loss for s in seen], [s.drop for s in seen])
@@ -295,7 +303,9 @@ class KnapsackSampler(BaseSampler):
         belief = self._posterior(seen)
         sites: Sites = {}
         for attempt in range(TRIES):
-            spread = 0.0 if attempt == 0 and number % 3 == 0 else 1.0 + attempt / 4
+            # The first worker tries the likeliest recipe itself, too; others would try the same.
+            sure = attempt == 0 and number % 3 == 0 and not self.worker
+            spread = 0.0 if sure else 1.0 + attempt / 4
             weights = belief.draw(rng, spread)
             # In units of the typical weight, as the weights are.
             limit = target / belief.typical * float(np.exp(AIM * rng.standard_normal()))

@@ -189,6 +189,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def of_worker(seed: int, worker: int) -> int:
+    """Return the seed of one of several workers on a study: the study's own for the first."""
+    return seed if not worker else derive(seed, 10**6 + worker)
+
+
 def derive(seed: int, number: int) -> int:
     """Return the seed of one trial."""
     return (seed * 1_000_003 + number * 7919 + 1) % (2**32 - 1)
@@ -206,12 +211,19 @@ def seeded(name: str, seed: int) -> Callable[[int], BaseSampler]:
 
 
 class Baselines:
-    """Proposes the uniform recipes first, then what ``then`` does."""
+    """Proposes the uniform recipes first, then what ``then`` does.
+
+    The first worker on a study tries them; others (``worker`` above 0) begin with ``then``.
+    """
 
     def __init__(
-        self, recipes: Sequence[Mapping[str, SiteRecipe]], mapping: ParameterMap, then: Proposer
+        self,
+        recipes: Sequence[Mapping[str, SiteRecipe]],
+        mapping: ParameterMap,
+        then: Proposer,
+        worker: int = 0,
     ) -> None:
-        self._params = [mapping.encode(sites) for sites in recipes]
+        self._params = [] if worker else [mapping.encode(sites) for sites in recipes]
         self._then = then
 
     def propose(self, number: int) -> Proposal:
@@ -233,7 +245,9 @@ class Exhaustive:
         recipes: Sequence[Mapping[str, SiteRecipe]],
         mapping: ParameterMap,
         trials: Callable[[], Sequence[FrozenTrial]],
+        worker: int = 0,
     ) -> None:
+        self._worker = worker
         self._recipes = {choices_key(sites): sites for sites in recipes}
         self._mapping = mapping
         self._trials = trials
@@ -251,7 +265,8 @@ class Exhaustive:
 
     def propose(self, number: int) -> Proposal:
         """Return the proposal for trial ``number``."""
-        key = next(iter(self.left(self._trials())), next(iter(self._recipes)))
+        left = self.left(self._trials()) or list(self._recipes)
+        key = left[self._worker % len(left)]
         return Proposal(self._mapping.encode(self._recipes[key]))
 
     def told(self, trial: FrozenTrial) -> FrozenTrial:

@@ -10,6 +10,7 @@ nothing here. Writes ``reports/seeds.md``.
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -264,37 +265,58 @@ def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join([line(list(head)), line(["---"] * len(head)), *map(line, rows)])
 
 
+def report(rows: Mapping[str, Mapping[str, list[str]]]) -> str:
+    """Return the report of all models that are known."""
+    known = [rows[name] for name in TITLES if name in rows]
+    stops, beside, sure = ([row[kind] for row in known] for kind in ("stop", "beside", "sure"))
+    parts = (
+        "# Seed by seed",
+        "`python -m tests.benchmarks.seeds`: default space, 24 trials a search.",
+        "Stopping candidates early: goal `--max-drop 1%`, the same seeds with and without.",
+        table(PRUNING, stops),
+        "With a budget instead: the result beside the uniform recipe within it that was best on "
+        "the search's data, both on the confirm split, which no search saw.",
+        table(UNIFORM, beside),
+        "Intervals: in each of many rounds the labelled samples are dealt out anew, a sixth to "
+        f"select one of {len(WIDTHS) + MIXES} recipes by, a sixth to confirm it and take its 95% "
+        "interval, the rest for the drop that the interval is to contain. That drop has an error "
+        "of its own: an interval that is right for endless data would contain it in 92%.",
+        table(COVERAGE, sure),
+        describe_machine(),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
 @click.command()
 @click.option("--trials", default=24, show_default=True, help="Trials of each search.")
 @click.option("--seeds", default=20, show_default=True, help="Seeds of each model.")
 @click.option("--rounds", default=400, show_default=True, help="Times that samples are dealt out.")
 @click.option("--bits", default=5.0, show_default=True, help="Budget beside uniform recipes.")
+@click.option(
+    "--cache",
+    default=REPORT.parents[1] / ".autoquant" / "seeds",
+    type=click.Path(path_type=Path),
+    help="Folder of what was measured of each model.",
+)
 @click.argument("names", nargs=-1, type=click.Choice(list(TITLES)))
-def main(trials: int, seeds: int, rounds: int, bits: float, names: tuple[str, ...]) -> None:
-    """Search under many seeds, and write reports/seeds.md."""
-    stops, beside, sure = [], [], []
-    for name in names or ("g2p", "resnext", "minilm", "mobilenet_v2"):
+def main(
+    trials: int, seeds: int, rounds: int, bits: float, cache: Path, names: tuple[str, ...]
+) -> None:
+    """Search under many seeds, and write reports/seeds.md of all models that are known."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for name in names or tuple(TITLES):
         with tempfile.TemporaryDirectory() as text:
             bench = opened(name, Path(text))
-            stops.append(pruning(bench, Path(text), trials, seeds))
-            beside.append(against_uniform(bench, Path(text), trials, seeds, bits))
-            sure.append(coverage(bench, rounds))
-        for row in (stops[-1], beside[-1], sure[-1]):
+            found = {
+                "stop": pruning(bench, Path(text), trials, seeds),
+                "beside": against_uniform(bench, Path(text), trials, seeds, bits),
+                "sure": coverage(bench, rounds),
+            }
+        (cache / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+        rows = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in cache.glob("*.json")}
+        REPORT.write_text(report(rows), encoding="utf-8")
+        for row in found.values():
             print(" | ".join(row), flush=True)
-        REPORT.write_text(
-            "# Seed by seed\n\n"
-            f"`python -m tests.benchmarks.seeds --trials {trials} --seeds {seeds}`: default space, "
-            "goal `--max-drop 1%`, the same seeds with and without stopping candidates early.\n\n"
-            f"{table(PRUNING, stops)}\n\nWith a budget instead: the result beside the uniform "
-            "recipe within it that was best on the search's data, both on the confirm split, which "
-            f"no search saw.\n\n{table(UNIFORM, beside)}\n\nIntervals: in each of many rounds the "
-            "labelled samples are dealt out anew, a sixth to select one of "
-            f"{len(WIDTHS) + MIXES} recipes by, a sixth to confirm it and take its 95% interval, "
-            "the rest for the drop that the interval is to contain. That drop has an error of its "
-            "own: an interval that is right for endless data would contain it in 92%.\n\n"
-            f"{table(COVERAGE, sure)}\n\n{describe_machine()}\n",
-            encoding="utf-8",
-        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,33 @@ def test_a_small_space_is_tried_to_its_end(words):
     assert len(trials()) == len(keys) == 16
     # One trial fewer than there are recipes: the sampler has to choose.
     assert searched(space=space, study="fewer", trials=15).done is None
+
+
+def test_workers_on_one_study_try_different_recipes():
+    def deep() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layers = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(8)]
+            return nn.Sequential(*layers, nn.Linear(64, 4))
+
+    def labelled() -> list[tuple[Tensor, Tensor]]:
+        x = torch.cat([x for x, _ in batches()])
+        with torch.no_grad():
+            return [(x, deep()(x).argmax(1))]
+
+    task = task_of(evaluation_data=labelled)
+    search(deep(), task, study="s", trials=10, bits=5.0)
+    begun = len(trials())
+
+    def work(worker: int) -> SearchResult:
+        return resume("s", trials=begun + 16, worker=worker, model=deep(), task=task)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(work, (0, 1)))
+    new = trials()[begun:]
+    assert 16 <= len(new) <= 17  # each may have one in flight when the last is counted
+    assert len({repr(sorted(t.params.items())) for t in new}) >= 15
+    assert all(sum(r.trials.values()) >= begun + 16 for r in results)
 
 
 def test_timeout_ends_a_search_without_a_number_of_trials(monkeypatch):

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from autoquant.errors import AutoquantError
 from autoquant.methods.realize import Realizer
 from autoquant.models.trees import batch_size, take
+from autoquant.nn.slots import SiteSlot
 from autoquant.search.probes import (
     LATER,
     NESTED,
@@ -48,6 +49,8 @@ TOGETHER = 32
 """Samples that are run at a time, at most."""
 SINGLES = 24
 """Samples that are run alone for the sake of a few layers in which they can't be told apart."""
+CHANGED_BYTES = 2 << 30
+"""Bytes of the changes of weights that are held at a time."""
 RUN_BYTES = 400 << 20
 """Inputs and outputs of layers in one run, at most: what autograd keeps is about as much again."""
 
@@ -83,25 +86,29 @@ def measure_sensitivity(
 
     ``run`` (model, inputs) → outputs is the user's forward; ``classes`` says that outputs are
     scores of classes. The model is left in float, as it was. Samples are run together where that
-    is seen to give what each gives alone, on the first few.
+    is seen to give what each gives alone, on the first few. Where what all candidates change does
+    not fit CHANGED_BYTES, sites take turns.
     """
     chosen = _Samples(batches, samples)
     if not chosen.count:
         return "there are no calibration data to take gradients on"
     realizer.to_float()
     prepared = realizer.prepared
-    changes = {n: Changes(prepared.slots[n], c, realizer) for n, c in candidates.items()}
     work = _Work(realizer, run, _Objective(classes, seed))
+    found: list[Mapping[str, Probe]] = []
     try:
         with prepared.engine.reference():
-            found = work.take(changes, chosen)
+            for names in _turns(candidates, prepared.slots):
+                part = {n: Changes(prepared.slots[n], candidates[n], realizer) for n in names}
+                probes = work.take(part, chosen)
+                if probes is None:
+                    return "the model's outputs have no gradient"
+                found += probes
     except AutoquantError as error:
         return f"gradients can't be taken: {error}"
     except RuntimeError as error:  # torch's own: an operator without a gradient, memory
         return f"gradients can't be taken: {str(error).splitlines()[0]}"
-    if found is None:
-        return "the model's outputs have no gradient"
-    unit = 0.5 if classes else 1.0 / max(work.objective.power / chosen.count, 1e-30)
+    unit = 0.5 if classes else 1.0 / max(work.objective.power, 1e-30)
     weights, activations = {}, {}
     for name, c in candidates.items():
         rows = [probes[name] for probes in found if name in probes]
@@ -109,6 +116,23 @@ def measure_sensitivity(
         inputs = [r for p in rows for r in p.activation_rows]
         activations[name] = _scores(c.activations, inputs, unit)
     return Sensitivity(weights, activations, chosen.count)
+
+
+def _turns(
+    candidates: Mapping[str, Candidates], slots: Mapping[str, SiteSlot]
+) -> Iterator[list[str]]:
+    """Yield groups of sites whose candidates' changes fit the memory, at least one a group."""
+    group: list[str] = []
+    used = 0
+    for name, mine in candidates.items():
+        size = 4 * slots[name].parameter.numel() * len(mine.weights)
+        if group and used + size > CHANGED_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(name)
+        used += size
+    if group:
+        yield group
 
 
 class _Samples:
@@ -190,7 +214,6 @@ class _Work:
         anchor = torch.zeros((), device=next(iter(changes.values())).nothing.device)
         anchor.requires_grad_(True)
         first, size, inputs = next(samples.runs(TRIED))
-        power = self.objective.power
         found: dict[str, UsesOfWeight] = {}
         used = 0
         try:
@@ -209,8 +232,6 @@ class _Work:
                         found[name] = UsesOfWeight(changes[name], anchor, (order,))
         except (Mixed, RuntimeError, IndexError):
             pass  # what was found so far holds
-        finally:
-            self.objective.power = power
         most = int(min(max(RUN_BYTES * size / max(used, 1), 1.0), TOGETHER))
         return found, most
 
@@ -232,13 +253,18 @@ class _Work:
 class _Objective:
     """What is differentiated: drawn for each sample by its number, whatever it is run with.
 
-    ``power`` adds up the squared size of the outputs, where they are no class scores.
+    ``power`` is the mean squared size of the outputs so far, where they are no class scores.
     """
 
     def __init__(self, classes: bool, seed: int) -> None:
         self.classes = classes
         self.seed = seed
-        self.power = 0.0
+        self._powers: dict[int, float] = {}
+
+    @property
+    def power(self) -> float:
+        """The mean over samples, each counted once."""
+        return sum(self._powers.values()) / max(len(self._powers), 1)
 
     def of(self, outputs: Any, first: int, size: int) -> Tensor | None:
         """Return what to differentiate, None without gradient; Mixed where samples are."""
@@ -267,15 +293,18 @@ class _Objective:
         return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
 
     def _project(self, leaves: Sequence[Tensor], first: int, size: int) -> Tensor | None:
-        total, square = leaves[0].new_zeros((), dtype=torch.float32), 0.0
+        total = leaves[0].new_zeros((), dtype=torch.float32)
         draws = [self._draw(first + i) for i in range(size)]
+        powers = torch.zeros(size, dtype=torch.float64)
         for leaf in leaves:
             shape = leaf.shape[1:] if size > 1 else leaf.shape
             signs = [torch.randint(0, 2, shape, generator=draw) * 2.0 - 1.0 for draw in draws]
             total = total + (leaf.float() * torch.stack(signs).reshape(leaf.shape).to(leaf)).sum()
-            square += float(leaf.detach().double().square().sum())
-        self.power += square
-        return total if math.isfinite(square) else None
+            powers += leaf.detach().double().square().reshape(size, -1).sum(1).cpu()
+        if not bool(powers.isfinite().all()):
+            return None
+        self._powers.update(zip(range(first, first + size), powers.tolist(), strict=True))
+        return total
 
     def _draw(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed << 32) + number)

@@ -231,3 +231,34 @@ def test_a_model_of_one_batch_size_has_gradients():
     assert found.samples == 6
     slots = realizer.prepared.slots.values()
     assert all((s.probe, s.listen, s.offset, s.stand_in) == (None,) * 4 for s in slots)
+
+
+def test_sites_take_turns_where_memory_is_short(monkeypatch):
+    net, inputs = images()
+    realizer, candidates, call = made(net, inputs)
+    found = []
+    for size in (sensitivity.CHANGED_BYTES, 3000, 1):
+        monkeypatch.setattr(sensitivity, "CHANGED_BYTES", size)
+        turns = list(sensitivity._turns(candidates, realizer.prepared.slots))
+        assert [n for group in turns for n in group] == list(candidates)
+        scores = measure_sensitivity(
+            realizer, call, [inputs], candidates, classes=False, samples=10
+        )
+        found.append((len(turns), scores))
+    assert found[0][0] == 1 < found[1][0] < found[2][0] == len(candidates)
+    for _, other in found[1:]:
+        for name in candidates:
+            for scheme, score in found[0][1].weights[name].items():
+                assert other.weights[name][scheme].loss == pytest.approx(score.loss, rel=0.02)
+
+
+def test_outputs_of_samples_that_are_run_twice_count_once():
+    net, inputs = texts()
+    with torch.no_grad():
+        outputs = net(*inputs)
+    objective = sensitivity._Objective(False, 0)
+    for part in (slice(0, 3), slice(0, 10), slice(9, 10)):
+        first, size = part.start, part.stop - part.start
+        assert objective.of(outputs[part].clone().requires_grad_(), first, size) is not None
+    expected = float(outputs.double().square().sum()) / 10
+    assert objective.power == pytest.approx(expected, rel=1e-5)

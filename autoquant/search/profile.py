@@ -62,7 +62,8 @@ class Profile:
     """The options of every site, and the damage of each half of a recipe.
 
     ``samples`` is how many gradients the damage comes from: it is then an estimate of the loss.
-    With 0 of them it is a noise-to-signal ratio at the layer, and ``reason`` says why. ``errors``
+    With 0 of them it is a noise-to-signal ratio at the layer, and ``reason`` says why. ``layer`` is
+    the one whose outputs stood for the model's, where those have no gradient. ``errors``
     are standard errors of the entries that were measured, by site and scheme.
     """
 
@@ -75,6 +76,7 @@ class Profile:
     errors: Mapping[str, Mapping[WeightScheme | ActivationScheme, float]] = field(
         default_factory=dict
     )
+    layer: str = ""
 
     @property
     def spread(self) -> float:
@@ -148,7 +150,8 @@ def profile(
     numel = {site.name: site.numel for site in prepared.sites}
     samples = found.samples if isinstance(found, Sensitivity) else 0
     reason = found if isinstance(found, str) else ""
-    return Profile(options, weights, activations, numel, samples, reason, errors)
+    layer = found.layer if isinstance(found, Sensitivity) else ""
+    return Profile(options, weights, activations, numel, samples, reason, errors, layer)
 
 
 def _local(

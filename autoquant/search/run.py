@@ -525,6 +525,8 @@ def _proposer(
         )
         if table.reason:
             reporter.say(f"profiled by damage at the layers: {table.reason}")
+        if table.layer:
+            reporter.say(f"profiled on what {table.layer} gives: the outputs have no gradient")
         if FIELD not in ledger.header:
             ledger.note(**{FIELD: plain_profile(table)})
         rest = session.sizes.rest

@@ -7,6 +7,9 @@ sample may cancel, and signs and sizes count together. Where outputs are no clas
 of a random projection of them, and E[(g·Δ)²] the squared change of the outputs. Sources: Amari
 1998; Martens 2020, arXiv 1412.1193, section 5; Kunstner et al. 2019, arXiv 1905.12558, for why
 labels are drawn and not given.
+
+What a model decodes, words say, has no gradient. There the scores that its last layer gave on the
+way, all taken for scores of classes, stand for the outputs: what was decoded is taken as given.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ class Sensitivity:
     weights: Mapping[str, Mapping[WeightScheme, Score]]
     activations: Mapping[str, Mapping[ActivationScheme, Score]]
     samples: int
+    layer: str = ""
+    """The last layer, where its outputs stand for those of the model."""
 
 
 def measure_sensitivity(
@@ -108,14 +113,14 @@ def measure_sensitivity(
         return f"gradients can't be taken: {error}"
     except RuntimeError as error:  # torch's own: an operator without a gradient, memory
         return f"gradients can't be taken: {str(error).splitlines()[0]}"
-    unit = 0.5 if classes else 1.0 / max(work.objective.power, 1e-30)
+    unit = 0.5 if classes or work.tapped else 1.0 / max(work.objective.power, 1e-30)
     weights, activations = {}, {}
     for name, c in candidates.items():
         rows = [probes[name] for probes in found if name in probes]
         weights[name] = _scores(c.weights, [r for p in rows for r in p.weight_rows], unit)
         inputs = [r for p in rows for r in p.activation_rows]
         activations[name] = _scores(c.activations, inputs, unit)
-    return Sensitivity(weights, activations, chosen.count)
+    return Sensitivity(weights, activations, chosen.count, work.tapped)
 
 
 def _turns(
@@ -163,7 +168,10 @@ class _Samples:
 
 
 class _Work:
-    """Runs samples forward and back past the probes."""
+    """Runs samples forward and back past the probes.
+
+    ``tapped`` is the layer whose outputs stand for those of the model, "" for none.
+    """
 
     def __init__(
         self,
@@ -172,6 +180,8 @@ class _Work:
         objective: _Objective,
     ) -> None:
         self.model = realizer.prepared.model
+        self.last = realizer.prepared.sites[-1]
+        self.tapped = ""
         self.run = run
         self.objective = objective
 
@@ -182,7 +192,10 @@ class _Work:
         alone = {n: WholeGradients(c) for n, c in changes.items()}
         tried = next((size for _, size, _ in samples.runs(TRIED)), 0)
         if not self._singly(alone, samples, 0, tried):
-            return None
+            if self.tapped:
+                return None
+            self.tapped = self.last.name
+            return self.take(changes, samples)
         fine, most = self._tried(changes, samples, alone) if tried > 1 else ({}, 1)
         rest = {n: probe for n, probe in alone.items() if n not in fine}
         if 2 * len(rest) > len(alone):
@@ -241,13 +254,26 @@ class _Work:
         """Run samples forward and back; return whether their outputs have a gradient."""
         for probe in probes.values():
             probe.begin(size)
-        loss = self.objective.of(self.run(self.model, inputs), first, size)
+        loss = self._loss(inputs, first, size)
         if loss is None:
             return False
         loss.backward()
         for probe in probes.values():
             probe.close(last=last)
         return True
+
+    def _loss(self, inputs: Any, first: int, size: int) -> Tensor | None:
+        """Run samples and return what to differentiate, None without gradient."""
+        if not self.tapped:
+            return self.objective.of(self.run(self.model, inputs), first, size)
+        given: list[Any] = []
+        module = self.model.get_submodule(self.last.users[0][0])
+        hook = module.register_forward_hook(lambda *call: given.append(call[2]))
+        try:
+            self.run(self.model, inputs)
+        finally:
+            hook.remove()
+        return self.objective.of_steps(given, first, size)
 
 
 class _Objective:
@@ -278,6 +304,28 @@ class _Objective:
         if size > 1 and any(not leaf.dim() or len(leaf) != size for leaf in leaves):
             raise Mixed
         return self._label(leaves[0], first) if self.classes else self._project(leaves, first, size)
+
+    def of_steps(self, given: Sequence[Any], first: int, size: int) -> Tensor | None:
+        """Return the same for scores [samples, …, classes] of several steps."""
+        draws = [self._draw(first + i) for i in range(size)]
+        total: Tensor | None = None
+        for scores in given:
+            if not isinstance(scores, Tensor) or not scores.requires_grad or scores.dim() < 2:
+                return None
+            if len(scores) != size and size > 1:
+                raise Mixed
+            rows = scores.float().reshape(size, -1, scores.shape[-1])
+            chances = rows.detach().cpu().softmax(-1)
+            if not bool(chances.isfinite().all()):
+                return None
+            labels = [
+                torch.multinomial(p, 1, generator=draw)[:, 0]
+                for p, draw in zip(chances, draws, strict=True)
+            ]
+            wanted = torch.cat(labels).to(scores.device)
+            loss = F.cross_entropy(rows.flatten(0, 1), wanted, reduction="sum")
+            total = loss if total is None else total + loss
+        return total
 
     def _label(self, outputs: Tensor, first: int) -> Tensor | None:
         logits = outputs.float()

@@ -162,16 +162,12 @@ def test_where_there_is_no_gradient_the_reason_is_one_line(case):
     realizer, x, sites, _ = case
     candidates = {n: Candidates(WEIGHTS, (), corrected=True) for n in sites}
 
-    def discrete(model, batch):
-        return model(batch).argmax(1)
-
     def without(model, batch):
         with torch.no_grad():
             return model(batch)
 
-    for run in (discrete, without):
-        found = measure_sensitivity(realizer, run, [x[:8]], candidates, classes=True)
-        assert found == "the model's outputs have no gradient"
+    found = measure_sensitivity(realizer, without, [x[:8]], candidates, classes=True)
+    assert found == "the model's outputs have no gradient"
     found = measure_sensitivity(realizer, without, [], candidates, classes=True)
     assert "no calibration data" in found
 
@@ -180,3 +176,22 @@ def test_where_there_is_no_gradient_the_reason_is_one_line(case):
 
     found = measure_sensitivity(realizer, broken, [x[:8]], candidates, classes=True)
     assert found == "gradients can't be taken: first"
+
+
+def test_what_is_decoded_is_scored_by_the_last_layer(case):
+    """The last layer's scores are all there is to a decision: the same losses as with them."""
+    realizer, x, sites, found = case
+    candidates = {name: Candidates(WEIGHTS, ACTIVATIONS, corrected=True) for name in sites}
+    decided = measure_sensitivity(
+        realizer,
+        lambda m, b: m(b).argmax(1).tolist(),
+        [x[:150], x[150:]],
+        candidates,
+        classes=False,
+        samples=400,
+    )
+    assert isinstance(decided, Sensitivity)
+    assert (decided.layer, found.layer) == ("head", "")
+    for name in sites:
+        for scheme, score in found.weights[name].items():
+            assert decided.weights[name][scheme].loss == pytest.approx(score.loss, rel=1e-3)

@@ -276,14 +276,17 @@ class Evaluator:
         return metric.evidence(pairs)
 
     def _divergence(self, split: str, pairs: list[tuple[Any, Any]]) -> float | None:
-        """Return how far tensor outputs are from the float model's, None for anything else.
+        """Return how far outputs are from the float model's, None where they can't be compared.
 
-        The Kullback-Leibler divergence for classes, noise over signal for everything else.
+        The Kullback-Leibler divergence for classes, noise over signal for other tensors, and for
+        what is decoded already the share that differs: of the tokens of sequences, of samples.
         """
         kept = self._outputs.get(split, [])
         shared = [(o, f) for (o, _), f in zip(pairs, kept, strict=False)]
-        if not shared or not all(_comparable(o, f) for o, f in shared):
+        if not shared:
             return None
+        if not all(_comparable(o, f) for o, f in shared):
+            return _disagreement(shared)
         name = "kl" if self.by_classes and shared[0][0].dim() == 2 else "noise_to_signal"
         if name != "kl" and not all(bool(f.isfinite().all()) for _, f in shared):
             return None  # masked with −∞: no signal to compare the noise with
@@ -319,3 +322,39 @@ def _bytes(outputs: Any) -> int:
 def _comparable(a: Any, b: Any) -> bool:
     tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
     return tensors and a.is_floating_point() and a.shape == b.shape
+
+
+def _disagreement(pairs: list[tuple[Any, Any]]) -> float | None:
+    """Return the share of decisions in which two models differ; None for anything else.
+
+    Far less noisy than the difference of their metrics, in which most samples are the same noise
+    on both sides. Never 0: that no sample of n differs says that less than about 1/n does.
+    """
+    samples = sum(len(f) for _, f in pairs if isinstance(f, list | Tensor) and _decides(f))
+    if not samples or not all(_decides(o) and _decides(f) for o, f in pairs):
+        return None
+    if any(type(o) is not type(f) or len(o) != len(f) for o, f in pairs):
+        return None
+    if all(isinstance(item, list | tuple) for _, f in pairs for item in f):
+        found = METRICS.get("token_error_rate").evidence(pairs).score()
+    elif isinstance(pairs[0][1], Tensor):
+        if any(o.shape != f.shape for o, f in pairs):
+            return None
+        found = sum(float((o != f).double().reshape(len(f), -1).mean(1).sum()) for o, f in pairs)
+        found /= samples
+    else:
+        found = sum(a != b for o, f in pairs for a, b in zip(o, f, strict=True)) / samples
+    return max(found, 0.5 / samples)
+
+
+def _decides(outputs: Any) -> bool:
+    """Return whether outputs are decisions: integers, strings, or sequences of them."""
+    if isinstance(outputs, Tensor):
+        return outputs.dim() > 0 and not outputs.is_floating_point() and not outputs.is_complex()
+    if not isinstance(outputs, list):
+        return False
+    return all(
+        isinstance(item, int | str)
+        or (isinstance(item, list | tuple) and all(isinstance(t, int | str) for t in item))
+        for item in outputs
+    )

@@ -270,13 +270,12 @@ def test_float_outputs_are_not_kept_beyond_a_limit(monkeypatch):
     ("forward", "metric"),
     [
         (lambda m, x: {"a": m(x), "b": x}, lambda o, t: (o["a"].argmax(1) == t).float().mean()),
-        (lambda m, x: m(x).argmax(1), "accuracy"),
         (
-            lambda m, x: [str(int(i)) for i in m(x).argmax(1)],
-            lambda o, t: sum(int(a) == b for a, b in zip(o, t.tolist(), strict=True)) / len(o),
+            lambda m, x: [{"class": int(i)} for i in m(x).argmax(1)],
+            lambda o, t: sum(a["class"] == b for a, b in zip(o, t.tolist(), strict=True)) / len(o),
         ),
     ],
-    ids=["dict", "classes", "text"],
+    ids=["dict", "dicts"],
 )
 def test_outputs_that_cannot_be_compared_have_no_divergence(forward, metric):
     plain = evaluator_of(task_of())
@@ -286,6 +285,37 @@ def test_outputs_that_cannot_be_compared_have_no_divergence(forward, metric):
     reading = found.read(Linear(0.5), "search")
     assert reading.divergence is None
     assert reading.value == pytest.approx(plain.read(Linear(0.5), "search").value, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("decode", "metric"),
+    [
+        (lambda y: y, "accuracy"),
+        (lambda y: [str(int(i)) for i in y], None),
+        (lambda y: [[int(i)] for i in y], None),
+        (lambda y: torch.stack([y, y], 1), None),
+    ],
+    ids=["classes", "text", "tokens", "columns"],
+)
+def test_decisions_diverge_where_they_differ(decode, metric):
+    def right(outputs: Any, targets: Tensor) -> float:
+        return 0.5
+
+    def forward(model: nn.Module, x: Tensor) -> Any:
+        return decode(model(x).argmax(1))
+
+    found = evaluator_of(task_of(forward=forward, metric=metric or right, higher_is_better=True))
+    found.baseline(Linear(), "search")
+    batches = [x for x, _ in found.splits.search]
+    with torch.no_grad():
+        ours, theirs = (
+            torch.cat([m(x).argmax(1) for x in batches]) for m in (Linear(0.5), Linear())
+        )
+    share = float((ours != theirs).double().mean())
+    assert 0 < share < 1
+    assert found.read(Linear(0.5), "search").divergence == pytest.approx(share)
+    # The same decisions on n samples are no proof of none that differs.
+    assert found.read(Linear(), "search").divergence == pytest.approx(0.5 / len(ours))
 
 
 @pytest.mark.parametrize("dims", [2, 3])

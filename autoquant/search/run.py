@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import time
@@ -427,8 +426,12 @@ def _run(
 
     def measure(sites: Mapping[str, SiteRecipe], watch: Watch) -> Outcome:
         nonlocal answered
-        # Uniform recipes have nothing in common, and nothing with what follows.
-        with session.without_reuse() if sites in plain else contextlib.nullcontext():
+        if sites in plain:
+            # Few, unlike each other and all that follows, and what the sampler learns the scale
+            # of losses from: nothing of them is kept, and each is measured to its end.
+            with session.without_reuse():
+                m, reading, done = session.measure(sites, "search", watch=watch)
+        else:
             m, reading, done = session.measure(sites, "search", bar=bar(), watch=watch)
         answered = answered or not reading.stopped
         return Outcome(m, done, reading.stopped)

@@ -298,17 +298,19 @@ def test_workers_on_one_study_try_different_recipes():
             layers = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(8)]
             return nn.Sequential(*layers, nn.Linear(64, 4))
 
-    def labelled() -> list[tuple[Tensor, Tensor]]:
-        x = torch.cat([x for x, _ in batches()])
-        with torch.no_grad():
-            return [(x, deep()(x).argmax(1))]
+    # Models and labels are made here: threads share torch's generator, and a worker that seeds it
+    # while the other draws its weights would have another model.
+    first, *models = [deep() for _ in range(3)]
+    x = torch.cat([x for x, _ in batches()])
+    with torch.no_grad():
+        labelled = [(x, first(x).argmax(1))]
 
-    task = task_of(evaluation_data=labelled)
-    search(deep(), task, study="s", trials=10, bits=5.0)
+    task = task_of(evaluation_data=lambda: labelled)
+    search(first, task, study="s", trials=10, bits=5.0)
     begun = len(trials())
 
     def work(worker: int) -> SearchResult:
-        return resume("s", trials=begun + 16, worker=worker, model=deep(), task=task)
+        return resume("s", trials=begun + 16, worker=worker, model=models[worker], task=task)
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(work, (0, 1)))

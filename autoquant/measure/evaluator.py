@@ -35,12 +35,24 @@ Watch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far a model's outputs are from the float model's, sample by sample, as ``metric`` says.
+
+    The float model's own outputs stand for the targets.
+    """
+
+    metric: MetricInfo
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
 class Reading:
     """What one pass of a model over one split gave.
 
     ``evidence`` is None for a task that only has ``evaluate(model)``. ``divergence`` says how far
-    the outputs are from the float model's, None where they can't be compared. ``stopped`` is true
-    where the pass was ended early, on the first ``samples`` samples.
+    the outputs are from the float model's, None where they can't be compared; ``distance`` says it
+    sample by sample, where there is a metric for that. ``stopped`` is true where the pass was ended
+    early, on the first ``samples`` samples.
     """
 
     value: float
@@ -49,6 +61,7 @@ class Reading:
     divergence: float | None
     seconds: float
     stopped: bool = False
+    distance: Distance | None = None
 
 
 @dataclass(frozen=True)
@@ -229,9 +242,9 @@ class Evaluator:
         if self.metric is None:
             self.metric = resolve_metric(self.task, pairs[0][0])
         evidence = self._evidence(split, pairs)
-        divergence = None if baseline else self._divergence(split, pairs)
+        divergence, distance = (None, None) if baseline else self._divergence(split, pairs)
         seconds = time.perf_counter() - start
-        return Reading(evidence.score(), done, evidence, divergence, seconds, stopped)
+        return Reading(evidence.score(), done, evidence, divergence, seconds, stopped, distance)
 
     def _outputs_of(self, model: nn.Module, inputs: Any) -> Any:
         try:
@@ -275,7 +288,9 @@ class Evaluator:
             pairs = [(o, kept[i]) for i, (o, _) in enumerate(pairs)]
         return metric.evidence(pairs)
 
-    def _divergence(self, split: str, pairs: list[tuple[Any, Any]]) -> float | None:
+    def _divergence(
+        self, split: str, pairs: list[tuple[Any, Any]]
+    ) -> tuple[float | None, Distance | None]:
         """Return how far outputs are from the float model's, None where they can't be compared.
 
         The Kullback-Leibler divergence for classes, noise over signal for other tensors, and for
@@ -284,13 +299,14 @@ class Evaluator:
         kept = self._outputs.get(split, [])
         shared = [(o, f) for (o, _), f in zip(pairs, kept, strict=False)]
         if not shared:
-            return None
+            return None, None
         if not all(_comparable(o, f) for o, f in shared):
             return _disagreement(shared)
         name = "kl" if self.by_classes and shared[0][0].dim() == 2 else "noise_to_signal"
         if name != "kl" and not all(bool(f.isfinite().all()) for _, f in shared):
-            return None  # masked with −∞: no signal to compare the noise with
-        return METRICS.get(name).evidence(shared).score()
+            return None, None  # masked with −∞: no signal to compare the noise with
+        found = _distance(name, shared)
+        return found.evidence.score(), found
 
     def _hopeless(self, split: str, pairs: list[tuple[Any, Any]], bar: Bar) -> bool:
         """Return whether the paired loss so far is surely beyond ``bar``."""
@@ -324,7 +340,12 @@ def _comparable(a: Any, b: Any) -> bool:
     return tensors and a.is_floating_point() and a.shape == b.shape
 
 
-def _disagreement(pairs: list[tuple[Any, Any]]) -> float | None:
+def _distance(name: str, pairs: list[tuple[Any, Any]]) -> Distance:
+    metric = METRICS.get(name)
+    return Distance(metric, metric.evidence(pairs))
+
+
+def _disagreement(pairs: list[tuple[Any, Any]]) -> tuple[float | None, Distance | None]:
     """Return the share of decisions in which two models differ; None for anything else.
 
     Far less noisy than the difference of their metrics, in which most samples are the same noise
@@ -332,19 +353,21 @@ def _disagreement(pairs: list[tuple[Any, Any]]) -> float | None:
     """
     samples = sum(len(f) for _, f in pairs if isinstance(f, list | Tensor) and _decides(f))
     if not samples or not all(_decides(o) and _decides(f) for o, f in pairs):
-        return None
+        return None, None
     if any(type(o) is not type(f) or len(o) != len(f) for o, f in pairs):
-        return None
+        return None, None
+    distance = None
     if all(isinstance(item, list | tuple) for _, f in pairs for item in f):
-        found = METRICS.get("token_error_rate").evidence(pairs).score()
+        distance = _distance("token_error_rate", pairs)
+        found = distance.evidence.score()
     elif isinstance(pairs[0][1], Tensor):
         if any(o.shape != f.shape for o, f in pairs):
-            return None
+            return None, None
         found = sum(float((o != f).double().reshape(len(f), -1).mean(1).sum()) for o, f in pairs)
         found /= samples
     else:
         found = sum(a != b for o, f in pairs for a, b in zip(o, f, strict=True)) / samples
-    return max(found, 0.5 / samples)
+    return max(found, 0.5 / samples), distance
 
 
 def _decides(outputs: Any) -> bool:

@@ -10,7 +10,9 @@ from optuna.trial import FrozenTrial
 
 from autoquant.errors import TrialError
 from autoquant.measure.evaluator import Reading
+from autoquant.models.evidence import Evidence as Samples
 from autoquant.models.intervals import UNKNOWN, Interval
+from autoquant.models.metrics import MetricInfo, drop
 from autoquant.models.noninferiority import drop_interval, judge
 from autoquant.search.goal import Goal, Measurement
 from autoquant.search.params import ParameterMap
@@ -57,7 +59,8 @@ def confirm(
     With a maximum drop: the first (smallest) whose confirmed drop keeps it and which is not
     significantly worse than the incumbent by more than that; where none does, the one that comes
     nearest. With a budget all are measured, and the smallest is taken of those within one standard
-    error of the best that are no worse than the incumbent. The choice is measured
+    error of the best, by the metric and by the distance to the float model's outputs, that are no
+    worse than the incumbent. The choice is measured
     once more by the reference, so that whoever loads what is written finds the very numbers that
     are reported. The verdict is that of a single test: it is not corrected for the up to FINALISTS
     recipes that were looked at. Raises TrialError where every finalist fails.
@@ -143,11 +146,24 @@ class _Jury:
 
     def spread(self, best: Finalist, other: Finalist) -> float:
         """Return the standard error of the difference between two finalists; 0 if not known."""
-        one, two = best.reading.evidence, other.reading.evidence
-        if one is None or two is None:
-            return 0.0
         metric = self.session.evaluator.metric
         assert metric is not None
+        return self._error(best.reading.evidence, other.reading.evidence, metric)
+
+    def as_near(self, best: Finalist, other: Finalist) -> bool:
+        """Return whether ``other`` is as near to the float model's outputs as ``best`` is.
+
+        Within one standard error of the paired difference; true where that can't be told.
+        """
+        one, two = best.reading.distance, other.reading.distance
+        if one is None or two is None:
+            return True
+        more = drop(one.metric, one.evidence.score(), two.evidence.score())
+        return more <= self._error(one.evidence, two.evidence, one.metric)
+
+    def _error(self, one: Samples | None, two: Samples | None, metric: MetricInfo) -> float:
+        if one is None or two is None:
+            return 0.0
         found = drop_interval(one, two, metric, self.seed).standard_error
         return 0.0 if math.isnan(found) else found
 
@@ -196,8 +212,10 @@ def _cheapest_of_the_best(jury: _Jury, most: float) -> Finalist | None:
     """Return the smallest recipe within one standard error of the best, its drop ``most`` or less.
 
     The error is that of the paired difference to the best (Breiman et al. 1984, Classification and
-    Regression Trees, §3.4.3: among those that the data can not tell apart, the simplest). Of equal
-    sizes the one of least loss. ``most`` is the incumbent's drop; None where nothing is within it.
+    Regression Trees, §3.4.3: among those that the data can not tell apart, the simplest). It is
+    the best by the metric, and then, of what the metric can not tell apart, the nearest to the
+    float model's outputs, which differ by far less noise. Of equal sizes the one of least loss.
+    ``most`` is the incumbent's drop; None where nothing is within it.
     """
     best = jury.best()
     near = [
@@ -206,7 +224,17 @@ def _cheapest_of_the_best(jury: _Jury, most: float) -> Finalist | None:
         if f.result.drop <= most
         and (f is best or f.result.drop - best.result.drop <= jury.spread(best, f))
     ]
-    return min(near, key=lambda f: (f.measurement.size_bytes, f.measurement.loss), default=None)
+    if not near:
+        return None
+    nearest = min(near, key=_divergence)
+    near = [f for f in near if f is nearest or jury.as_near(nearest, f)]
+    return min(near, key=lambda f: (f.measurement.size_bytes, f.measurement.loss))
+
+
+def _divergence(finalist: Finalist) -> float:
+    """Return how far the outputs are from the float model's; infinite where that is not known."""
+    found = finalist.reading.divergence
+    return math.inf if found is None else found
 
 
 def confirm_one(

@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from optuna.trial import TrialState
 
 from autoquant.errors import TrialError
 from autoquant.kernels.engine import Engine
-from autoquant.measure.evaluator import Reading
+from autoquant.measure.evaluator import Distance, Reading
 from autoquant.models.metrics import METRICS
 from autoquant.search.confirm import confirm, confirm_one
 from autoquant.search.finalists import FINALISTS, finalists, incumbent
@@ -267,6 +268,44 @@ def test_of_recipes_that_the_data_can_not_tell_apart_the_cheapest_wins():
     assert (bits, len(done)) == ((6, 6), 3)
     # Ten samples worse on ten that differ is more than one standard error.
     assert confirmed(PairedSession({(8, 8): (0, 0), (6, 6): (10, 0)}))[0] == (8, 8)
+
+
+class WithOutputs(PairedSession):
+    """A paired session whose readings also say how far outputs are: the KL of each sample."""
+
+    def __init__(self, recipes, distances):
+        super().__init__(recipes)
+        self.distances = distances
+
+    def measure(self, sites, split, **_):
+        m, reading, done = super().measure(sites, split)
+        distance = self.distances[tuple(s.weight.bits for s in sites.values())]
+        if distance is None:
+            return m, reading, done
+        kl = METRICS.get("kl")
+        stats = np.stack([distance, np.ones_like(distance)], axis=1)
+        found = Distance(kl, replace(kl.evidence([LOGITS]), stats=stats))
+        return m, replace(reading, divergence=found.evidence.score(), distance=found), done
+
+
+LOGITS = torch.zeros(1, 2), torch.zeros(1, 2)
+
+
+def test_what_the_metric_can_not_tell_apart_the_outputs_can():
+    rng = np.random.default_rng(0)
+    near = rng.exponential(0.01, 200)
+    recipes = {(8, 8): (4, 0), (6, 6): (4, 0), (4, 4): (30, 0)}
+    # Smaller, with the very same hits, but twice as far from the float model.
+    distances = {(8, 8): near, (6, 6): 2 * near, (4, 4): near}
+    assert confirmed(WithOutputs(recipes, distances))[0] == (8, 8)
+    # As far, with noise: the smaller one.
+    distances[6, 6] = rng.permutation(near)
+    assert confirmed(WithOutputs(recipes, distances))[0] == (6, 6)
+    # Nearest of all, but of another accuracy: the metric comes first.
+    distances[4, 4] = near / 100
+    assert confirmed(WithOutputs(recipes, distances))[0] == (6, 6)
+    # Where outputs can't be compared the metric alone decides.
+    assert confirmed(WithOutputs(recipes, dict.fromkeys(recipes)))[0] == (6, 6)
 
 
 def test_within_a_budget_nothing_is_worse_than_the_incumbent():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.errors import OutOfMemory, TrialError, UserError
+from autoquant.measure.decoding import Steps, decoded, divergences, scoring
 from autoquant.measure.outputs import fingerprint
 from autoquant.measure.reuse import Reuse
 from autoquant.models.data import Splits, batch_size, take, to_device
@@ -92,6 +93,8 @@ class Evaluator:
     ``metric`` is known after ``baseline``. The model is whatever is passed in: the same code
     measures the float model, candidates, and a model that was loaded back. With ``reuse``, what a
     candidate has in common with earlier ones is not computed again; readings are the same.
+    ``scorer`` is the model's last layer, where that is known: of a model that decodes the
+    likeliest of its scores, those are compared and not what was decoded.
     """
 
     def __init__(self, task: Task, splits: Splits, device: torch.device) -> None:
@@ -102,6 +105,8 @@ class Evaluator:
         self.metric: MetricInfo | None = model_metric(task) if task.evaluate else None
         self._float: dict[str, Reading] = {}
         self._outputs: dict[str, list[Any]] = {}
+        self.scorer: nn.Module | None = None
+        self._steps: dict[str, list[Steps]] = {}
         self._few: Any = None
 
     @property
@@ -225,14 +230,19 @@ class Evaluator:
         batches = getattr(self.splits, split)
         total = self.splits.samples[split]
         pairs: list[tuple[Any, Any]] = []
+        scores: list[Any] = []
         done = 0
         stopped = False
         with torch.no_grad():
             for i, (inputs, targets) in enumerate(batches):
-                with self._reusing(model, split, i):
+                scorer = self.scorer if len(self._steps.get(split, ())) > i or baseline else None
+                with self._reusing(model, split, i), scoring(scorer) as given:
                     outputs = to_device(self._outputs_of(model, inputs), "cpu")
                 if baseline:
                     self._keep(split, i, outputs)
+                    self._keep_steps(split, i, given, outputs)
+                else:
+                    scores.append(given)
                 pairs.append((outputs, targets))
                 done += batch_size(inputs)
                 watch(done, total)
@@ -242,7 +252,7 @@ class Evaluator:
         if self.metric is None:
             self.metric = resolve_metric(self.task, pairs[0][0])
         evidence = self._evidence(split, pairs)
-        divergence, distance = (None, None) if baseline else self._divergence(split, pairs)
+        divergence, distance = (None, None) if baseline else self._divergence(split, pairs, scores)
         seconds = time.perf_counter() - start
         return Reading(evidence.score(), done, evidence, divergence, seconds, stopped, distance)
 
@@ -281,6 +291,15 @@ class Evaluator:
         if used <= KEEP_BYTES or needed:
             kept.append(outputs)
 
+    def _keep_steps(self, split: str, index: int, given: list[Any], outputs: Any) -> None:
+        """Keep the float model's scores where it decodes by them, as long as they fit."""
+        kept = self._steps.setdefault(split, [])
+        if len(kept) != index or not given or not _decides(outputs):
+            return
+        found = decoded(given, outputs)
+        if found is not None and sum(s.bytes for s in kept) + found.bytes <= KEEP_BYTES:
+            kept.append(found)
+
     def _evidence(self, split: str, pairs: list[tuple[Any, Any]]) -> Evidence:
         metric: Metric = self.metric  # type: ignore[assignment]
         if metric.reference:
@@ -289,24 +308,38 @@ class Evaluator:
         return metric.evidence(pairs)
 
     def _divergence(
-        self, split: str, pairs: list[tuple[Any, Any]]
+        self, split: str, pairs: list[tuple[Any, Any]], given: list[Any]
     ) -> tuple[float | None, Distance | None]:
         """Return how far outputs are from the float model's, None where they can't be compared.
 
         The Kullback-Leibler divergence for classes, noise over signal for other tensors, and for
-        what is decoded already the share that differs: of the tokens of sequences, of samples.
+        what is decoded already that of the scores it was decoded by, ``given``, else the share that
+        differs: of the tokens of sequences, of samples.
         """
         kept = self._outputs.get(split, [])
         shared = [(o, f) for (o, _), f in zip(pairs, kept, strict=False)]
         if not shared:
             return None, None
         if not all(_comparable(o, f) for o, f in shared):
-            return _disagreement(shared)
+            found = self._by_steps(split, given)
+            return _disagreement(shared) if found is None else (found.evidence.score(), found)
         name = "kl" if self.by_classes and shared[0][0].dim() == 2 else "noise_to_signal"
         if name != "kl" and not all(bool(f.isfinite().all()) for _, f in shared):
             return None, None  # masked with −∞: no signal to compare the noise with
-        found = _distance(name, shared)
-        return found.evidence.score(), found
+        distance = _distance(name, shared)
+        return distance.evidence.score(), distance
+
+    def _by_steps(self, split: str, given: list[Any]) -> Distance | None:
+        """Return the divergence of the scores that were decoded; None where they do not compare."""
+        steps = self._steps.get(split, [])
+        if len(steps) < len(self._outputs[split]):
+            return None
+        parts = [divergences(s, g) for s, g in zip(steps, given, strict=False)]
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
+            return None
+        metric = METRICS.get("kl")
+        return Distance(metric, metric.of_statistics(known))
 
     def _hopeless(self, split: str, pairs: list[tuple[Any, Any]], bar: Bar) -> bool:
         """Return whether the paired loss so far is surely beyond ``bar``."""

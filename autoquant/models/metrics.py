@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -93,7 +93,10 @@ class StatisticMetric:
 
     def evidence(self, batches: Iterable[tuple[Any, Any]]) -> StatisticsEvidence:
         """Return the statistics of ``batches``; raise TrialError where outputs do not fit."""
-        parts = [self.statistics(outputs, targets) for outputs, targets in batches]
+        return self.of_statistics([self.statistics(o, t) for o, t in batches])
+
+    def of_statistics(self, parts: Sequence[Array]) -> StatisticsEvidence:
+        """Return the evidence of batches whose statistics [n, k] are known."""
         return StatisticsEvidence(
             name=self.name,
             stats=stack(self.name, parts),

@@ -245,6 +245,8 @@ def open_session(
     few = evaluator.few(model)
     prepared = prepare(model, run, folded, make_engine(device, backend), quick)
     _choose_layout(prepared, quick)
+    if prepared.sites:
+        evaluator.scorer = model.get_submodule(prepared.sites[-1].users[0][0])
     say("calibrating")
     statistics = calibrate(prepared, splits.calibrate or (None,), run)
     sizes = SizeModel(prepared, size)

@@ -20,6 +20,7 @@ from tests.zoo.conftest import task_module
 
 NAMES = ("mobilenet_v2", "resnext", "g2p", "minilm")
 FIRST_TEST_PHOTO = 528
+DECODES_BY = {"g2p": "fc"}
 CLASSIFIERS = ("mobilenet_v2", "resnext")
 
 Batch = tuple[Any, Any]
@@ -39,6 +40,8 @@ class Case:
     metric: Any
     search_metric: Any
     higher_is_better: bool | None
+    scores: str = ""
+    """The layer by whose scores the model decodes, where it does."""
 
     def run(self, model: nn.Module, inputs: Any) -> Any:
         """Return what ``model`` gives for one batch."""
@@ -97,4 +100,5 @@ def load_case(name: str, folder: Path) -> Case:
         module.metric,
         "kl" if name in CLASSIFIERS else module.metric,
         getattr(module, "higher_is_better", None),
+        DECODES_BY.get(name, ""),
     )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoquant.measure.decoding import decoded, scoring
+from autoquant.measure.decoding import divergences as divergences_of_steps
 from autoquant.models.metrics import METRICS
 from autoquant.models.task import outputs_of
 from tests.benchmarks.peers.cases import Case
@@ -34,23 +36,51 @@ def logits(run: Run, batches: Sequence[tuple[Any, Any]]) -> Tensor:
 
 
 def score(case: Case, quantized: nn.Module) -> dict[str, Any]:
-    """Return the metric of ``quantized`` on the test data and, of a classifier, its divergence."""
+    """Return the metric of ``quantized`` on the test data and how far its outputs are."""
 
     def run(inputs: Any) -> Any:
         return case.run(quantized, inputs)
 
     with torch.no_grad():
         pairs = [(outputs_of(run(inputs)), targets) for inputs, targets in case.test]
-    found: dict[str, Any] = {"kl": None, "kl_error": None, "metric_name": metric_name(case.metric)}
+    found: dict[str, Any] = {"metric_name": metric_name(case.metric)}
     if isinstance(case.metric, str):
         found["metric"] = METRICS.get(case.metric).evidence(pairs).score()
     else:
         found["metric"] = float(case.metric([o for o, _ in pairs], [t for _, t in pairs]))
-    if case.search_metric == "kl":
-        reference = logits(lambda x: case.run(case.model, x), case.test)
-        values = divergences(reference, torch.cat([o for o, _ in pairs]).float())
-        found["kl"], found["kl_error"] = mean_and_error(values)
+    found["kl"], found["kl_error"] = mean_and_error(distances(case, quantized, pairs))
     return found
+
+
+@torch.no_grad()
+def distances(case: Case, quantized: nn.Module, pairs: Sequence[tuple[Any, Any]]) -> Tensor:
+    """Return how far the outputs in ``pairs`` are from the float model's, a test sample [n].
+
+    For classes and for what is decoded the divergence (of a decoding step; the samples' mean is
+    weighted by steps), for embeddings noise over signal.
+    """
+    if case.scores:
+        stats = torch.cat([_steps(case, quantized, inputs) for inputs, _ in case.test])
+        return stats[:, 0] / stats[:, 1].mean()
+    reference = logits(lambda x: case.run(case.model, x), case.test)
+    given = torch.cat([o for o, _ in pairs]).float()
+    if case.search_metric == "kl":
+        return divergences(reference, given)
+    noise = (given - reference).double().square().flatten(1).sum(1)
+    signal = reference.double().square().flatten(1).sum(1)
+    return noise / signal.mean()
+
+
+def _steps(case: Case, quantized: nn.Module, inputs: Any) -> Tensor:
+    """Return [n, 2]: the divergence over all steps that compare, and their number."""
+    with scoring(case.model.get_submodule(case.scores)) as given:
+        steps = decoded(given, case.run(case.model, inputs))
+    with scoring(quantized.get_submodule(case.scores)) as given:
+        case.run(quantized, inputs)
+    assert steps is not None
+    found = divergences_of_steps(steps, given)
+    assert found is not None
+    return torch.from_numpy(found)
 
 
 def metric_name(metric: Any) -> str:

@@ -10,7 +10,7 @@ from tests.benchmarks.peers.results import Row
 HEAD = [
     "tool",
     "weights (average bits)",
-    "KL divergence ± standard error",
+    "divergence ± standard error",
     "{metric}",
     "seconds",
     "evaluations",

@@ -9,7 +9,8 @@ of a random projection of them, and E[(g·Δ)²] the squared change of the outpu
 labels are drawn and not given.
 
 What a model decodes, words say, has no gradient. There the scores that its last layer gave on the
-way, all taken for scores of classes, stand for the outputs: what was decoded is taken as given.
+way, all taken for scores of classes, stand for the outputs: what was decoded is taken as given, and
+what was scored after its end is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autoquant.errors import AutoquantError
+from autoquant.measure.decoding import decoded, scoring
 from autoquant.methods.realize import Realizer
 from autoquant.models.trees import batch_size, take
 from autoquant.nn.slots import SiteSlot
@@ -54,6 +56,8 @@ SINGLES = 24
 """Samples that are run alone for the sake of a few layers in which they can't be told apart."""
 CHANGED_BYTES = 2 << 30
 """Bytes of the changes of weights that are held at a time."""
+IGNORED = -100
+"""The label of what does not count."""
 RUN_BYTES = 400 << 20
 """Inputs and outputs of layers in one run, at most: what autograd keeps is about as much again."""
 
@@ -266,14 +270,10 @@ class _Work:
         """Run samples and return what to differentiate, None without gradient."""
         if not self.tapped:
             return self.objective.of(self.run(self.model, inputs), first, size)
-        given: list[Any] = []
-        module = self.model.get_submodule(self.last.users[0][0])
-        hook = module.register_forward_hook(lambda *call: given.append(call[2]))
-        try:
-            self.run(self.model, inputs)
-        finally:
-            hook.remove()
-        return self.objective.of_steps(given, first, size)
+        with scoring(self.model.get_submodule(self.last.users[0][0])) as given:
+            outputs = self.run(self.model, inputs)
+        steps = decoded(given, outputs)
+        return self.objective.of_steps(given, first, size, None if steps is None else steps.lengths)
 
 
 class _Objective:
@@ -305,10 +305,16 @@ class _Objective:
             raise Mixed
         return self._label(leaves[0], first) if self.classes else self._project(leaves, first, size)
 
-    def of_steps(self, given: Sequence[Any], first: int, size: int) -> Tensor | None:
-        """Return the same for scores [samples, …, classes] of several steps."""
+    def of_steps(
+        self, given: Sequence[Any], first: int, size: int, lengths: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the same for scores [samples, …, classes] of several steps.
+
+        Of each sample the first ``lengths`` [samples] count: what follows is not what it decodes.
+        """
         draws = [self._draw(first + i) for i in range(size)]
         total: Tensor | None = None
+        done = 0
         for scores in given:
             if not isinstance(scores, Tensor) or not scores.requires_grad or scores.dim() < 2:
                 return None
@@ -322,8 +328,14 @@ class _Objective:
                 torch.multinomial(p, 1, generator=draw)[:, 0]
                 for p, draw in zip(chances, draws, strict=True)
             ]
-            wanted = torch.cat(labels).to(scores.device)
-            loss = F.cross_entropy(rows.flatten(0, 1), wanted, reduction="sum")
+            wanted = torch.cat(labels)
+            if lengths is not None:
+                steps = torch.arange(done, done + rows.shape[1])
+                wanted[(steps >= lengths[:, None]).flatten()] = IGNORED
+                done += rows.shape[1]
+            loss = F.cross_entropy(
+                rows.flatten(0, 1), wanted.to(scores.device), ignore_index=IGNORED, reduction="sum"
+            )
             total = loss if total is None else total + loss
         return total
 

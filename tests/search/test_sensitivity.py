@@ -195,3 +195,41 @@ def test_what_is_decoded_is_scored_by_the_last_layer(case):
     for name in sites:
         for scheme, score in found.weights[name].items():
             assert decided.weights[name][scheme].loss == pytest.approx(score.loss, rel=1e-3)
+
+
+class Twice(nn.Module):
+    """Scores two steps by one head; of the second one nothing is decoded."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+        self.body = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.body(x)
+        return [self.head((1 + 9 * step) * y) for step in range(self.steps)]
+
+
+def test_what_is_scored_after_the_end_of_a_decoded_sample_does_not_count():
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+
+    def scores(steps, decode):
+        torch.manual_seed(0)
+        realizer = make(Twice(steps), x)
+        candidates = {n: Candidates(WEIGHTS, (), corrected=False) for n in ("body", "head")}
+        found = measure_sensitivity(realizer, decode, [x], candidates, classes=False, samples=60)
+        assert isinstance(found, Sensitivity)
+        assert found.layer == "head"
+        return [found.weights[n][w].loss for n in candidates for w in WEIGHTS]
+
+    def ended(model, batch):
+        """Return sequences that end with the class that is chosen first: nothing is left."""
+        return [[] for _ in model(batch)[0]]
+
+    def both(model, batch):
+        return torch.stack([step.argmax(1) for step in model(batch)], 1)
+
+    one, first = scores(1, both), scores(2, ended)
+    assert first == pytest.approx(one, rel=1e-3)
+    assert scores(2, both) != pytest.approx(one, rel=0.5)

@@ -36,6 +36,8 @@ _ACTIVATION = (
 )
 
 
+MOST_DECODED = 4096
+"""Recipes of one site that are kept, so that the same parameters are not decoded again."""
 MOST_OF_A_SITE = 4096
 """Combinations of one site's choices up to which those that differ are counted."""
 
@@ -62,10 +64,13 @@ class ParameterMap:
         self.spaces = spaces
         self.distributions: dict[str, BaseDistribution] = {}
         self._codes: dict[str, dict[str, tuple[str, tuple[Any, ...]]]] = {}
+        self._names: dict[str, list[str]] = {site: [] for site in spaces}
+        self._decoded: dict[str, dict[tuple[Any, ...], SiteRecipe]] = {site: {} for site in spaces}
         for site, space in spaces.items():
             self._codes[site] = {}
             if space.fixed is not None:
                 continue
+            known = len(self.distributions)
             for dimension, choices in space.choices.items():
                 if len(choices) > 1:
                     self._add(site, dimension, choices)
@@ -76,6 +81,7 @@ class ParameterMap:
                 if rate.low < rate.high:
                     name = f"{site}.learning_rate"
                     self.distributions[name] = FloatDistribution(rate.low, rate.high, log=True)
+            self._names[site] = list(self.distributions)[known:]
 
     def recipes(self, most: int) -> list[dict[str, SiteRecipe]] | None:
         """Return every recipe of the space, each once; None where there are more than ``most``."""
@@ -126,6 +132,17 @@ class ParameterMap:
             raise StudyError(f"the study's trials have no parameter {error}") from None
 
     def _decode(self, site: str, params: Mapping[str, Any]) -> SiteRecipe:
+        """Return one site's recipe; what was decoded before is not made again."""
+        key = tuple([params[name] for name in self._names[site]])
+        known = self._decoded[site]
+        found = known.get(key)
+        if found is None:
+            if len(known) >= MOST_DECODED:
+                known.clear()
+            found = known[key] = self._make(site, params)
+        return found
+
+    def _make(self, site: str, params: Mapping[str, Any]) -> SiteRecipe:
         space = self.spaces[site]
         if space.fixed is not None:
             return space.fixed.canonical()

@@ -63,6 +63,8 @@ class ActivationScheme:
 
     def uncalibrated(self) -> ActivationScheme:
         """Return the same scheme without its numbers: what a search chose, not what it measured."""
+        if self.scale is None and self.zero_point is None:
+            return self  # studies of many layers ask this thousands of times a trial
         return replace(self, scale=None, zero_point=None)
 
 
@@ -96,13 +98,15 @@ class SiteRecipe:
             activation = replace(activation, calibration="max", scale=None, zero_point=None)
         learning_rate = self.learning_rate if self.weight is not None else None
         corrected = self.bias_correction and self.weight is not None
+        same = (self.activation, self.learning_rate, self.bias_correction)
+        if (activation, learning_rate, corrected) == same:
+            return self
         return SiteRecipe(self.weight, activation, learning_rate, corrected)
 
     def uncalibrated(self) -> SiteRecipe:
         """Return the same choices without calibrated numbers."""
-        if self.activation is None:
-            return self
-        return replace(self, activation=self.activation.uncalibrated())
+        activation = None if self.activation is None else self.activation.uncalibrated()
+        return self if activation is self.activation else replace(self, activation=activation)
 
 
 FLOAT_SITE = SiteRecipe()

@@ -21,7 +21,9 @@ from autoquant.cli.options import json_option, storage_option
 def command(study: str | None, why: str | None, storage: str | None, as_json: bool) -> None:
     """Print the trials of STUDY (default: the newest), its Pareto front and its recipe.
 
-    The front is of metric against size: what no other trial beats in both.
+    The front is of metric against size: what no other trial beats in both. What the study foretells
+    at other budgets, from its profile and all trials, is beside it; a search with --bits makes it
+    true.
     """
     import json
 
@@ -29,9 +31,9 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
         _show_why(study, why, storage, as_json)
         return
 
-    from autoquant.report.tables import console, layers_table, trials_table
+    from autoquant.report.tables import console, front_table, layers_table, trials_table
     from autoquant.search.ledger import MEASURED, REASON, Ledger
-    from autoquant.search.trials import best_trial, front
+    from autoquant.search.trials import FRONT, best_trial, front
     from autoquant.spec.recipe_file import loads
 
     ledger = Ledger.open(study, storage)
@@ -53,12 +55,15 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
             "trials": rows,
             "front": [t.number for t in edge],
             "best": None if best is None else best.number,
+            "foretold": ledger.header.get(FRONT, []),
         }
         print(json.dumps(found))
         return
     out = console()
     out.print(trials_table(trials, f"study {ledger.name}: {len(trials)} trials"))
     out.print(trials_table(edge, "Pareto front, smallest first"))
+    if ledger.header.get(FRONT):
+        out.print(front_table(ledger.header[FRONT]))
     if "recipe" in ledger.header:
         out.print(layers_table(loads(ledger.header["recipe"], f"study {ledger.name}")))
     if best is not None:

@@ -141,6 +141,21 @@ def trials_table(trials: Sequence[FrozenTrial], title: str) -> Table:
     return table
 
 
+def front_table(points: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the front that a study foretells: recipes that it did not measure."""
+    title = "foretold at other budgets, from the profile and all trials: not measured"
+    table = _table(title, "bits", "size", "loss", "drop, about")
+    for point in points:
+        drop = point["drop"]
+        table.add_row(
+            f"{point['average_weight_bits']:.3f}",
+            megabytes(point["size_bytes"]),
+            f"{point['loss']:.2e}",
+            "" if drop is None else f"{drop:+.4f}",
+        )
+    return table
+
+
 def _cost(name: str, value: float | None) -> str:
     if value is None:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import time
@@ -54,7 +55,7 @@ from autoquant.search.source import (
     space_file,
     space_header,
 )
-from autoquant.search.trials import best_trial, measured
+from autoquant.search.trials import FRONT, best_trial, measured
 from autoquant.search.uniform import baselines
 from autoquant.search.why import FIELD
 from autoquant.search.why import plain as plain_profile
@@ -441,6 +442,8 @@ def _run(
     done = run_trials(ledger, mapping, proposer, goal, measure, stop, reporter, session.costs.of)
     trials = ledger.trials()
     foretold = None if sampler is None else fidelity(sampler.profile, mapping, trials)
+    if sampler is not None:
+        ledger.note(**{FRONT: [dataclasses.asdict(point) for point in sampler.sweep(trials)]})
     speed = Speed(
         len(trials) - before,
         time.monotonic() - started,

@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import optuna
-import scipy.linalg
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
-from threadpoolctl import threadpool_limits
 
 from autoquant.measure.cost import CostModel
 from autoquant.measure.speed import speed_class
+from autoquant.search.belief import Posterior, Row, Sums, believe, prior
 from autoquant.search.budgets import solve_within
 from autoquant.search.estimate import fit_drops
 from autoquant.search.goal import Goal
@@ -36,8 +35,6 @@ from autoquant.search.profile import Option, Profile
 from autoquant.spec.recipe import SiteRecipe, choices_key
 from autoquant.spec.space import SiteSpace
 
-NOISE = 0.3
-"""Relative error that the additive model is taken to have on one trial."""
 MUTATIONS = 0.5
 """Chance that a proposal also changes a dimension other than the bits of a few sites."""
 AIM = 0.25
@@ -50,14 +47,27 @@ LIKELY = 1.05
 """How many times the damage of the best choice another may do, by the profile, and be kept."""
 BROKEN = 4.0
 """How many times the damage of what it replaces a choice may do, by the profile, to be tried."""
-NEWTON_STEPS, HALVINGS = 20, 6
-"""Most steps to the mode of the posterior, and how often one may be halved."""
+POINTS = 12
+"""Budgets of a foretold front."""
 DRAWS = 32
 """Draws of the posterior over which the expected gain of more trials is averaged."""
 TRIES = 8
 """Proposals drawn before a recipe that was measured already is proposed again."""
 
 Sites = dict[str, SiteRecipe]
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """A recipe that nobody measured: what it costs, and its loss and drop as foretold.
+
+    ``drop`` is None before any trial.
+    """
+
+    average_weight_bits: float
+    size_bytes: int
+    loss: float
+    drop: float | None
 
 
 @dataclass(frozen=True)
@@ -73,97 +83,6 @@ class Seen:
     drop: float
     feasible: bool
     complete: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Posterior:
-    """A log-normal belief in the weight of each site's noise, in units of the ``typical`` one.
-
-    ``center`` [sites] is the mode of the weights' logarithms, ``lower`` the Cholesky factor of
-    their precision [sites, sites]. Logarithms: weights are positive, and a few sites matter
-    hundreds of times more than most.
-    """
-
-    typical: float
-    center: np.ndarray
-    lower: np.ndarray
-
-    @property
-    def mean(self) -> np.ndarray:
-        """The weights at the mode."""
-        return np.asarray(np.exp(self.center))
-
-    def draw(self, rng: np.random.Generator, spread: float = 1.0) -> np.ndarray:
-        """Return one draw of the weights, ``spread`` times as far from the mode."""
-        z = rng.standard_normal(len(self.center))
-        noise = scipy.linalg.solve_triangular(self.lower, z, trans="T", lower=True)
-        return np.asarray(np.exp(self.center + spread * noise))
-
-
-def infer(gram: np.ndarray, linear: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return mode and Cholesky factor of the precision of the logarithms u of the weights.
-
-    The model is 1 = Σ row · exp(u) ± NOISE for each trial, with ``gram`` and ``linear`` the sums of
-    row·rowᵀ and row over trials, and u ~ N(0, spread²) beforehand. The mode is found by damped
-    Gauss-Newton steps; the normal approximation around it is Laplace's.
-    """
-    u = np.zeros(len(linear))
-    diagonal = np.diag_indices(len(linear))
-
-    def cost(u: np.ndarray) -> float:
-        w = np.exp(u)
-        return float((w @ gram @ w / 2 - w @ linear) / NOISE**2 + u @ u / (2 * spread**2))
-
-    def factor(u: np.ndarray) -> np.ndarray:
-        w = np.exp(u)
-        precision = gram * np.outer(w, w) / NOISE**2
-        precision[diagonal] += 1.0 / spread**2
-        return scipy.linalg.cholesky(precision, lower=True, check_finite=False)
-
-    current = cost(u)
-    for _ in range(NEWTON_STEPS):
-        w = np.exp(u)
-        gradient = w * (gram @ w - linear) / NOISE**2 + u / spread**2
-        step = scipy.linalg.cho_solve((factor(u), True), -gradient, check_finite=False)
-        step *= min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
-        for _ in range(HALVINGS):
-            tried = cost(u + step)
-            if tried <= current:
-                break
-            step = step / 2
-        else:
-            break
-        u, last, current = u + step, current, tried
-        if last - current < 1e-6 * (1.0 + abs(current)):
-            break
-    return u, factor(u)
-
-
-class _Sums:
-    """Sums over trials, r·rᵀ and r with r = damage ÷ loss: each trial is added once."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._forget()
-
-    def _forget(self) -> None:
-        self._added: list[int] = []
-        self._gram = np.zeros((self.size, self.size))
-        self._linear = np.zeros(self.size)
-
-    def over(self, seen: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
-        """Return both sums over ``seen``, in the order of the trials: they repeat bit for bit."""
-        numbers = [s.number for s in seen]
-        known = len(self._added)
-        if numbers[:known] != self._added:
-            self._forget()
-            known = 0
-        for s in seen[known:]:
-            row = s.damage / s.loss
-            self._gram += np.outer(row, row)
-            self._linear += row
-            self._added.append(s.number)
-        return self._gram.copy(), self._linear.copy()
 
 
 WORKER = 2
@@ -199,7 +118,8 @@ class KnapsackSampler(BaseSampler):
         self.names = list(mapping.spaces)
         self.costs = costs
         self._seen: dict[int, Seen | None] = {}
-        self._sums = _Sums(len(self.names))
+        self._sums = Sums(len(self.names))
+        self._prior = prior(self.names, profile)
         self._options = {n: self._worth(n, profile.options[n]) for n in self.names}
         options = [self._options[n] for n in self.names]
         self._damage = [np.array([o.damage for o in row]) for row in options]
@@ -382,21 +302,43 @@ class KnapsackSampler(BaseSampler):
         )
 
     def _posterior(self, seen: Sequence[Seen]) -> Posterior:
-        """Return what the trials say of how much each site's noise matters.
+        """Return what the trials say of how much each site's noise matters."""
+        return believe([Row(s.number, s.damage, s.loss) for s in seen], self._sums, self._prior)
 
-        Rows are divided by their loss, so the error is relative: a trial with a loss a hundred
-        times larger does not drown the others. Sums over trials are kept from call to call.
+    def sweep(self, trials: Sequence[FrozenTrial], points: int = POINTS) -> list[Foretold]:
+        """Return the best recipes from the cheapest to the best, as foretold: none is measured.
+
+        ``points`` budgets, evenly spread over what the goal's cost may be; one of each recipe.
         """
-        size, spread = len(self.names), self.profile.spread
-        usable = [s for s in seen if s.loss > 0 and s.damage.sum() > 0 and np.isfinite(s.loss)]
-        if not usable:
-            return Posterior(1.0, np.zeros(size), np.eye(size) / spread)
-        ratios = np.array([s.loss / s.damage.sum() for s in usable])
-        typical = float(np.exp(np.median(np.log(ratios))))
-        gram, linear = self._sums.over(usable)
-        with threadpool_limits(1):  # for matrices of this size threads only wait for each other
-            center, lower = infer(gram * typical**2, linear * typical, spread)
-        return Posterior(typical, center, lower)
+        seen = [s for s in map(self._read, trials) if s is not None]
+        belief = self._posterior(seen)
+        curve = fit_drops([s.loss for s in seen], [s.drop for s in seen])
+        weights = belief.typical * belief.mean
+        damage = [w * d for w, d in zip(weights, self._damage, strict=True)]
+        cost = self._prices(self.goal.cost)
+        sizes = [np.array([o.bytes for o in self._options[n]], dtype=float) for n in self.names]
+        bits = [
+            np.array([float(o.recipe.weight_bits) for o in self._options[n]]) for n in self.names
+        ]
+        numel = np.array([self.profile.numel[n] for n in self.names], dtype=float)
+        found: dict[tuple[int, ...], Foretold] = {}
+        low, high = (sum(float(f(c)) for c in cost) for f in (np.min, np.max))
+        for budget in np.linspace(low, high, points):
+            chosen = solve(damage, cost, float(budget))
+            if chosen is None:
+                continue
+            loss, size = (
+                sum(float(row[k]) for row, k in zip(table, chosen, strict=True))
+                for table in (damage, sizes)
+            )
+            widths = np.array([row[k] for row, k in zip(bits, chosen, strict=True)])
+            found[tuple(chosen)] = Foretold(
+                float(widths @ numel / numel.sum()),
+                int(size) + self.rest_bytes,
+                loss,
+                float(curve.drops([loss])[0]) if seen else None,
+            )
+        return list(found.values())
 
     def _solve(self, weights: np.ndarray, limit: float, incumbent: Seen | None) -> Sites:
         """Return the least damage within the budgets, or the least cost with damage ``limit``."""

@@ -15,6 +15,9 @@ from autoquant.spec.recipe import Evidence, ModelIdentity, Recipe, SiteRecipe, S
 SCALES = "scales"
 """User attribute of a trial: site → [scale, zero point] of its static activation quantizer."""
 
+FRONT = "front"
+"""Field of a study's header: the front that it foretells, recipes that were not measured."""
+
 
 def scales(sites: Mapping[str, SiteRecipe]) -> dict[str, list[float]]:
     """Return the calibrated numbers of ``sites``, as a trial keeps them."""

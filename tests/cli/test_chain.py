@@ -70,8 +70,12 @@ def test_studies_show_and_export(searched, cli):
         elif not beaten:  # a twin of one that is on the front
             twins = [complete[n] for n in shown["front"]]
             assert any((t["size_bytes"], t["drop"]) == (m["size_bytes"], m["drop"]) for t in twins)
+    sizes = [point["size_bytes"] for point in shown["foretold"]]
+    assert len(sizes) > 2
+    assert sizes == sorted(sizes)
     text = cli("show").out
     assert "Pareto front" in text
+    assert "not measured" in text
     assert f"best trial: {shown['best']}" in text
 
     assert cli("export", "-o", "again.yaml").status == 0

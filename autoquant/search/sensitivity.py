@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,15 @@ RUN_BYTES = 400 << 20
 
 @dataclass(frozen=True)
 class Score:
-    """An estimated loss and the standard error of that estimate."""
+    """An estimated loss and the standard error of that estimate.
+
+    ``loss`` is the mean of the squares of ``changes`` [samples], the first of all samples: what two
+    choices do together to one sample is the sum of theirs.
+    """
 
     loss: float
     error: float
+    changes: Array = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -374,9 +379,10 @@ def _scores(choices: Sequence[Any], rows: list[Array], unit: float) -> dict[Any,
     """Return the score of each choice; ``rows`` are g·Δ, [choices] for each sample."""
     if not choices or not rows:
         return {}
-    losses = unit * np.square(np.stack(rows))
+    changes = math.sqrt(unit) * np.stack(rows)
+    losses = np.square(changes)
     errors = losses.std(0, ddof=1) / math.sqrt(len(losses)) if len(losses) > 1 else losses[0]
     return {
-        choice: Score(float(loss), float(error))
-        for choice, loss, error in zip(choices, losses.mean(0), errors, strict=True)
+        choice: Score(float(loss), float(error), own)
+        for choice, loss, error, own in zip(choices, losses.mean(0), errors, changes.T, strict=True)
     }

@@ -36,7 +36,7 @@ to select by, and what is reported is of the last 472, which no tool saw. Weight
 bits, a scale a channel; activations have 8 bits, a scale a tensor; a layer that a tool leaves in
 float counts as 16 bits. The divergence is KL(float ‖ quantized) of the softmax, the mean of all
 test samples, with its standard error; of g2p that of a decoding step, the mean of all steps up to
-the first one at which the two decide differently; of MiniLM's embeddings it is noise over signal.
+the first one at which the two decide differently; of MiniLM's similarities it is noise over signal.
 Each tool's own quantized module is run, and autoquant's as `autoquant apply` writes it. Seconds are
 all that a tool took, with its calibration. Where seeds matter, the medians of all seeds are given,
 and in brackets the least and the most.

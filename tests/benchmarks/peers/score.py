@@ -57,7 +57,7 @@ def distances(case: Case, quantized: nn.Module, pairs: Sequence[tuple[Any, Any]]
     """Return how far the outputs in ``pairs`` are from the float model's, a test sample [n].
 
     For classes and for what is decoded the divergence (of a decoding step; the samples' mean is
-    weighted by steps), for embeddings noise over signal.
+    weighted by steps), for other numbers noise over signal.
     """
     if case.scores:
         stats = torch.cat([_steps(case, quantized, inputs) for inputs, _ in case.test])
@@ -66,8 +66,9 @@ def distances(case: Case, quantized: nn.Module, pairs: Sequence[tuple[Any, Any]]
     given = torch.cat([o for o, _ in pairs]).float()
     if case.search_metric == "kl":
         return divergences(reference, given)
-    noise = (given - reference).double().square().flatten(1).sum(1)
-    signal = reference.double().square().flatten(1).sum(1)
+    noise, signal = (
+        x.double().square().reshape(len(x), -1).sum(1) for x in (given - reference, reference)
+    )
     return noise / signal.mean()
 
 

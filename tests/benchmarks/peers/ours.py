@@ -250,7 +250,8 @@ def one_shot(case: Case, bits: float, folder: Path) -> Found:
     from autoquant.search.profile import profile
 
     began = time.monotonic()
-    session = opened(case)
+    session = open_session(of_module(case.model_copy()), case.task(), torch.device("cpu"))
+    session.baseline("search")  # which says what the outputs are
     spaces = autoquant.SearchSpace.parse(SPACE, "peers").resolve(session.prepared.sites)
     found = profile(session.prepared, session.statistics, spaces, measure=session.sensitivity)
     sizes = {s.name: s.numel for s in session.prepared.sites}
@@ -264,4 +265,7 @@ def one_shot(case: Case, bits: float, folder: Path) -> Found:
     if chosen is None:
         raise ValueError(f"no recipe of the space has {bits} bits")
     sites = {n: row[k].recipe for n, row, k in zip(sizes, options, chosen, strict=True)}
-    return finished(session, case, sites, time.monotonic() - began, 0)
+    recipe = session.recipe(session.realizer.apply(sites))
+    model = autoquant.apply(recipe, case.model_copy(), case.task())
+    average = session.costs.of(recipe.sites).average_weight_bits
+    return Found(model, average, time.monotonic() - began, 0)

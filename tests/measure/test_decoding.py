@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import autoquant
 from autoquant import Task
 from autoquant.measure.decoding import decoded, divergences, scoring, steps_of
 from autoquant.measure.evaluator import Evaluator
 from autoquant.models.data import make_splits
+from autoquant.search.ledger import Ledger
+from autoquant.search.trials import measured
 
 CLASSES, END = 5, 4
 
@@ -203,3 +206,23 @@ def test_scores_that_were_not_decoded_by_are_left_alone():
     found.baseline(model, "search")
     reading = found.read(model, "search")
     assert reading.distance.metric.name == "token_error_rate"
+
+
+def test_a_search_that_uses_results_again_measures_the_same_scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x = states(150)
+    pairs = [(part, until_end(Decoder()(part))) for part in x.split(25)]
+    task = Task(
+        evaluation_data=lambda: pairs,
+        forward=lambda m, part: until_end(m(part)),
+        metric="token_error_rate",
+    )
+
+    def losses(memory: str) -> list[float]:
+        autoquant.search(Decoder(), task, trials=20, bits=5.0, study=memory, memory=memory)
+        trials = Ledger.open(memory, None).trials()
+        return [m["loss"] for t in trials if (m := measured(t)) is not None]
+
+    with_reuse, without = losses("64MB"), losses("0")
+    assert with_reuse == without
+    assert len(set(without)) > 8  # scores, not the few shares of tokens that can differ

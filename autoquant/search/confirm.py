@@ -156,7 +156,7 @@ class _Jury:
         Within one standard error of the paired difference; true where that can't be told.
         """
         one, two = best.reading.distance, other.reading.distance
-        if one is None or two is None:
+        if one is None or two is None or one.metric != two.metric:
             return True
         more = drop(one.metric, one.evidence.score(), two.evidence.score())
         return more <= self._error(one.evidence, two.evidence, one.metric)

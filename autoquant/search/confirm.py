@@ -60,7 +60,8 @@ def confirm(
     significantly worse than the incumbent by more than that; where none does, the one that comes
     nearest. With a budget all are measured, and the smallest is taken of those within one standard
     error of the best, by the metric and by the distance to the float model's outputs, that are no
-    worse than the incumbent. The choice is measured
+    worse than the incumbent or than the float model. To be better than the float model counts for
+    nothing there: it is luck, of which the best of many has most. The choice is measured
     once more by the reference, so that whoever loads what is written finds the very numbers that
     are reported. The verdict is that of a single test: it is not corrected for the up to FINALISTS
     recipes that were looked at. Raises TrialError where every finalist fails.
@@ -133,6 +134,11 @@ class _Jury:
             raise TrialError(f"no finalist could be measured again: {self._reason}")
         return min(self.done, key=lambda f: f.result.drop)
 
+    def best_by_loss(self) -> Finalist:
+        """Return the one that loses least, of several that lose nothing the nearest to float."""
+        self.best()
+        return min(self.done, key=lambda f: (_lost(f), _divergence(f)))
+
     def inferior(self, finalist: Finalist, rival: Finalist) -> bool:
         """Return whether a recipe surely loses more than the maximum drop against the incumbent."""
         metric = self.session.evaluator.metric
@@ -198,7 +204,7 @@ def _within_budget(
     if exact is None:
         plain = None
     while True:
-        most = math.inf if plain is None or exact is None else exact
+        most = math.inf if plain is None or exact is None else max(exact, 0.0)
         chosen = _cheapest_of_the_best(jury, most) or plain
         assert chosen is not None
         found = jury.exactly(chosen)
@@ -215,20 +221,24 @@ def _cheapest_of_the_best(jury: _Jury, most: float) -> Finalist | None:
     Regression Trees, §3.4.3: among those that the data can not tell apart, the simplest). It is
     the best by the metric, and then, of what the metric can not tell apart, the nearest to the
     float model's outputs, which differ by far less noise. Of equal sizes the one of least loss.
-    ``most`` is the incumbent's drop; None where nothing is within it.
+    ``most`` is the incumbent's drop, at least 0; None where nothing is within it.
     """
-    best = jury.best()
+    best = jury.best_by_loss()
     near = [
         f
         for f in jury.done
-        if f.result.drop <= most
-        and (f is best or f.result.drop - best.result.drop <= jury.spread(best, f))
+        if f.result.drop <= most and (f is best or _lost(f) - _lost(best) <= jury.spread(best, f))
     ]
     if not near:
         return None
     nearest = min(near, key=_divergence)
     near = [f for f in near if f is nearest or jury.as_near(nearest, f)]
     return min(near, key=lambda f: (f.measurement.size_bytes, f.measurement.loss))
+
+
+def _lost(finalist: Finalist) -> float:
+    """Return the confirmed drop, 0 where the recipe is better than the float model."""
+    return max(finalist.result.drop, 0.0)
 
 
 def _divergence(finalist: Finalist) -> float:

@@ -92,6 +92,13 @@ class Goal:
             return m.bit_operations / self.float_bit_operations
         return m.size_bytes / self.float_size_bytes
 
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """The names of the constraints, in the order of ``constraints``."""
+        limited = {"bits": self.bits, "size": self.size_bytes, "latency": self.latency}
+        drop = () if self.budgeted else ("drop",)
+        return (*drop, *(name for name, limit in limited.items() if limit is not None))
+
     def constraints(self, m: Measurement) -> Mapping[str, float]:
         """Return constraint name → violation; all ≤ 0 means feasible."""
         drop = {} if self.budgeted else {"drop": m.drop - self.max_drop}

@@ -546,7 +546,7 @@ def _proposer(
         def keep(new: dict[str, Any]) -> None:
             ledger.note(**{samplers.SAMPLER_STATE: new})
 
-        then = samplers.StockProposer(make, mapping, ledger.trials(), state, keep)
+        then = samplers.StockProposer(make, mapping, ledger.trials(), state, keep, goal.limits)
     if not any(space.learns for space in mapping.spaces.values()):
         session.forget_moments()
     return then, sampler

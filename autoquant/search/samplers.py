@@ -8,6 +8,8 @@ in memory, because they write one parameter at a time; the finished trial is wri
 from __future__ import annotations
 
 import contextlib
+import datetime
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.errors import UserError
 from autoquant.registry import Registry
+from autoquant.search.ledger import MEASURED, finished
 from autoquant.search.params import ParameterMap
 from autoquant.search.sampler import KnapsackSampler
 from autoquant.spec.recipe import SiteRecipe, choices_key
@@ -118,6 +121,11 @@ class StockProposer:
     ``make`` gives the sampler for one trial from its number. What the sampler keeps with the study
     (quasi-random sequences count there) is written with the trial, in the one write, so that it is
     never ahead of the trials; ``state`` is where it starts if no trial has it.
+
+    Genetic and Gaussian-process samplers look at completed trials only. A candidate that arithmetic
+    ruled out, or that was stopped early, is therefore told as a completed one that breaks its
+    constraints: else they would never learn where the limits are. ``limits`` names the constraints
+    of the goal; what is not known of one counts as just kept.
     """
 
     def __init__(
@@ -127,8 +135,10 @@ class StockProposer:
         trials: Sequence[FrozenTrial],
         state: Mapping[str, Any] | None = None,
         keep: Callable[[dict[str, Any]], None] | None = None,
+        limits: Sequence[str] = (),
     ) -> None:
         self._make = make
+        self._limits = limits
         self._mapping = mapping
         known = (t.system_attrs[SAMPLER_STATE] for t in reversed(trials) if _has_state(t))
         self._state = dict(next(known, state or {}))
@@ -136,8 +146,9 @@ class StockProposer:
             self._study = optuna.create_study(direction="minimize", sampler=make(0))
         for key, value in self._state.items():
             self._storage.set_study_system_attr(self._study._study_id, key, value)
+        self._worst = -math.inf
         for trial in trials:
-            self._study.add_trial(trial)
+            self._study.add_trial(self._seen(trial))
         self._asked: optuna.Trial | None = None
 
     @property
@@ -154,26 +165,55 @@ class StockProposer:
     def told(self, trial: FrozenTrial) -> FrozenTrial:
         """Tell the sampler how its trial ended; return the trial with what the sampler keeps."""
         asked, self._asked = self._asked, None
+        seen = self._seen(trial)
         if asked is None:
-            self._study.add_trial(trial)
+            self._study.add_trial(seen)
             return trial
-        for key, value in trial.user_attrs.items():
+        for key, value in seen.user_attrs.items():
             asked.set_user_attr(key, value)
-        for key, value in trial.constraints.items():
+        for key, value in seen.constraints.items():
             asked.set_constraint(key, value)
         with _quiet():
-            if trial.state == TrialState.COMPLETE:
-                self._study.tell(asked, trial.value)
+            if seen.state == TrialState.COMPLETE:
+                self._study.tell(asked, seen.value)
             else:
-                self._study.tell(asked, state=trial.state)
+                self._study.tell(asked, state=seen.state)
         known = self._storage.get_trial(asked._trial_id)
         for key, value in known.system_attrs.items():
-            trial.system_attrs[key] = value
+            if not key.startswith("constraints"):
+                trial.system_attrs[key] = value
         state = self._storage.get_study_system_attrs(self._study._study_id)
         if state != self._state:
             self._state = dict(state)
             trial.system_attrs[SAMPLER_STATE] = dict(state)
         return trial
+
+    def _seen(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return a trial as the sampler is told of it.
+
+        The objective of a candidate that was not measured is the worst that there was so far; that
+        of one which was stopped early, what it had come to.
+        """
+        if trial.state != TrialState.PRUNED:
+            if trial.value is not None and math.isfinite(trial.value):
+                self._worst = max(self._worst, trial.value)
+            return trial
+        measured = trial.user_attrs.get(MEASURED)
+        value = self._worst if math.isfinite(self._worst) else 0.0
+        if isinstance(measured, dict) and math.isfinite(measured["objective"]):
+            value = measured["objective"]
+        return finished(
+            TrialState.COMPLETE,
+            params=trial.params,
+            distributions=trial.distributions,
+            started=trial.datetime_start or datetime.datetime.now(),
+            value=value,
+            constraints=dict.fromkeys(self._limits, 0.0) | trial.constraints,
+            user_attrs=trial.user_attrs,
+            system_attrs={
+                k: v for k, v in trial.system_attrs.items() if not k.startswith("constraints")
+            },
+        )
 
 
 def _has_state(trial: FrozenTrial) -> bool:

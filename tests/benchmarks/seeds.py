@@ -145,7 +145,7 @@ def against_uniform(bench: Bench, folder: Path, trials: int, seeds: int, bits: f
         for sites in baselines(bench.spaces)
         if bench.session.costs.of(sites).average_weight_bits <= bits + 1e-9
     ]
-    gains, worse = [], 0
+    gains, worse, below = [], 0, 0
     for seed in range(seeds):
         result = bench.search(folder, seed, trials=trials, bits=bits)
         rivals = {choices_key(s): bench.session.measure(s, "search")[0].loss for s in plain}
@@ -155,12 +155,14 @@ def against_uniform(bench: Bench, folder: Path, trials: int, seeds: int, bits: f
                 bench.session.measure(s, "confirm")[0].drop for s in (result.recipe.sites, best)
             )
         gains.append(100 * (theirs - mine))
-        worse += mine > theirs + 1e-12
+        worse += mine > max(theirs, 0.0) + 1e-12
+        below += mine > theirs + 1e-12
         print(f"{bench.name} seed {seed}: drops {mine:.4f}, uniform {theirs:.4f}", flush=True)
     return [
         TITLES[bench.name],
         f"{bits:g}",
         f"{seeds - worse} of {seeds}",
+        f"{seeds - below} of {seeds}",
         f"{np.median(gains):+.2f} ({min(gains):+.2f} … {max(gains):+.2f})",
     ]
 
@@ -247,7 +249,8 @@ PRUNING = ("model", "same recipe", "same size within 1%, verdict too", "candidat
 UNIFORM = (
     "model",
     "at most bits",
-    "no worse than the best uniform recipe",
+    "no worse than the best uniform recipe, or than float",
+    "no worse than the uniform recipe, be it better than float",
     "points better (median, least … most)",
 )
 COVERAGE = (

@@ -319,6 +319,20 @@ def test_within_a_budget_nothing_is_worse_than_the_incumbent():
     assert confirmed(PairedSession(recipes), rival=(8, 8))[0] == (4, 4)
 
 
+def test_within_a_budget_to_be_better_than_float_counts_for_nothing():
+    """A narrow uniform recipe that was lucky does not beat one that is nearer and loses nothing."""
+    rng = np.random.default_rng(0)
+    near = rng.exponential(0.01, 200)
+    recipes = {(8, 8): (2, 3), (4, 4): (0, 20), (6, 6): (1, 0)}
+    distances = {(8, 8): near, (4, 4): 5 * near, (6, 6): near / 2}
+    bits, chosen, _ = confirmed(WithOutputs(recipes, distances), rival=(4, 4))
+    assert bits == (8, 8)
+    assert chosen.result.drop == pytest.approx(-1 / 200)
+    # Nearer still, but it loses something on the data on which the uniform one does not.
+    recipes[8, 8] = (9, 0)
+    assert confirmed(WithOutputs(recipes, distances), rival=(4, 4))[0] == (4, 4)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=2, max_size=5),
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=5, max_size=5),
@@ -333,7 +347,7 @@ def test_the_incumbent_is_never_beaten_by_luck_of_the_arithmetic(counts, again, 
     session = PairedSession(recipes, exact=exact)
     _, chosen, done = confirmed(session, rival=(6, 6))
     lost, gained = (recipes | exact)[6, 6]
-    assert chosen.result.drop <= (lost - gained) / session.n + 1e-12
+    assert chosen.result.drop <= max((lost - gained) / session.n, 0.0) + 1e-12
     assert chosen in done
     assert len(done) == len(keys)
     assert len({key for key, split in session.asked if split == "confirm"}) <= FINALISTS

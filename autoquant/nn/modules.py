@@ -93,8 +93,20 @@ class QuantizedConv2d(_QuantizedCall, nn.Conv2d):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output on its quantized input."""
         if self.channels_last and input.dim() == 4:
-            input = input.contiguous(memory_format=torch.channels_last)
+            input = _to_channels_last(input)
         return super().forward(input, *args, **kwargs)
+
+
+def _to_channels_last(x: Tensor) -> Tensor:
+    """Return ``x`` [batch, channels, height, width] in that memory format.
+
+    One channel lies the same in both formats; only the strides tell torch which one is meant, and
+    so in which one a convolution gives its output.
+    """
+    if x.shape[1] == 1 and x.numel():
+        batch, _, height, width = x.shape
+        return x.reshape(batch, height, width, 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class QuantizedConv3d(_QuantizedCall, nn.Conv3d):

@@ -104,8 +104,9 @@ def test_evaluations_are_counted_to_where_a_rival_had_its_best():
 def test_tools_are_asked_for_budgets_that_they_can_keep():
     assert len({tool.name for tool in TOOLS}) == len(TOOLS)
     named = {tool.name: tool for tool in TOOLS}
-    assert not named["nncf"].takes(5.0)
-    assert named["nncf"].takes(8.0)
-    assert not named["nncf"].takes(8.0, classifier=False)
-    assert not named["modelopt_kl"].takes(8.0)
-    assert all(tool.takes(5.0) for tool in TOOLS if tool.stochastic)
+    assert not named["nncf"].takes(5.0, "resnext")
+    assert named["nncf"].takes(8.0, "resnext")
+    assert not named["nncf"].takes(8.0, "g2p")
+    assert named["modelopt_gradient"].takes(5.0, "minilm")
+    assert not named["modelopt_kl"].takes(8.0, "resnext")
+    assert all(tool.takes(5.0, "g2p") for tool in TOOLS if tool.stochastic)

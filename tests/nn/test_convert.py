@@ -238,3 +238,21 @@ def test_channels_last_changes_the_layout_and_not_the_numbers(make_case):
     torch.testing.assert_close(case.run(model)[0], before, atol=2e-6, rtol=1e-5)
     use_channels_last(model, on=False)
     assert torch.equal(case.run(model)[0], before)
+
+
+@pytest.mark.parametrize("batch", [3, 1, 0])
+def test_channels_last_begins_at_an_input_of_one_channel(batch):
+    """One channel lies the same in both formats: its strides alone say which one is meant."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    x = torch.randn(3, 1, 6, 5)
+    prepared = prepare(net, lambda m, _=None: m(x))
+    prepared.reset()
+    given = x[:batch]
+    before = prepared.model(given)
+    use_channels_last(prepared.model)
+    between = prepared.model[0](given)
+    assert between.shape == (batch, 4, 6, 5)
+    if batch:
+        assert between.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(prepared.model(given), before, atol=2e-6, rtol=1e-5)

@@ -65,10 +65,30 @@ class Case:
             higher_is_better=None if isinstance(self.search_metric, str) else self.higher_is_better,
         )
 
+    @property
+    def classifies(self) -> bool:
+        """Whether outputs are scores of classes."""
+        return self.name in CLASSIFIERS
+
     def with_labels(self) -> list[Batch]:
-        """Return the calibration batches with the float model's own classes as labels."""
+        """Return the calibration batches with labels that the float model itself gives.
+
+        Of scores the best class; of other numbers these, with noise as large as they are spread:
+        at the very outputs a loss has no gradient.
+        """
         with torch.no_grad():
-            return [(x, self.run(self.model, x).argmax(-1)) for x in self.calibration]
+            pairs = [(x, self.run(self.model, x)) for x in self.calibration]
+        if self.classifies:
+            return [(x, y.argmax(-1)) for x, y in pairs]
+        spread = torch.cat([y.flatten() for _, y in pairs]).std()
+        draw = torch.Generator().manual_seed(0)
+        return [(x, y + spread * torch.randn(y.shape, generator=draw)) for x, y in pairs]
+
+    def loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of outputs under such labels."""
+        if self.classifies:
+            return nn.functional.cross_entropy(outputs, labels)
+        return nn.functional.mse_loss(outputs, labels)
 
 
 def load_case(name: str, folder: Path) -> Case:

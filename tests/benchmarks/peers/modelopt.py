@@ -54,7 +54,8 @@ def int8(case: Case, bits: float) -> Found:
 def auto_quantize(case: Case, bits: float, method: str) -> Found:
     """Search by AutoQuantize; its scores are of the calibration data.
 
-    Labels are the float model's own classes. Layers in float count as 16 bits there too.
+    Labels are the float model's own. What it can quantize and leaves in float counts as 16 bits
+    there too; embeddings do not count there.
     """
     import modelopt.torch.quantization as mtq
 
@@ -66,7 +67,7 @@ def auto_quantize(case: Case, bits: float, method: str) -> Found:
         quantization_formats=[scheme(width) for width in WIDTHS],
         data_loader=data,
         forward_step=lambda m, batch: case.run(m, batch[0]),
-        loss_func=lambda output, batch: nn.functional.cross_entropy(output, batch[1]),
+        loss_func=lambda output, batch: case.loss(output, batch[1]),
         num_calib_steps=len(data),
         num_score_steps=len(data),
         method=method,

@@ -74,11 +74,12 @@ class Counter:
             object.__setattr__(self._stop, "trials", self.proposals)
 
 
-def search(case: Case, bits: float, sampler: str, seed: int, trials: int) -> Found:
+def search(case: Case, bits: float, sampler: str, seed: int, trials: int, limit: float) -> Found:
     """Search by autoquant's own loop, with any of its samplers, for ``trials`` evaluations.
 
     Evaluations are of the search split, half of the selection data; the finalists, at most five,
-    are measured on the other half. Nothing is stopped early.
+    are measured on the other half. Nothing is stopped early, but after ``limit`` seconds of trials
+    the search ends with what it has.
     """
     counter = Counter(trials)
     model, task = case.model_copy(), case.task()
@@ -91,6 +92,7 @@ def search(case: Case, bits: float, sampler: str, seed: int, trials: int) -> Fou
             space=autoquant.SearchSpace.parse(SPACE, "peers"),
             bits=bits,
             trials=PROPOSALS * trials,
+            timeout=limit,
             seed=seed,
             prune=False,
             study="peers",

@@ -95,6 +95,6 @@ def average_bits(widths: dict[str, int], sizes: dict[str, int]) -> float:
 
 
 def weight_sizes(model: nn.Module) -> dict[str, int]:
-    """Return the number of weights of every convolution and linear layer."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    """Return the number of weights of every convolution, linear layer and embedding."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
     return {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, kinds)}

@@ -25,8 +25,8 @@ class Tool:
 
     ``place`` is module:function; ``sampler`` is set for searches by autoquant's own trial loop ("":
     its default). ``package`` is the distribution whose version is reported. ``least`` and ``most``
-    bound the budgets that the tool can be asked for; ``classes`` says that it takes classifiers of
-    convolutions and linear layers only.
+    bound the budgets that the tool can be asked for; ``unfit`` names models that it
+    can't take.
     """
 
     name: str
@@ -36,19 +36,21 @@ class Tool:
     package: str = "autoquant"
     least: float = 0.0
     most: float = 8.0
-    classes: bool = False
+    unfit: tuple[str, ...] = ()
 
     @property
     def stochastic(self) -> bool:
         """Whether a seed matters."""
         return self.sampler is not None
 
-    def takes(self, bits: float, classifier: bool = True) -> bool:
-        """Return whether the tool can be asked for ``bits`` of such a model."""
-        return self.least <= bits <= self.most and (classifier or not self.classes)
+    def takes(self, bits: float, model: str) -> bool:
+        """Return whether the tool can be asked for ``bits`` of a model."""
+        return self.least <= bits <= self.most and model not in self.unfit
 
 
 OURS = "ours:search"
+DECODES = ("g2p",)
+"""Its outputs are words: no loss can be taken of them, which these tools ask for."""
 BELOW_8 = 7.99
 TOOLS = (
     Tool("float", "the float model", "ours:float_model"),
@@ -66,7 +68,7 @@ TOOLS = (
         "ModelOpt AutoQuantize, gradient",
         "modelopt:gradient",
         package="nvidia-modelopt",
-        classes=True,
+        unfit=DECODES,
         most=BELOW_8,
     ),
     Tool(
@@ -74,7 +76,7 @@ TOOLS = (
         "ModelOpt AutoQuantize, KL",
         "modelopt:kl_div",
         package="nvidia-modelopt",
-        classes=True,
+        unfit=DECODES,
         most=BELOW_8,
     ),
     Tool(
@@ -82,17 +84,17 @@ TOOLS = (
         "ModelOpt INT8 default",
         "modelopt:int8",
         package="nvidia-modelopt",
-        classes=True,
+        unfit=DECODES,
         least=8.0,
     ),
-    Tool("nncf", "NNCF, preset MIXED ¹", "nncf:quantize", package="nncf", least=8.0, classes=True),
+    Tool("nncf", "NNCF, preset MIXED ¹", "nncf:quantize", package="nncf", least=8.0, unfit=DECODES),
     Tool(
         "inc",
         "Neural Compressor autotune ²",
         "inc:autotune",
         package="neural-compressor-pt",
         least=8.0,
-        classes=True,
+        unfit=DECODES,
     ),
 )
 BY_NAME = {tool.name: tool for tool in TOOLS}

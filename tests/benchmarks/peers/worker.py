@@ -48,7 +48,8 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     bits = arguments["budget"]
     found: Found
     if tool.sampler is not None:
-        found = call(case, bits, tool.sampler, arguments["seed"], arguments["trials"])
+        counted = arguments["seed"], arguments["trials"], arguments["limit"]
+        found = call(case, bits, tool.sampler, *counted)
     elif module == "ours":
         found = call(case, bits, folder)
     else:

@@ -13,17 +13,26 @@ from autoquant.spec.space import SiteSpace
 
 Sites = dict[str, SiteRecipe]
 
+Choice = tuple[str, str]
+"""A dimension, and its choice for all sites that offer it."""
 
-def uniform(spaces: Mapping[str, SiteSpace], bits: int, calibration: str | None = None) -> Sites:
+GLOBAL = ("activation_calibration", "activation_scheme", "activation_granularity")
+"""What the whole model is tried with before layers are told apart: it costs least and matters most.
+BERT-large on SQuAD has an F1 of 85.9 calibrated by max, 90.2 by the 99.999th percentile and 37.4 by
+entropy (Wu et al. 2020, arXiv 2004.09602). Where a range is best cut, as that of GELU's outputs is
+there, the profile finds out site by site."""
+
+
+def uniform(spaces: Mapping[str, SiteSpace], bits: int, choice: Choice | None = None) -> Sites:
     """Return the recipe that gives each site ``bits``-bit weights, or the next width it may take.
 
-    Every other dimension takes its first choice, and ``calibration``, where a site offers it, is
-    that of its activation, at 8 bits or the nearest width below.
+    Every other dimension takes its first choice, but for ``choice``; activations have 8 bits or the
+    nearest width below.
     """
-    return {name: _site(space, bits, calibration) for name, space in spaces.items()}
+    return {name: _site(space, bits, choice) for name, space in spaces.items()}
 
 
-def _site(space: SiteSpace, bits: int, calibration: str | None) -> SiteRecipe:
+def _site(space: SiteSpace, bits: int, choice: Choice | None) -> SiteRecipe:
     if space.fixed is not None:
         return space.fixed.canonical()
     c = space.choices
@@ -36,10 +45,15 @@ def _site(space: SiteSpace, bits: int, calibration: str | None) -> SiteRecipe:
     activation = None
     quantized = [b for b in c["activation_bits"] if b != FLOAT_BITS]
     if quantized and (weight is not None or FLOAT_BITS not in c["activation_bits"]):
-        names = c["activation_calibration"]
-        method = calibration if calibration in names else names[0]
-        first = (c["activation_granularity"][0], c["activation_scheme"][0], method)
-        activation = ActivationScheme(max(quantized), *first)
+        taken = {name: c[name][0] for name in GLOBAL}
+        if choice is not None and choice[1] in c[choice[0]]:
+            taken[choice[0]] = choice[1]
+        activation = ActivationScheme(
+            max(quantized),
+            taken["activation_granularity"],
+            taken["activation_scheme"],
+            taken["activation_calibration"],
+        )
     rate = space.learning_rate
     learned = rate.low if rate is not None and not rate.optional else None
     return SiteRecipe(weight, activation, learned, c["bias_correction"][0]).canonical()
@@ -54,25 +68,27 @@ def widths(spaces: Mapping[str, SiteSpace]) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def calibrations(spaces: Mapping[str, SiteSpace]) -> list[str]:
-    """Return every activation calibration on offer, in the order of the space."""
-    found: dict[str, None] = {}
-    for space in spaces.values():
-        if space.fixed is None and min(space.choices["activation_bits"]) != FLOAT_BITS:
-            found |= dict.fromkeys(space.choices["activation_calibration"])
+def choices(spaces: Mapping[str, SiteSpace]) -> list[Choice]:
+    """Return every choice on offer for all activations, in the order of the space."""
+    found: dict[Choice, None] = {}
+    for name in GLOBAL:
+        for space in spaces.values():
+            if space.fixed is None and min(space.choices["activation_bits"]) != FLOAT_BITS:
+                found |= dict.fromkeys((name, value) for value in space.choices[name])
     return list(found)
 
 
 def baselines(spaces: Mapping[str, SiteSpace]) -> Iterator[Sites]:
     """Yield the uniform recipes in the order they are tried, each once.
 
-    First the widest weights under each activation calibration, then narrower ones under the first.
+    First the widest weights under each choice for all activations, one at a time, then narrower
+    ones under the first of each.
     """
     seen = []
     wide = widths(spaces)
-    for method in calibrations(spaces) or [None]:  # type: ignore[list-item]
+    for choice in choices(spaces) or [None]:  # type: ignore[list-item]
         for bits in wide[:1] or [FLOAT_BITS]:
-            recipe = uniform(spaces, bits, method)
+            recipe = uniform(spaces, bits, choice)
             if recipe not in seen:
                 seen.append(recipe)
                 yield recipe

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoquant.search.uniform import baselines, calibrations, uniform, widths
+from autoquant.search.uniform import GLOBAL, baselines, choices, uniform, widths
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.space import DEFAULTS, DIMENSIONS, LearningRates, SiteSpace
 
@@ -46,15 +46,15 @@ def test_the_width_asked_for_or_the_next_on_offer(found, bits):
 
 @given(resolved)
 @settings(deadline=None)
-def test_the_baselines_hold_every_width_and_every_calibration(found):
+def test_the_baselines_hold_every_width_and_every_choice_for_all_activations(found):
     recipes = list(baselines(found))
     offered = widths(found)
     assert offered == sorted(set(offered), reverse=True)
     for bits in offered[1:]:
         assert uniform(found, bits) in recipes
-    for method in calibrations(found):
-        assert uniform(found, max(offered, default=16), method) in recipes
-    assert len(recipes) <= max(len(offered), 1) + len(calibrations(found))
+    for choice in choices(found):
+        assert uniform(found, max(offered, default=16), choice) in recipes
+    assert len(recipes) <= max(len(offered), 1) + len(choices(found))
 
 
 def test_the_order_of_the_first_trials():
@@ -67,6 +67,29 @@ def test_the_order_of_the_first_trials():
     rows = [(s["a"].weight.bits, s["a"].activation.calibration, s["b"].weight.bits) for s in found]
     assert rows == [(8, "mse", 8), (8, "max", 8), (8, "mse", 6), (4, "mse", 6)]
     assert all(s["a"].activation.bits == 8 for s in found)
+
+
+def test_the_whole_model_is_tried_with_each_choice_for_activations():
+    offered = {
+        "activation_calibration": ("mse", "max"),
+        "activation_scheme": ("asymmetric", "symmetric"),
+        "activation_granularity": ("per_tensor", "per_token"),
+    }
+    assert set(offered) == set(GLOBAL)
+    found = {"a": space(weight_bits=(8, 4), **offered), "b": space(weight_bits=(8,))}
+    rows = [s["a"] for s in baselines(found)]
+    assert [s.weight.bits for s in rows] == [8, 8, 8, 8, 4]
+    seen = [
+        (s.activation.calibration, s.activation.scheme, s.activation.granularity) for s in rows
+    ]
+    assert seen[:3] == [
+        ("mse", "asymmetric", "per_tensor"),
+        ("max", "asymmetric", "per_tensor"),
+        ("mse", "symmetric", "per_tensor"),
+    ]
+    assert seen[3][2] == "per_token"  # which needs no calibration
+    assert seen[4] == seen[0]
+    assert {s["b"].activation.scheme for s in baselines(found)} == {"asymmetric"}
 
 
 def test_a_layer_left_in_float_keeps_its_activation_in_float_where_it_may():

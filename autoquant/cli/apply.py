@@ -50,7 +50,7 @@ def command(
 
     loaded_recipe = load(Path(recipe))
     from autoquant.export.model import check_model, quantize, write
-    from autoquant.search.run import check_folder
+    from autoquant.search.opening import check_folder
     from autoquant.search.source import Source
 
     check_folder(Path(output).parent)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from torch import nn
 
-from autoquant.errors import StudyError, TaskError, TrialError, UserError
+from autoquant.errors import StudyError, TaskError, TrialError
 from autoquant.measure.evaluator import Bar, Watch
-from autoquant.measure.size import weight_bytes
 from autoquant.models.files import LoadedModel, sha256_of
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task, load_task
@@ -27,38 +25,41 @@ from autoquant.search.enough import Enough
 from autoquant.search.fidelity import fidelity
 from autoquant.search.finalists import finalists, incumbent
 from autoquant.search.goal import Goal
-from autoquant.search.ledger import MEASURED, Ledger, count, names
-from autoquant.search.loop import Listener, Outcome, Stop, run_trials
-from autoquant.search.options import AUTO, Options, check, check_budget, parse_latency, parse_size
+from autoquant.search.ledger import MEASURED, Ledger, count
+from autoquant.search.loop import Outcome, Stop, run_trials
+from autoquant.search.opening import (
+    FORMAT,
+    check_folder,
+    check_size,
+    header_of_study,
+    make_goal,
+    new_name,
+)
+from autoquant.search.options import AUTO, Options, check, check_budget, parse_size
 from autoquant.search.params import ParameterMap
-from autoquant.search.preflight import Preflight, preflight
+from autoquant.search.preflight import preflight
 from autoquant.search.pricing import (
     LatencyCheck,
     check_latency,
     check_one,
-    header_of,
     price,
     saved_costs,
 )
-from autoquant.search.profile import profile, weight_schemes
+from autoquant.search.proposing import make_proposer
+from autoquant.search.reporter import Reporter, Silent
 from autoquant.search.result import SearchResult, Speed
-from autoquant.search.sampler import KnapsackSampler
 from autoquant.search.session import Session, choose_device, open_session
 from autoquant.search.source import (
     Source,
-    absolute,
     compare,
     of_module,
     saved_space,
     saved_task,
     source_of,
     space_file,
-    space_header,
 )
 from autoquant.search.trials import FRONT, best_trial, measured
 from autoquant.search.uniform import baselines
-from autoquant.search.why import FIELD
-from autoquant.search.why import plain as plain_profile
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import dumps, save
 from autoquant.spec.space import SearchSpace, SiteSpace
@@ -68,41 +69,6 @@ WORTH_REUSING = 0.3
 
 MOST_OF_ALL = 200
 """Recipes of a space up to which a search without a number of trials tries them all."""
-
-FORMAT = 1
-"""Version of a study's header."""
-
-
-class Reporter(Listener, Protocol):
-    """Hears the whole of a search; see the command line's for one that draws."""
-
-    def say(self, text: str) -> None:
-        """A stage began."""
-
-    def preflight(self, found: Preflight) -> None:
-        """The preflight is over."""
-
-    def begin(self, study: str, goal: Goal, done: Sequence[FrozenTrial], stop: Stop) -> None:
-        """The trials begin."""
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def say(self, text: str) -> None:
-        """Do nothing."""
-
-    def preflight(self, found: Preflight) -> None:
-        """Do nothing."""
-
-    def begin(self, study: str, goal: Goal, done: Sequence[FrozenTrial], stop: Stop) -> None:
-        """Do nothing."""
-
-    def trial(self, trial: FrozenTrial, best: FrozenTrial | None) -> None:
-        """Do nothing."""
-
-    def step(self, number: int, done: int, total: int) -> None:
-        """Do nothing."""
 
 
 def search(
@@ -202,81 +168,16 @@ def start(
     )
     spaces = space.resolve(session.prepared.sites)
     check_budget(options.bits, spaces, {s.name: s.numel for s in session.prepared.sites})
-    _check_size(options.size, session, spaces)
+    check_size(options.size, session, spaces)
     reporter.say("preflight")
     found = preflight(session, spaces)
     price(session, spaces, options, reporter.say)
     found = replace(found, latency=check_latency(session, spaces, options))
     reporter.preflight(found)
     goal = make_goal(session, options, found)
-    header = {
-        "format": FORMAT,
-        "created": datetime.datetime.now().isoformat(timespec="seconds"),
-        "model": {
-            "path": absolute(source.model),
-            "name": loaded.name,
-            "sha256": loaded.sha256,
-            "trust_pickle": source.trust_pickle,
-        },
-        "task": {
-            "path": absolute(source.task),
-            "data": absolute(source.data),
-            "metric": source.metric,
-            "sha256": task.sha256,
-        },
-        "space": space_header(space, source),
-        "options": options.plain(),
-        "out": str(out.resolve()),
-        "sites": [
-            {
-                "name": s.name,
-                "layer": s.layer,
-                "matrix": list(s.matrix),
-                "activation": s.activation,
-                "corrects": s.corrects,
-            }
-            for s in session.prepared.sites
-        ],
-        "folded": dict(session.prepared.folded),
-        "float": {
-            "metric": found.metric,
-            "value": found.value,
-            "samples": found.samples.get("search", 0),
-            "higher_is_better": session.evaluator.metric.higher_is_better,  # type: ignore[union-attr]
-            "size_bytes": session.sizes.float_size_bytes,
-        },
-        "max_drop": goal.max_drop,
-        **header_of(session.costs, found.latency),
-    }
+    header = header_of_study(session, loaded, task, source, space, options, found, goal, out)
     ledger = Ledger.create(study, storage, header)
     return _run(ledger, session, spaces, goal, options, out, own, reporter, began)
-
-
-def _check_size(size: str | None, session: Session, spaces: Mapping[str, SiteSpace]) -> None:
-    """Raise UserError where the smallest recipe of the space is larger than ``size``."""
-    if size is None:
-        return
-    narrow = {}
-    for site in session.prepared.sites:
-        sizes = {w: weight_bytes(site, w) for w in weight_schemes(site, spaces[site.name])}
-        narrow[site.name] = SiteRecipe(min(sizes, key=sizes.__getitem__, default=None))
-    whole, least = session.sizes.float_size_bytes, session.sizes.bytes(narrow)
-    if least > parse_size(size, whole):
-        raise UserError(
-            f"--size {size}: the space's smallest recipe has {least:,} bytes, {least / whole:.1%} "
-            "of the float model; give that or more, or a space with fewer bits"
-        )
-
-
-def check_folder(folder: Path) -> None:
-    """Raise UserError where nothing could be written to ``folder`` after long work."""
-    path = folder.absolute()
-    while not path.exists():
-        path = path.parent
-    if not path.is_dir():
-        raise UserError(f"{folder}: nothing can be written there: {path} is no folder")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: nothing can be written there: {path} is not writable")
 
 
 def resume(
@@ -355,25 +256,6 @@ def resume(
     return _run(ledger, session, spaces, goal, options, out, sampler, reporter, began, worker)
 
 
-def make_goal(session: Session, options: Options, found: Preflight) -> Goal:
-    """Return the goal in the metric's own unit and in bytes."""
-    metric = session.evaluator.metric
-    assert metric is not None
-    size = session.sizes.float_size_bytes
-    table, limit = session.costs.latency, options.max_latency
-    base = 1.0 if table is None else table.float_seconds
-    return Goal(
-        parse_max_drop(options.max_drop).absolute(metric, found.value),
-        size,
-        options.bits,
-        None if options.size is None else parse_size(options.size, size),
-        None if limit is None else parse_latency(limit, base),
-        options.objective,
-        base,
-        session.costs.of({}).bit_operations or 1.0,
-    )
-
-
 def _run(
     ledger: Ledger,
     session: Session,
@@ -399,7 +281,7 @@ def _run(
     stop = Stop(most, options.timeout)
     # From here on whoever interrupts the search is told which study to resume.
     reporter.begin(ledger.name, goal, ledger.trials(), stop)
-    then, sampler = _proposer(ledger, session, mapping, goal, options, own, reporter, worker)
+    then, sampler = make_proposer(ledger, session, mapping, goal, options, own, reporter, worker)
     proposer = samplers.Baselines(plain, mapping, then, worker)
     if options.trials == AUTO and most is None:
         gain = None if sampler is None else sampler.expected_gain
@@ -506,57 +388,3 @@ def _time_result(
     found = check_one(session, "result", recipe.sites)
     latency = table.evidence(found.predicted, found.measured)
     return replace(recipe, evidence=replace(evidence, latency=latency)), (*done, found)
-
-
-def _proposer(
-    ledger: Ledger,
-    session: Session,
-    mapping: ParameterMap,
-    goal: Goal,
-    options: Options,
-    own: BaseSampler | None,
-    reporter: Reporter,
-    worker: int,
-) -> tuple[samplers.Proposer, KnapsackSampler | None]:
-    sampler: KnapsackSampler | None = None
-    if own is None and options.sampler == samplers.DEFAULT:
-        reporter.say("profiling the layers")
-        speeds = not session.costs.indifferent
-        table = profile(
-            session.prepared,
-            session.statistics,
-            mapping.spaces,
-            speeds=speeds,
-            measure=session.sensitivity,
-        )
-        if table.reason:
-            reporter.say(f"profiled by damage at the layers: {table.reason}")
-        if table.layer:
-            reporter.say(f"profiled on what {table.layer} gives: the outputs have no gradient")
-        if FIELD not in ledger.header:
-            ledger.note(**{FIELD: plain_profile(table)})
-        rest = session.sizes.rest
-        sampler = KnapsackSampler(mapping, table, goal, rest, options.seed, session.costs, worker)
-        then: samplers.Proposer = samplers.KnapsackProposer(sampler, ledger.trials)
-    else:
-        seed = samplers.of_worker(options.seed, worker)
-        make = (lambda _: own) if own is not None else samplers.seeded(options.sampler, seed)
-        state = ledger.header.get(samplers.SAMPLER_STATE, {})
-
-        def keep(new: dict[str, Any]) -> None:
-            ledger.note(**{samplers.SAMPLER_STATE: new})
-
-        then = samplers.StockProposer(make, mapping, ledger.trials(), state, keep, goal.limits)
-    if not any(space.learns for space in mapping.spaces.values()):
-        session.forget_moments()
-    return then, sampler
-
-
-def new_name(model: str, storage: str | None) -> str:
-    """Return a study name that is not taken: the model's, with a number where needed."""
-    plain = (c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in model)
-    stem = "".join(plain).strip(".-_")[:80] or "study"
-    taken = set(names(storage)) if storage is None or Ledger.exists(storage) else set()
-    if stem not in taken:
-        return stem
-    return next(f"{stem}-{i}" for i in range(2, len(taken) + 3) if f"{stem}-{i}" not in taken)

@@ -25,10 +25,11 @@ from autoquant.models.evidence import Evidence, FunctionEvidence, StatisticsEvid
 from autoquant.models.metrics import drop
 from autoquant.models.noninferiority import drop_interval
 from autoquant.models.trees import take
-from autoquant.search import run
+from autoquant.search import proposing, run
 from autoquant.search.options import Options
 from autoquant.search.preflight import Preflight, preflight
 from autoquant.search.profile import Profile, profile
+from autoquant.search.reporter import Silent
 from autoquant.search.result import SearchResult
 from autoquant.search.session import Session, open_session
 from autoquant.search.source import Source
@@ -65,7 +66,7 @@ class Bench:
         with (
             mock.patch.object(run, "open_session", return_value=self.session),
             mock.patch.object(run, "preflight", return_value=self.found),
-            mock.patch.object(run, "profile", return_value=self.table),
+            mock.patch.object(proposing, "profile", return_value=self.table),
             mock.patch.object(Session, "forget_moments", return_value=None),
         ):
             yield
@@ -86,7 +87,7 @@ class Bench:
                 str(folder / f"{self.name}-{seed}-{words}.journal"),
                 folder,
                 None,
-                run.Silent(),
+                Silent(),
             )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from autoquant.search import preflight, run
+from autoquant.search import preflight, proposing, run
 
 WORDS = ("search", "model.pt", "--task", "task.py", "--study", "s")
 
@@ -58,10 +58,10 @@ def test_in_a_trial(project, cli, monkeypatch, storage):
     assert count(cli, "s", *where) == 9
 
 
-@pytest.mark.parametrize("name", ["profile", "finalists"])
-def test_before_and_after_the_trials(project, cli, monkeypatch, name):
+@pytest.mark.parametrize(("module", "name"), [(proposing, "profile"), (run, "finalists")])
+def test_before_and_after_the_trials(project, cli, monkeypatch, module, name):
     with monkeypatch.context() as patch:
-        patch.setattr(run, name, interrupt)
+        patch.setattr(module, name, interrupt)
         result = cli(*WORDS, "--trials", 9)
     assert (result.status, result.out) == (130, "")
     assert count(cli, "s") == (9 if name == "finalists" else 0)

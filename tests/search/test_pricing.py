@@ -21,8 +21,9 @@ from autoquant.search.extract import extract
 from autoquant.search.ledger import HEADER, Ledger
 from autoquant.search.preflight import Preflight
 from autoquant.search.pricing import LatencyCheck
+from autoquant.search.reporter import Silent
 from autoquant.search.result import SearchResult
-from autoquant.search.run import Silent, resume, search
+from autoquant.search.run import resume, search
 from autoquant.search.trials import measured
 from autoquant.spec.recipe_file import load
 from autoquant.spec.space import SearchSpace

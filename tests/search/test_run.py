@@ -21,10 +21,12 @@ from autoquant.search import run as module
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import Ledger
 from autoquant.search.loop import FAILURES, Stop
+from autoquant.search.opening import new_name
 from autoquant.search.preflight import Preflight
 from autoquant.search.remeasure import measure_recipe
+from autoquant.search.reporter import Silent
 from autoquant.search.result import SearchResult
-from autoquant.search.run import Silent, check_folder, new_name, resume, search
+from autoquant.search.run import resume, search
 from autoquant.search.source import Source, space_file, state_hash
 from autoquant.search.trials import measured
 from autoquant.spec.recipe_file import load
@@ -404,23 +406,6 @@ def test_a_study_of_another_format(tmp_path):
         resume("s", model=net(), task=task_of())
 
 
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ("net", "net"),
-        ("net.v2", "net.v2"),
-        ("my net (1)", "my-net--1"),
-        ("größe", "gr--e"),
-        ("...", "study"),
-        ("_x_", "x"),
-        ("x" * 200, "x" * 80),
-    ],
-)
-def test_new_name(model, name):
-    assert new_name(model, None) == name
-    Ledger.check_free(name, None)
-
-
 def test_new_name_is_not_taken(tmp_path):
     for expected in ("m", "m-2", "m-3"):
         assert new_name("m", None) == expected
@@ -450,16 +435,3 @@ def test_space_file():
     assert space_file("default") is None
     assert space_file("mine.yaml") == "mine.yaml"
     assert space_file(Path("sub/mine.yaml")) == "sub/mine.yaml"
-
-
-def test_check_folder(tmp_path, monkeypatch):
-    check_folder(tmp_path)
-    check_folder(tmp_path / "new" / "deeper")
-    check_folder(Path("relative"))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is no folder"):
-        check_folder(tmp_path / "file" / "below")
-    monkeypatch.setattr(module.os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match="is not writable"):
-        check_folder(tmp_path)

@@ -79,9 +79,7 @@ def test_the_whole_model_is_tried_with_each_choice_for_activations():
     found = {"a": space(weight_bits=(8, 4), **offered), "b": space(weight_bits=(8,))}
     rows = [s["a"] for s in baselines(found)]
     assert [s.weight.bits for s in rows] == [8, 8, 8, 8, 4]
-    seen = [
-        (s.activation.calibration, s.activation.scheme, s.activation.granularity) for s in rows
-    ]
+    seen = [(s.activation.calibration, s.activation.scheme, s.activation.granularity) for s in rows]
     assert seen[:3] == [
         ("mse", "asymmetric", "per_tensor"),
         ("max", "asymmetric", "per_tensor"),

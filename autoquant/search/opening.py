@@ -1,0 +1,137 @@
+"""What is checked and written down before a study's first trial."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from autoquant.errors import UserError
+from autoquant.measure.size import weight_bytes
+from autoquant.models.files import LoadedModel
+from autoquant.models.metrics import parse_max_drop
+from autoquant.models.task import Task
+from autoquant.search.goal import Goal
+from autoquant.search.ledger import Ledger, names
+from autoquant.search.options import Options, parse_latency, parse_size
+from autoquant.search.preflight import Preflight
+from autoquant.search.pricing import header_of
+from autoquant.search.profile import weight_schemes
+from autoquant.search.session import Session
+from autoquant.search.source import Source, absolute, space_header
+from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.space import SearchSpace, SiteSpace
+
+FORMAT = 1
+"""Version of a study's header."""
+
+
+def check_size(size: str | None, session: Session, spaces: Mapping[str, SiteSpace]) -> None:
+    """Raise UserError where the smallest recipe of the space is larger than ``size``."""
+    if size is None:
+        return
+    narrow = {}
+    for site in session.prepared.sites:
+        sizes = {w: weight_bytes(site, w) for w in weight_schemes(site, spaces[site.name])}
+        narrow[site.name] = SiteRecipe(min(sizes, key=sizes.__getitem__, default=None))
+    whole, least = session.sizes.float_size_bytes, session.sizes.bytes(narrow)
+    if least > parse_size(size, whole):
+        raise UserError(
+            f"--size {size}: the space's smallest recipe has {least:,} bytes, {least / whole:.1%} "
+            "of the float model; give that or more, or a space with fewer bits"
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where nothing could be written to ``folder`` after long work."""
+    path = folder.absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"{folder}: nothing can be written there: {path} is no folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: nothing can be written there: {path} is not writable")
+
+
+def make_goal(session: Session, options: Options, found: Preflight) -> Goal:
+    """Return the goal in the metric's own unit and in bytes."""
+    metric = session.evaluator.metric
+    assert metric is not None
+    size = session.sizes.float_size_bytes
+    table, limit = session.costs.latency, options.max_latency
+    base = 1.0 if table is None else table.float_seconds
+    return Goal(
+        parse_max_drop(options.max_drop).absolute(metric, found.value),
+        size,
+        options.bits,
+        None if options.size is None else parse_size(options.size, size),
+        None if limit is None else parse_latency(limit, base),
+        options.objective,
+        base,
+        session.costs.of({}).bit_operations or 1.0,
+    )
+
+
+def header_of_study(
+    session: Session,
+    loaded: LoadedModel,
+    task: Task,
+    source: Source,
+    space: SearchSpace,
+    options: Options,
+    found: Preflight,
+    goal: Goal,
+    out: Path,
+) -> dict[str, Any]:
+    """Return all that a study must know to be resumed or shown, ready to be written as JSON."""
+    return {
+        "format": FORMAT,
+        "created": datetime.datetime.now().isoformat(timespec="seconds"),
+        "model": {
+            "path": absolute(source.model),
+            "name": loaded.name,
+            "sha256": loaded.sha256,
+            "trust_pickle": source.trust_pickle,
+        },
+        "task": {
+            "path": absolute(source.task),
+            "data": absolute(source.data),
+            "metric": source.metric,
+            "sha256": task.sha256,
+        },
+        "space": space_header(space, source),
+        "options": options.plain(),
+        "out": str(out.resolve()),
+        "sites": [
+            {
+                "name": s.name,
+                "layer": s.layer,
+                "matrix": list(s.matrix),
+                "activation": s.activation,
+                "corrects": s.corrects,
+            }
+            for s in session.prepared.sites
+        ],
+        "folded": dict(session.prepared.folded),
+        "float": {
+            "metric": found.metric,
+            "value": found.value,
+            "samples": found.samples.get("search", 0),
+            "higher_is_better": session.evaluator.metric.higher_is_better,  # type: ignore[union-attr]
+            "size_bytes": session.sizes.float_size_bytes,
+        },
+        "max_drop": goal.max_drop,
+        **header_of(session.costs, found.latency),
+    }
+
+
+def new_name(model: str, storage: str | None) -> str:
+    """Return a study name that is not taken: the model's, with a number where needed."""
+    plain = (c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in model)
+    stem = "".join(plain).strip(".-_")[:80] or "study"
+    taken = set(names(storage)) if storage is None or Ledger.exists(storage) else set()
+    if stem not in taken:
+        return stem
+    return next(f"{stem}-{i}" for i in range(2, len(taken) + 3) if f"{stem}-{i}" not in taken)

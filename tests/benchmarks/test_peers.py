@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.benchmarks.peers import tables
+from tests.benchmarks.peers import summary, tables
 from tests.benchmarks.peers.greedy import average, greedy
 from tests.benchmarks.peers.results import Results, Row
 from tests.benchmarks.peers.score import average_bits, divergences
@@ -110,3 +110,24 @@ def test_tools_are_asked_for_budgets_that_they_can_keep():
     assert named["modelopt_gradient"].takes(5.0, "minilm")
     assert not named["modelopt_kl"].takes(8.0, "resnext")
     assert all(tool.takes(5.0, "g2p") for tool in TOOLS if tool.stochastic)
+
+
+def test_the_summary_names_the_best_of_the_peers_by_each_measure():
+    runs = {
+        "float": [row("float", metric=0.10, metric_name="token_error_rate", kl=0.0)],
+        "naive": [row("naive", metric=0.14, kl=0.5)],
+        "autoquant": [row("autoquant", i, metric=0.11, kl=kl) for i, kl in enumerate((1, 2, 3))],
+        "tpe": [row(metric=0.13, kl=4.0), row(seed=1, error="killed")],
+        "greedy": [row("greedy", metric=0.12, kl=8.0)],
+        "gp": [row("gp", error="took more than 9 s")],
+        "one_shot": [row("one_shot", metric=0.0, kl=0.1)],
+    }
+    titles = {name: name.upper() for name in runs}
+    cells = summary.cells("m", 5.0, runs, titles)
+    assert cells[2:5] == ["2.0000", "4.0000 (TPE)", "0.50"]
+    assert cells[5:] == ["+1.00", "+2.00 (GREEDY)", "+4.00"]
+    assert summary.cells("m", 5.0, runs | {"tpe": [], "greedy": []}, titles) is None
+    assert summary.cells("m", 5.0, runs | {"autoquant": []}, titles) is None
+    higher = row("float", metric=0.9, metric_name="accuracy")
+    assert summary.lost(row(metric=0.88), higher) == pytest.approx(2.0)
+    assert summary.lost(row(), higher) is None

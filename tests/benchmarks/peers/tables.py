@@ -38,16 +38,22 @@ def spread(values: Sequence[float | None], show: Callable[[float], str]) -> str:
     return middle if ends[0] == ends[1] else f"{middle} ({ends[0]} … {ends[1]})"
 
 
+def fine(value: float) -> str:
+    """Return a divergence with as many digits as a small one needs."""
+    return f"{value:.4f}" if value >= 0.002 else f"{value:.5f}"
+
+
 def divergence(rows: Sequence[Row]) -> str:
     """Return the divergence with its standard error; over seeds, that of the median run."""
     known = sorted((r for r in rows if r.kl is not None), key=lambda r: r.kl or 0.0)
     if not known:
         return "–"
     middle = known[(len(known) - 1) // 2]
-    text = f"{statistics.median(r.kl or 0.0 for r in known):.4f} ± {middle.kl_error or 0.0:.4f}"
-    if known[0].kl == known[-1].kl:
-        return text
-    return f"{text} ({known[0].kl:.4f} … {known[-1].kl:.4f})"
+    median = statistics.median(r.kl or 0.0 for r in known)
+    error = middle.kl_error or 0.0
+    text = f"{fine(median)} ± {error:.4f}" if median >= 0.002 else f"{median:.5f} ± {error:.5f}"
+    ends = fine(known[0].kl or 0.0), fine(known[-1].kl or 0.0)
+    return text if ends[0] == ends[1] else f"{text} ({ends[0]} … {ends[1]})"
 
 
 def cells(title: str, rows: Sequence[Row]) -> list[str]:

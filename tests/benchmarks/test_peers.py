@@ -124,8 +124,10 @@ def test_the_summary_names_the_best_of_the_peers_by_each_measure():
     }
     titles = {name: name.upper() for name in runs}
     cells = summary.cells("m", 5.0, runs, titles)
-    assert cells[2:5] == ["2.0000", "4.0000 (TPE)", "0.50"]
+    assert cells[2:5] == ["2.0000", "–", "4.0000 (TPE): 0.50 of it"]
     assert cells[5:] == ["+1.00", "+2.00 (GREEDY)", "+4.00"]
+    more = runs | {"nncf": [row("nncf", metric=0.13, kl=1.0)]}
+    assert summary.cells("m", 5.0, more, titles | {"nncf": "N"})[3] == "1.0000 (N): 2.00 of it"
     assert summary.cells("m", 5.0, runs | {"tpe": [], "greedy": []}, titles) is None
     assert summary.cells("m", 5.0, runs | {"autoquant": []}, titles) is None
     higher = row("float", metric=0.9, metric_name="accuracy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tempfile
@@ -245,29 +246,66 @@ def measured(case: Case, bits: float, folder: Path) -> Found:
     return by_table(case, bits, folder, exact=True)
 
 
-def one_shot(case: Case, bits: float, folder: Path) -> Found:
-    """Solve one knapsack of the damages that autoquant's profile expects; nothing is evaluated."""
-    import numpy as np
-
+def damages(session: Session) -> tuple[dict[str, tuple[Any, ...]], dict[str, int]]:
+    """Return the options of each layer with what the profile expects of them, and layers' sizes."""
     from autoquant.search.profile import profile
 
-    began = time.monotonic()
-    session = open_session(of_module(case.model_copy()), case.task(), torch.device("cpu"))
     session.baseline("search")  # which says what the outputs are
     spaces = autoquant.SearchSpace.parse(SPACE, "peers").resolve(session.prepared.sites)
     found = profile(session.prepared, session.statistics, spaces, measure=session.sensitivity)
     sizes = {s.name: s.numel for s in session.prepared.sites}
-    options = [found.options[n] for n in sizes]
-    damage = [np.array([o.damage for o in row]) for row in options]
+    return {n: found.options[n] for n in sizes}, sizes
+
+
+def one_shot(case: Case, bits: float, folder: Path) -> Found:
+    """Solve one knapsack of the damages that autoquant's profile expects; nothing is evaluated."""
+    import numpy as np
+
+    began = time.monotonic()
+    session = open_session(of_module(case.model_copy()), case.task(), torch.device("cpu"))
+    options, sizes = damages(session)
+    damage = [np.array([o.damage for o in row]) for row in options.values()]
     cost = [
         np.array([float(sizes[n] * o.recipe.weight_bits) for o in row])
-        for n, row in zip(sizes, options, strict=True)
+        for n, row in options.items()
     ]
     chosen = solve(damage, cost, bits * sum(sizes.values()))
     if chosen is None:
         raise ValueError(f"no recipe of the space has {bits} bits")
-    sites = {n: row[k].recipe for n, row, k in zip(sizes, options, chosen, strict=True)}
+    sites = {n: row[k].recipe for (n, row), k in zip(options.items(), chosen, strict=True)}
     recipe = session.recipe(session.realizer.apply(sites))
     model = autoquant.apply(recipe, case.model_copy(), case.task())
     average = session.costs.of(recipe.sites).average_weight_bits
     return Found(model, average, time.monotonic() - began, 0)
+
+
+def every_width(case: Case, bits: float, folder: Path) -> Found:
+    """Evaluate every mixture of widths that no other one within the budget dominates.
+
+    Each layer at each width is calibrated as the profile finds best; a mixture in which a layer
+    could be wider within the budget is left out. What it finds is the least that the space has on
+    the data that searches measure by, but for other calibrations.
+    """
+    began = time.monotonic()
+    session = opened(case)
+    options, sizes = damages(session)
+    rows = [
+        [min((o for o in row if o.bits == b), key=lambda o: o.damage) for b in (8, 6, 4)]
+        for row in options.values()
+    ]
+    limit = bits * sum(sizes.values())
+    counts = list(sizes.values())
+    best: tuple[float, dict[str, SiteRecipe]] | None = None
+    evaluations = 0
+    for mixture in itertools.product(*rows):
+        used = sum(n * o.recipe.weight_bits for n, o in zip(counts, mixture, strict=True))
+        wider = (n * 2 for n, o in zip(counts, mixture, strict=True) if o.bits < WIDEST)
+        if used > limit or used + min(wider, default=limit) <= limit:
+            continue
+        sites = {n: o.recipe for n, o in zip(sizes, mixture, strict=True)}
+        found = float(session.measure(sites, "search")[0].loss)
+        evaluations += 1
+        if best is None or found < best[0]:
+            best = found, sites
+    assert best is not None
+    return finished(session, case, best[1], time.monotonic() - began, evaluations)

@@ -9,16 +9,18 @@ from tests.benchmarks.peers.results import Row
 from tests.benchmarks.peers.tables import fine
 
 OURS = "autoquant"
-NOT_PEERS = (OURS, "float", "naive", "one_shot", "measured")
+NOT_PEERS = (OURS, "float", "naive", "one_shot", "measured", "every_width")
 """Not tools that one would use instead: what all are held against, and parts of autoquant."""
+TOOLS = ("modelopt_gradient", "modelopt_kl", "modelopt_int8", "nncf", "inc")
+"""Tools with a quantizer of their own; the other peers search autoquant's space by its engine."""
 HEAD = [
     "model",
     "at most bits",
     "divergence",
-    "best peer's",
-    "ratio",
+    "best other tool's",
+    "best other search's in the same space",
     "points lost",
-    "fewest lost by a peer",
+    "fewest lost by any other",
     "by the naive recipe",
 ]
 LOWER_IS_BETTER = ("token_error_rate", "word_error_rate", "perplexity", "mse", "mae")
@@ -56,9 +58,15 @@ def cells(
     ours = found.get(OURS, (None, None))
     if ours[0] is None or not peers:
         return None
-    nearest = min(peers, key=lambda t: peers[t][0] or 0.0)
-    least = peers[nearest][0]
-    assert least is not None
+
+    def nearest(names: Sequence[str]) -> str:
+        best = min(names, key=lambda t: peers[t][0] or 0.0, default=None)
+        if best is None:
+            return "–"
+        least = peers[best][0] or 0.0
+        assert ours[0] is not None
+        return f"{fine(least)} ({titles[best]}): {ours[0] / least:.2f} of it"
+
     points = {t: f[1] for t, f in peers.items() if f[1] is not None}
     best = min(points, key=points.__getitem__, default=None)
 
@@ -69,8 +77,8 @@ def cells(
         title,
         f"{bits:g}",
         fine(ours[0]),
-        f"{fine(least)} ({titles[nearest]})",
-        f"{ours[0] / least:.2f}",
+        nearest([t for t in peers if t in TOOLS]),
+        nearest([t for t in peers if t not in TOOLS]),
         shown(ours[1]),
         "–" if best is None else f"{shown(points[best])} ({titles[best]})",
         shown(found.get("naive", (None, None))[1]),

@@ -64,6 +64,13 @@ TOOLS = (
     Tool("measured", "knapsack of one-layer KL, one shot", "ours:measured", most=BELOW_8),
     Tool("one_shot", "knapsack of autoquant's profile, one shot", "ours:one_shot", most=BELOW_8),
     Tool(
+        "every_width",
+        "every mixture of widths ³",
+        "ours:every_width",
+        most=BELOW_8,
+        unfit=("mobilenet_v2", "resnext", "minilm"),
+    ),
+    Tool(
         "modelopt_gradient",
         "ModelOpt AutoQuantize, gradient",
         "modelopt:gradient",

@@ -7,7 +7,7 @@ A product is one weight, packed once for one activation scheme. It computes what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,6 +52,48 @@ class Product(Protocol):
 
         None says that this call has to be computed by the reference instead: another dtype than
         float32, NaN in the activation, a shape that the kernel can't take.
+        """
+        ...
+
+
+@runtime_checkable
+class Chainable(Protocol):
+    """A product that takes its activation as bytes, and hands its output on as bytes.
+
+    Between two layers it saves writing real numbers and reading them again. Bytes are the integers
+    of a static activation scheme, uint8, all moved up by the same offset.
+    """
+
+    @property
+    def reads(self) -> ActivationScheme | None:
+        """The scheme whose bytes it takes; None where its scales follow from each activation."""
+        ...
+
+    def stored(self, x: Tensor) -> Tensor | None:
+        """Return the bytes of a real activation; None where this call is not for it."""
+        ...
+
+    def takes(self, q: Tensor) -> bool:
+        """Return whether it can compute with bytes of this shape."""
+        ...
+
+    def real(
+        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
+    ) -> Tensor:
+        """Return the layer's output on an activation's bytes, in the memory format asked for.
+
+        The bytes may lie as they like; real numbers lie as the float layer's would, for code that
+        takes a view of them: channels last where the activation they stand for is, else contiguous.
+        """
+        ...
+
+    def handed(
+        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, reader: ActivationScheme
+    ) -> Tensor | None:
+        """Return that output as the bytes that ``reader`` makes of it.
+
+        Numbers next to the middle between two integers may go to either, as they may when they
+        come from another backend. None where it can't be computed without doubt.
         """
         ...
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoquant.errors import SpecError, TrialError
 from autoquant.measure.latency import LatencyModel, LayerTimes
@@ -22,6 +22,7 @@ from autoquant.measure.timing import Clock, clock_of, median_seconds
 from autoquant.measure.units import Hook, Run, Unit, choose, count_calls, find_units, run_hooked
 from autoquant.measure.units import signature as signature_of
 from autoquant.methods.realize import Realizer
+from autoquant.nn.sites import Site
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SiteSpace
 
@@ -107,6 +108,8 @@ class _Timer:
         self.device = device
         self.times: dict[tuple[str, str], dict[str, float]] = {}
         self._known: dict[str, float] = {}
+        readers = (vars(m).get("reader") for m in realizer.prepared.model.modules())
+        self._read = {m for m in readers if m is not None}
 
     def time(
         self,
@@ -136,13 +139,28 @@ class _Timer:
     def _measure(
         self, unit: Unit, recipe: SiteRecipe, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> float | None:
+        sites = {s.name: adapted(recipe, s.matrix) for _, s in unit.sites}
+        # Where layers hand integers to each other, as if the neighbours had this recipe too.
+        if (reader := self._site_of(vars(unit.module).get("reader"))) is not None:
+            sites.setdefault(reader.name, adapted(recipe, reader.matrix))
         try:
-            self.realizer.apply({s.name: adapted(recipe, s.matrix) for _, s in unit.sites})
+            self.realizer.apply(sites)
         except (SpecError, TrialError):
             return None  # a choice that this layer can't take costs its own trial, not the search
+        if unit.module in self._read and isinstance(args[0], Tensor):
+            slot = self.realizer.prepared.slots[unit.sites[0][1].name]
+            args = (slot.as_read(unit.module.operation, args[0]), *args[1:])  # type: ignore[arg-type]
         # Not through __call__: the user's own hooks would see calls that their model never makes.
         call = functools.partial(unit.module.forward, *args, **kwargs)
         return median_seconds(call, self.clock)
+
+    def _site_of(self, module: nn.Module | None) -> Site | None:
+        """Return the site of a layer that reads another."""
+        if module is None:
+            return None
+        slot = vars(module)["sites"]["weight"]
+        sites = self.realizer.prepared.sites
+        return next((s for s in sites if s.name == slot.site.name), None)
 
     def _key(self, unit: Unit, text: str) -> str:
         """Return what a unit's time depends on beside its speed class."""
@@ -159,7 +177,9 @@ class _Timer:
         own = [] if _ours(unit.module) else [unit.name]
         parts = [f"{kind.__module__}.{kind.__qualname__}", repr(unit.module), weights, dtype]
         clamp = getattr(unit.module, "clamp", None)
-        return json.dumps([machine_key(self.device), *parts, layout, clamp, backends, text, *own])
+        chained = [vars(unit.module).get("reader") is not None, unit.module in self._read]
+        where = [layout, clamp, chained, backends]
+        return json.dumps([machine_key(self.device), *parts, *where, text, *own])
 
     def total(self, unit: Unit, wanted: Mapping[str, int]) -> dict[str, float]:
         """Return the seconds of a unit in one batch by speed class, over all its calls."""

@@ -8,7 +8,7 @@ memory with its siblings as the originals do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autoquant.nn.quantized_output import QuantizedOutput, as_real
+from autoquant.spec.recipe import ActivationScheme
+
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 PLAIN = (Tensor, nn.Parameter)
+KNOWN = (*PLAIN, QuantizedOutput)
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -28,11 +32,15 @@ def storage_of(tensor: Tensor) -> int:
 
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written into, −1 where torch does not count."""
+    if isinstance(tensor, QuantizedOutput):
+        return int(tensor.written)
     return -1 if tensor.is_inference() else tensor._version
 
 
 def checksum(tensor: Tensor) -> int:
     """Return a number that changes, all but surely, with the content of a tensor."""
+    if isinstance(tensor, QuantizedOutput) and not tensor.written:
+        tensor = tensor.q  # nobody is to notice that it was looked at
     words = as_words(tensor)
     return int(words.sum(dtype=torch.int64)) * 3 + int(words[1::2].sum(dtype=torch.int64))
 
@@ -47,9 +55,9 @@ def as_words(tensor: Tensor) -> Tensor:
 def fingerprint(outputs: Any) -> list[Any]:
     """Return shapes and checksums of the tensors in ``outputs``, and its numbers and strings."""
     return [
-        (tuple(leaf.shape), checksum(leaf)) if type(leaf) in PLAIN and is_plain(leaf) else leaf
+        (tuple(leaf.shape), checksum(leaf)) if type(leaf) in KNOWN and is_plain(leaf) else leaf
         for leaf in pytree.tree_leaves(outputs)
-        if type(leaf) in PLAIN or isinstance(leaf, CONSTANTS)
+        if type(leaf) in KNOWN or isinstance(leaf, CONSTANTS)
     ]
 
 
@@ -62,8 +70,8 @@ class Inputs:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: bool = False) -> None:
         self._given = (args, kwargs)
         self.leaves = pytree.tree_leaves(self._given)
-        self.tensors = [leaf for leaf in self.leaves if type(leaf) in PLAIN]
-        self.known = all(type(x) in PLAIN or isinstance(x, CONSTANTS) for x in self.leaves)
+        self.tensors = [leaf for leaf in self.leaves if type(leaf) in KNOWN]
+        self.known = all(type(x) in KNOWN or isinstance(x, CONSTANTS) for x in self.leaves)
         self.known = self.known and all(map(is_plain, self.tensors))
         self._versions = [version(t) for t in self.tensors]
         self._sums = [checksum(t) for t in self.tensors] if watch and self.known else None
@@ -103,6 +111,18 @@ class _View:
 
 
 @dataclass(frozen=True)
+class _Integers:
+    """Stands for an output that stays integers: where these lie, and what else makes it."""
+
+    q: _View
+    source: _View
+    scheme: ActivationScheme
+    compute: Callable[[Tensor], Tensor]
+    stride: tuple[int, ...]
+    marks: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Outputs:
     """What one call returned: ``leaves`` and ``memories``, flat tensors that nobody else has."""
 
@@ -125,16 +145,24 @@ class Outputs:
         if any(type(leaf) is _Given for leaf in self.leaves):
             given = pytree.tree_leaves((args, kwargs))
         copies = [m.clone() for m in self.memories]
-        made: dict[_View, Tensor] = {}  # one tensor returned twice is one tensor again
+        made: dict[int, Tensor] = {}  # one tensor returned twice is one tensor again
+
+        def tensor(view: _View) -> Tensor:
+            return copies[view.memory].as_strided(view.size, view.stride, view.offset)
+
         leaves = []
         for leaf in self.leaves:
             if type(leaf) is _Given:
                 leaf = given[leaf.index]
+            elif type(leaf) in (_View, _Integers) and id(leaf) in made:
+                leaf = made[id(leaf)]
             elif type(leaf) is _View:
-                if leaf not in made:
-                    copy = copies[leaf.memory]
-                    made[leaf] = copy.as_strided(leaf.size, leaf.stride, leaf.offset)
-                leaf = made[leaf]
+                leaf = made.setdefault(id(leaf), tensor(leaf))
+            elif type(leaf) is _Integers:
+                q, source = tensor(leaf.q), tensor(leaf.source)
+                again = QuantizedOutput.of(q, source, leaf.scheme, leaf.compute, leaf.stride)
+                vars(again).update(leaf.marks)
+                leaf = made.setdefault(id(leaf), again)
             leaves.append(leaf)
         return leaves[0] if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
 
@@ -145,15 +173,21 @@ def pack(result: Any, inputs: Inputs) -> Outputs | None:
     It can't where it holds anything but tensors and constants, or a view of an argument's memory:
     writing into that would have to reach the argument of another call.
     """
-    if type(result) in PLAIN:
+    if type(result) in KNOWN:
         found, spec = [result], None
     else:
         found, spec = pytree.tree_flatten(result)
-    tensors = {id(t): t for t in found if not isinstance(t, CONSTANTS)}
+    places = {id(t): i for i, t in enumerate(inputs.leaves) if isinstance(t, Tensor)}
+    integers = {id(t): t for t in found if type(t) is QuantizedOutput and id(t) not in places}
+    if any(t.written for t in integers.values()):
+        return None
+    parts = [part for t in integers.values() for part in (t.q, t.source)]
+    fixed = (*CONSTANTS, QuantizedOutput)
+    tensors = {id(t): t for t in (*found, *parts) if not isinstance(t, fixed)}
     if not all(type(t) in PLAIN and is_plain(t) and t.grad_fn is None for t in tensors.values()):
         return None
-    places = {id(t): i for i, t in enumerate(inputs.leaves) if isinstance(t, Tensor)}
-    lent = {storage_of(t) for t in inputs.tensors} - {0}
+    owned = (as_real(t) for t in inputs.tensors if type(t) in PLAIN or t.seen)
+    lent = {storage_of(t) for t in owned} - {0}
     groups: dict[Any, list[Tensor]] = {}
     for t in tensors.values():
         if id(t) in places:
@@ -172,7 +206,10 @@ def pack(result: Any, inputs: Inputs) -> Outputs | None:
             at = t.storage_offset() - start
             views[id(t)] = _View(len(memories), tuple(t.shape), tuple(t.stride()), int(at))
         memories.append(group[0].detach().as_strided((stop - start,), (1,), start))
-    leaves = tuple(views[id(x)] if id(x) in tensors else x for x in found)
+    for i, t in integers.items():
+        lie = views[id(t.q)], views[id(t.source)]
+        views[i] = _Integers(*lie, t.scheme, t.compute, t.stride(), t.marks())
+    leaves = tuple(views[id(x)] if isinstance(x, Tensor) else x for x in found)
     return Outputs(leaves, spec, tuple(memories))
 
 

@@ -28,6 +28,12 @@ class Pool:
         self.bytes = 0
         self._free: dict[Form, list[Tensor]] = {}
         self._seconds_per_byte = 0.0
+        self._seconds_per_copied = 0.0
+
+    def effort(self, sources: Sequence[Tensor]) -> float:
+        """Return the seconds that it takes to copy ``sources`` and to copy them back, about."""
+        pages = sum(s.nbytes for s in sources if s.nbytes >= PAGED)
+        return 2 * pages * self._seconds_per_copied
 
     def cost(self, sources: Sequence[Tensor]) -> float:
         """Return the seconds that fresh memory for copies of ``sources`` will take, about."""
@@ -44,7 +50,12 @@ class Pool:
         Raises MemoryError or torch.OutOfMemoryError where the system has no more.
         """
         if free := self._free.get(_form(source)):
-            return free.pop().copy_(source)
+            start = time.perf_counter()
+            found = free.pop().copy_(source)
+            if found.nbytes >= PAGED:
+                new = (time.perf_counter() - start) / found.nbytes
+                self._seconds_per_copied += RECENT * (new - self._seconds_per_copied)
+            return found
         self.trim(most - source.nbytes)
         start = time.perf_counter()
         found = _fresh(source).copy_(source)

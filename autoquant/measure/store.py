@@ -20,7 +20,7 @@ HALF_LIFE = 8
 ADVANTAGE = 0.3
 """Powers of two by which a newcomer must be worth more: equals that push each other out, batch
 after batch, would all be gone when they are asked for."""
-REPAID = 4
+REPAID = 1
 """Uses within which a result must save the time that fresh memory for it takes."""
 OVERHEAD = 1024
 """Bytes that a kept result takes beside its tensors, about."""
@@ -109,6 +109,8 @@ class Store:
         kept.score = _score(kept)
         if self._pool.cost(kept.outputs.memories) > REPAID * kept.worth:
             self._pool.doubt()
+            return False
+        if self._pool.effort(kept.outputs.memories) > kept.worth:
             return False
         victims = self._victims(kept)
         if victims is None:

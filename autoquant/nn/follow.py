@@ -1,7 +1,9 @@
-"""ReLUs that follow a layer: computed with the product, where nothing else sees what lies between.
+"""What follows a layer: a ReLU that can be computed with it, and the layer that alone reads it.
 
 The layer clamps its output and marks it; the ReLU lets a marked tensor pass. A clamp does nothing
-the second time, so a mark that is lost costs time and changes no number.
+the second time, so a mark that is lost costs time and changes no number. What a single layer reads
+can be handed to it as integers (``quantized_output``); who that is was seen in one run, and where
+another run differs that costs time too.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,6 +74,17 @@ class _Output:
     others: int = 0
 
 
+@dataclass
+class _Value:
+    """What a layer gave, before and after its ReLU: the layers that read it, and other uses."""
+
+    layer: nn.Module
+    relu: nn.Module | None = None
+    readers: list[nn.Module] = field(default_factory=list)
+    own: int = 0
+    others: int = 0
+
+
 class _Watch(TorchFunctionMode):
     """Follows the outputs of layers: which ReLU takes them, and whether anything else does."""
 
@@ -79,15 +92,42 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.pending: dict[int, _Output] = {}
         self.followers: dict[nn.Module, set[nn.Module | None]] = {}
+        self.values: list[_Value] = []
+        self._held: dict[int, tuple[weakref.ref[Tensor], _Value]] = {}
+        self._reading: list[_Value | None] = []
+        self._passing: dict[nn.Module, _Value] = {}
 
     def made(self, layer: nn.Module, _: Any, y: Any) -> None:
         """Follow the output ``y`` of ``layer``."""
+        if self._reading:
+            self._reading.pop()
         if isinstance(y, Tensor):
             self.settle(id(y))
             self.pending[id(y)] = _Output(weakref.ref(y), layer)
+            value = _Value(layer)
+            self.values.append(value)
+            self._held[id(y)] = weakref.ref(y), value
+
+    def read(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note that ``layer`` is called: what it does with its input is its own use."""
+        value = self._value(args[0]) if args else None
+        if value is not None:
+            value.readers.append(layer)
+        self._reading.append(value)
+
+    def passed(self, relu: nn.Module, _: Any, y: Any) -> None:
+        """Follow what ``relu`` made of a layer's output."""
+        value = self._passing.pop(relu, None)
+        if value is not None and isinstance(y, Tensor):
+            self._held[id(y)] = weakref.ref(y), value
 
     def taken(self, relu: nn.Module, args: tuple[Any, ...]) -> None:
         """Note that ``relu`` is called: its own use of the input is not another's."""
+        value = self._value(args[0]) if args else None
+        if value is not None:
+            value.others += value.relu is not None or bool(value.readers)
+            value.relu, value.own = relu, 1
+            self._passing[relu] = value
         output = self._find(args[0]) if args else None
         if output is None:
             return
@@ -105,6 +145,21 @@ class _Watch(TorchFunctionMode):
             found = self.followers.setdefault(output.layer, set())
             found.add(None if output.others else output.relu)
 
+    def readers(self) -> dict[nn.Module, _Value]:
+        """Return the layers of whose outputs one other layer is the only reader, each time."""
+        found: dict[nn.Module, _Value] = {}
+        shared: set[nn.Module] = set()
+        for value in self.values:
+            known = found.setdefault(value.layer, value)
+            alone = len(value.readers) == 1 and not value.others
+            if not alone or value.readers != known.readers or value.relu is not known.relu:
+                shared.add(value.layer)
+        return {layer: value for layer, value in found.items() if layer not in shared}
+
+    def _value(self, x: Any) -> _Value | None:
+        tensor, value = self._held.get(id(x), (None, None))
+        return value if tensor is not None and tensor() is x else None
+
     def _find(self, x: Any) -> _Output | None:
         output = self.pending.get(id(x))
         return output if output is not None and output.tensor() is x else None
@@ -117,16 +172,22 @@ class _Watch(TorchFunctionMode):
                 if output is not None:
                     output.others += 1 - output.own
                     output.own = 0
+                value = self._value(leaf)
+                if value is not None and value not in self._reading:
+                    value.others += 1 - value.own
+                    value.own = 0
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def watching(layers: Iterable[nn.Module], model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Watch a run of ``model``; what is given makes ReLUs follow their layers afterwards."""
+    """Watch a run of ``model``; what is given makes ReLUs and readers follow their layers then."""
     watch = _Watch()
     relus = [m for m in model.modules() if type(m) in _FOLLOWING and not _hooked(m)]
     handles = [layer.register_forward_hook(watch.made) for layer in layers]
+    handles += [layer.register_forward_pre_hook(watch.read) for layer in layers]
     handles += [relu.register_forward_pre_hook(watch.taken) for relu in relus]
+    handles += [relu.register_forward_hook(watch.passed) for relu in relus]
 
     def follow() -> None:
         for key in list(watch.pending):
@@ -139,6 +200,9 @@ def watching(layers: Iterable[nn.Module], model: nn.Module) -> Iterator[Callable
             relu.__class__ = _FOLLOWING[type(relu)]
             for layer in led:
                 vars(layer)["clamp"] = relu.clamp
+        for layer, value in watch.readers().items():
+            if value.relu is None or layer in leaders.get(value.relu, ()):
+                vars(layer)["reader"] = value.readers[0]
 
     try:
         with watch:
@@ -153,11 +217,12 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def unfollow(model: nn.Module) -> None:
-    """Make every ReLU of ``model`` the original module again."""
+    """Make every ReLU of ``model`` the original module again, and every layer read by anybody."""
     for module in model.modules():
         if isinstance(module, FollowingReLU | FollowingReLU6):
             module.__class__ = module.float_type  # type: ignore[assignment]
         vars(module).pop("clamp", None)
+        vars(module).pop("reader", None)
 
 
 def clamp_(y: Tensor, clamp: Clamp) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autoquant.kernels.operation import Clamp, Operation
 from autoquant.nn.attention import QuantizedMultiheadAttention
+from autoquant.nn.quantized_output import QuantizedOutput
 from autoquant.nn.recurrent import (
     QuantizedGRU,
     QuantizedGRUCell,
@@ -24,7 +25,8 @@ from autoquant.nn.recurrent import (
     QuantizedRNN,
     QuantizedRNNCell,
 )
-from autoquant.nn.runtime import SiteRuntime
+from autoquant.nn.runtime import Reader, SiteRuntime
+from autoquant.spec.recipe import ActivationScheme
 
 
 class _SiteWeight:
@@ -42,11 +44,12 @@ class _QuantizedCall(_SiteWeight):
     """Computes as the original layer does, on a quantized input.
 
     ``operation`` says what that is, None where no kernel can stand in for it; ``clamp`` is a ReLU
-    that follows.
+    that follows, and ``reader`` the layer that alone reads what comes out then.
     """
 
     operation: Operation | None = None
     clamp: Clamp | None = None
+    reader: Reader | None = None
 
     @property
     def bias(self) -> Tensor | None:
@@ -62,8 +65,17 @@ class _QuantizedCall(_SiteWeight):
         """Return the layer's output on its quantized input."""
         compute = super().forward
         return self.sites["weight"].layer(
-            self.operation, input, self.bias, lambda x: compute(x, *args, **kwargs), self.clamp
+            self.operation,
+            input,
+            self.bias,
+            lambda x: compute(x, *args, **kwargs),
+            self.clamp,
+            self.reader,
         )
+
+    def reads(self) -> ActivationScheme | None:
+        """Return the scheme whose integers the layer takes as its input, None for real numbers."""
+        return self.sites["weight"].reads(self.operation)
 
 
 class QuantizedLinear(_QuantizedCall, nn.Linear):
@@ -92,7 +104,7 @@ class QuantizedConv2d(_QuantizedCall, nn.Conv2d):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output on its quantized input."""
-        if self.channels_last and input.dim() == 4:
+        if self.channels_last and input.dim() == 4 and not isinstance(input, QuantizedOutput):
             input = _to_channels_last(input)
         return super().forward(input, *args, **kwargs)
 

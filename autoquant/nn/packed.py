@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoquant.kernels.operation import Clamp, Operation
-from autoquant.nn.runtime import Multiply, Rows
+from autoquant.nn.runtime import Multiply, Reader, Rows
 from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.affine import QParams, dequantize
 from autoquant.quant.blocks import from_blocks, from_matrix, to_blocks
@@ -107,9 +107,14 @@ class PackedSite(nn.Module):
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
         clamp: Clamp | None = None,
+        reader: Reader | None = None,
     ) -> Tensor:
         """Return a layer's output on ``x``; a saved model has its ReLUs as modules."""
         return compute(self.quantize_input(x))
+
+    def reads(self, operation: Operation | None) -> ActivationScheme | None:
+        """Return None: a saved model computes with real numbers."""
+        return None
 
     def linear(self, *parts: Rows) -> tuple[Multiply, ...]:
         """Return the products with the weight, a matrix: with each of some of its rows."""

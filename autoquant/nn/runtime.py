@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from autoquant.kernels.operation import Clamp, Operation
+from autoquant.spec.recipe import ActivationScheme
 
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
 """Activation [..., in], as it is before quantization, and bias [out] or None → [..., out]."""
@@ -15,6 +16,14 @@ Multiply = Callable[[Tensor, Tensor | None], Tensor]
 
 Rows = tuple[int, int] | None
 """Output channels of a weight: from, to; None for all."""
+
+
+class Reader(Protocol):
+    """A layer that may take its input as the integers that it would make of it."""
+
+    def reads(self) -> ActivationScheme | None:
+        """Return the scheme of these integers; None where it wants real numbers."""
+        ...
 
 
 class SiteRuntime(Protocol):
@@ -40,11 +49,20 @@ class SiteRuntime(Protocol):
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
         clamp: Clamp | None = None,
+        reader: Reader | None = None,
     ) -> Tensor:
         """Return a layer's output on ``x``; ``compute`` gives it from the quantized activation.
 
         ``operation`` says what ``compute`` does with weight and bias, so that a kernel can stand
-        in for it; None where it is nothing that a kernel knows. ``clamp`` is a ReLU that follows.
+        in for it; None where it is nothing that a kernel knows. ``clamp`` is a ReLU that follows,
+        and ``reader`` the layer that alone reads the output after that.
+        """
+        ...
+
+    def reads(self, operation: Operation | None) -> ActivationScheme | None:
+        """Return the scheme whose integers a layer's kernel would take; None where it takes none.
+
+        From here on what is computed depends on that layer's recipe.
         """
         ...
 

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoquant.kernels.engine import FLOAT, Engine
-from autoquant.kernels.operation import LINEAR, Clamp, Operation, Product
+from autoquant.kernels.layout import contiguous_stride, is_channels_last
+from autoquant.kernels.operation import LINEAR, Chainable, Clamp, Operation, Product
 from autoquant.nn.follow import clamp_, mark
 from autoquant.nn.held import HeldWeight
-from autoquant.nn.runtime import Multiply, Rows
+from autoquant.nn.quantized_output import QuantizedOutput, as_real
+from autoquant.nn.runtime import Multiply, Reader, Rows
 from autoquant.nn.sites import Site
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
 
@@ -112,17 +114,18 @@ class SiteSlot:
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
         clamp: Clamp | None = None,
+        reader: Reader | None = None,
     ) -> Tensor:
         """Return a layer's output on ``x``, by a kernel or by ``compute``, clamped and marked."""
         start = time.perf_counter()
         product = None if operation is None else self._product(operation, None)
         if product is not None:
             self._tell()
-            y = product(x, bias, clamp)
+            y = _run(product, x, bias, clamp, reader)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y if clamp is None else mark(y, clamp)
-        x = self.quantize_input(x)
+        x = self.quantize_input(as_real(x))
         y = compute(x)
         if self.listen is not None:
             y = self.listen(x, y, compute, None)
@@ -130,6 +133,20 @@ class SiteSlot:
             y = mark(clamp_(y, clamp), clamp)
         self.engine.note(FLOAT, time.perf_counter() - start)
         return y
+
+    def reads(self, operation: Operation | None) -> ActivationScheme | None:
+        """Return the scheme whose integers a layer's kernel would take; None where it has none."""
+        self.use()
+        product = None if operation is None else self._product(operation, None)
+        return product.reads if isinstance(product, Chainable) else None
+
+    def as_read(self, operation: Operation | None, x: Tensor) -> Tensor:
+        """Return ``x`` as a layer that alone is read by this one would hand it on."""
+        product = None if operation is None else self._product(operation, None)
+        if not isinstance(product, Chainable) or product.reads is None:
+            return x
+        q = product.stored(x)
+        return x if q is None else QuantizedOutput.of(q, q, product.reads, lambda _: x, x.stride())
 
     def linear(self, *parts: Rows) -> tuple[Multiply, ...]:
         """Return the products with the weight, a matrix: with each of some of its rows."""
@@ -161,3 +178,30 @@ class SiteSlot:
         if self.held is None or self.observe is not None or not self.engine.fast:
             return None
         return self.held.product(operation, self.activation, rows, self.parameter.device)
+
+
+def _run(
+    product: Product, x: Tensor, bias: Tensor | None, clamp: Clamp | None, reader: Reader | None
+) -> Tensor | None:
+    """Return the output of ``product``, as integers where its reader takes these; or None."""
+    wanted = None if reader is None else reader.reads()
+    q: Tensor | None = None
+    if isinstance(x, QuantizedOutput):
+        fits = isinstance(product, Chainable) and product.reads == x.scheme and not x.written
+        if fits and product.takes(x.q):  # type: ignore[attr-defined]
+            q = x.q
+        else:
+            x = x.dequantized()
+    if not isinstance(product, Chainable) or (q is None and wanted is None):
+        return product(x, bias, clamp)
+    known = product.stored(x) if q is None else q
+    if known is None:
+        return product(x, bias, clamp)
+    last = is_channels_last(x)
+    if wanted is not None:
+        found = product.handed(known, bias, clamp, wanted)
+        if found is not None:
+            real = functools.partial(product.real, bias=bias, clamp=clamp, channels_last=last)
+            stride = found.stride() if last else contiguous_stride(found.shape)
+            return QuantizedOutput.of(found, known, wanted, real, stride)
+    return product.real(known, bias, clamp, last)

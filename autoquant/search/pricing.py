@@ -107,6 +107,10 @@ def price(
             latency = measure_latency(
                 session.realizer, spaces, run, session.device, samples=samples
             )
+            for bits in widths(spaces)[:1]:
+                wide = session.realizer.apply(uniform(spaces, bits))
+                measured = whole_seconds(session.model, run, session.device, None)
+                latency = latency.fitted(wide, measured)
     except (TrialError, torch.OutOfMemoryError) as error:
         raise UserError(f"{session.task.source}: while layers are timed: {error}") from error
     session.costs = CostModel(session.sizes, latency, operations)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from autoquant.measure import latency
 from autoquant.measure import layers as module
 from autoquant.measure.latency import LatencyModel, site_choices
 from autoquant.measure.latency_cache import LatencyCache
@@ -330,6 +331,27 @@ def test_the_rest_is_never_negative():
     table = LatencyModel("cpu", 1, 1.5, layers)
     assert table.rest == 0
     assert table.seconds({}) == 2.0
+
+
+@pytest.mark.parametrize("kind", [Plain, Tied, Growing])
+def test_one_model_measured_as_a_whole_sets_how_layers_add_up(kind, path, monkeypatch):
+    setting = Setting(kind, path)
+    table = setting.table()
+    wide, narrow = setting.uniform(8, 8), setting.uniform(4, 8)
+    gained = table.float_seconds - table.seconds(wide)
+    assert table.fitted(wide, table.float_seconds - 0.8 * gained) == table  # too little to tell
+    monkeypatch.setattr(latency, "TELLING", 1e-9)
+    fitted = table.fitted(wide, table.float_seconds - 0.8 * gained)
+    assert fitted.slope == pytest.approx(0.8)
+    assert fitted.seconds({}) == pytest.approx(table.float_seconds)
+    assert fitted.seconds(wide) == pytest.approx(table.float_seconds - 0.8 * gained)
+    saved = table.float_seconds - table.seconds(narrow)
+    assert fitted.seconds(narrow) == pytest.approx(table.float_seconds - 0.8 * saved)
+    assert fitted.fitted(wide, table.seconds(wide)).slope == pytest.approx(1)  # anew, not further
+    assert table.fitted(wide, -100.0).slope == latency.SLOPES[1]
+    assert table.fitted(wide, 100.0).slope == latency.SLOPES[0]
+    assert table.fitted({}, 100.0) == table
+    assert LatencyModel.read(json.loads(json.dumps(fitted.plain()))) == fitted
 
 
 @pytest.mark.parametrize("kind", KINDS)

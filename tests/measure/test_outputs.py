@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pack_sequence
 from autoquant.measure.outputs import Inputs, checksum, fingerprint, pack
 from autoquant.measure.pool import Pool
 from autoquant.measure.reuse_check import same_bits
+from autoquant.nn.quantized_output import QuantizedOutput
+from autoquant.spec.recipe import ActivationScheme
 
 Pair = namedtuple("Pair", "first second")
 WIDE = torch.arange(24.0).view(4, 6)
@@ -136,3 +138,39 @@ def test_checksums_and_fingerprints():
     assert checksum(x) != before
     assert checksum(torch.zeros(0)) == 0
     assert fingerprint({"a": x, "b": (3, object())}) == [((50,), checksum(x)), 3]
+
+
+def integers() -> QuantizedOutput:
+    source = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    q = source.contiguous(memory_format=torch.channels_last)
+    scheme = ActivationScheme(8, scale=0.1, zero_point=3)
+    return QuantizedOutput.of(q, source, scheme, lambda s: s.float() / 7, source.stride())
+
+
+def test_an_output_that_stays_integers_comes_back_as_one():
+    y = integers()
+    y._mark = (0.0, 6.0)
+    found = again(y)
+    assert type(found) is QuantizedOutput
+    assert not found.seen
+    assert not y.seen
+    assert torch.equal(found.q, y.q)
+    assert found.q.stride() == y.q.stride()
+    assert found.q.data_ptr() != y.q.data_ptr()
+    assert (found.scheme, found.stride(), found._mark) == (y.scheme, y.stride(), (0.0, 6.0))
+    assert torch.equal(found + 0, y + 0)
+    one, two, other = again((y, y, integers()))
+    assert one is two is not other
+
+
+def test_an_output_that_was_written_into_is_not_kept_and_a_lookup_reads_no_numbers():
+    x = integers()
+    inputs = Inputs((x,), {}, watch=True)
+    fingerprint(x)
+    assert inputs.known
+    assert not inputs.changed()
+    assert not x.seen
+    assert again((torch.ones(1), x), (x,), (x,))[1] is x
+    x.mul_(2)
+    assert inputs.changed()
+    assert again(x) == "not kept"

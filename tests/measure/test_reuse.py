@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from autoquant.kernels.engine import make_engine
 from autoquant.measure.reuse import Reuse
 from autoquant.measure.reuse_check import check, same_bits
 from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import deploy, prepare
+from autoquant.nn.quantized_output import QuantizedOutput
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 
 MIB = 1 << 20
@@ -65,6 +68,20 @@ class InPlace(nn.Module):
         x += self.two(y)
         y = self.tail(x)  # writes into x
         return self.head((y + x.mean(1, keepdim=True)).mean((2, 3)))
+
+
+class Chained(nn.Module):
+    """Convolutions that hand their outputs on, one of them by way of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True))
+        self.one, self.act = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU6()
+        self.two, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.act(self.one(self.stem(x)))).relu()
+        return self.head(x).mean((2, 3)) + x.sum((1, 2, 3))[:, None]
 
 
 class Sequences(nn.Module):
@@ -225,6 +242,7 @@ class Inference(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (Residual, (4, 8)),
     "in_place": (InPlace, (2, 3, 9, 9)),
+    "chained": (Chained, (2, 3, 9, 9)),
     "sequences": (Sequences, (4, 4, 8)),
     "shared": (Shared, (4, 8)),
     "decoder": (Decoder, (3, 2, 8)),
@@ -240,8 +258,14 @@ class Bench:
     """A model with reuse, beside one that computes everything."""
 
     def __init__(
-        self, build: Callable[[], nn.Module], shape: tuple[int, ...], budget: int = 64 * MIB
+        self,
+        build: Callable[[], nn.Module],
+        shape: tuple[int, ...],
+        budget: int = 64 * MIB,
+        *,
+        fast: bool = False,
     ) -> None:
+        self.fast = fast
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = build().eval()
@@ -254,7 +278,8 @@ class Bench:
 
     def _realizer(self, model: nn.Module) -> Realizer:
         run = lambda m, x=self.batches[0]: m(x.clone())  # noqa: E731
-        prepared = prepare(model, run)
+        engine = make_engine(torch.device("cpu")) if self.fast else None
+        prepared = prepare(model, run, engine=engine)
         return Realizer(prepared, calibrate(prepared, [b.clone() for b in self.batches], run))
 
     def check(self) -> bool:
@@ -301,6 +326,39 @@ def test_results_are_those_of_a_run_without_reuse(name, data):
             current[site] = data.draw(st.integers(0, len(CHOICES) - 1))
         bench.compare(current)
     assert bench.reuse.on
+
+
+@pytest.mark.parametrize("budget", [64 * MIB, 12_000])
+@pytest.mark.parametrize("name", ["chained", "in_place", "residual"])
+def test_results_are_those_of_a_run_without_reuse_where_layers_hand_integers_on(name, budget):
+    bench = Bench(*MODELS[name], budget=budget, fast=True)
+    assert bench.check(), bench.said
+    draw = random.Random(0)
+    current = [3] * len(bench.sites)
+    bench.compare(current)
+    for _ in range(40):
+        current[draw.randrange(len(current))] = draw.randrange(len(CHOICES))
+        bench.compare(current)
+    assert bench.reuse.on
+    assert bench.reuse.statistics().hits > 0
+
+
+def test_what_was_handed_on_depends_on_its_reader():
+    bench = Bench(*MODELS["chained"], fast=True)
+    assert bench.check(), bench.said
+    handed: list[type] = []
+    two = bench.ours.prepared.model.two
+    two.register_forward_pre_hook(lambda _, args: handed.append(type(args[0])))
+    # Stem and one are handed on: what they give depends on their readers, one and two.
+    runs = {(2, 2, 2, 2): "stem one two head", (2, 2, 2, 0): "head", (2, 2, 3, 2): "one two head"}
+    for choice, expected in {**runs, (2, 2, 2, 1): "head"}.items():
+        before = bench.reuse.statistics().misses
+        bench.compare(list(choice))
+        whole = 2 if "stem" in expected else 1  # the model itself, and the stem's sequential
+        ran = bench.reuse.statistics().misses - before
+        assert ran == (len(expected.split()) + whole) * len(bench.batches), choice
+    assert handed[:2] == [QuantizedOutput] * 2
+    assert handed[4:6] == [Tensor] * 2  # as two computes with a scale of each token then
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -110,8 +110,19 @@ def test_fresh_memory_must_pay_for_itself():
     store._pool._seconds_per_byte = 1.0
     for entry in store:
         store.drop(entry)
+    store._pool._seconds_per_copied = 0.0
     assert store.add(kept(2, block(100), 1e-9))  # costs no fresh memory
     assert store.add(kept(3, block(1), 1e-9))  # nor does what has no pages of its own
+
+
+def test_a_result_must_be_worth_its_copying():
+    store = Store(10 << 20)
+    store._pool._seconds_per_copied = 1e-6
+    entry = kept(1, block(100), 1.0)
+    assert store.add(entry)
+    store.drop(entry)
+    assert not store.add(kept(2, block(100), 0.1))  # copied and copied back: 0.2 seconds
+    assert store.add(kept(3, block(100), 0.3))
 
 
 def test_the_same_call_is_kept_once():

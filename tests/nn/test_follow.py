@@ -1,5 +1,9 @@
-"""ReLUs that follow a layer become part of it, and only those that nothing else depends on."""
+"""ReLUs that follow a layer become part of it, and only those that nothing else depends on.
 
+So do layers that alone read one: they are handed the integers that they would have made.
+"""
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +13,7 @@ from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import deploy, prepare
 from autoquant.nn.follow import FollowingReLU, FollowingReLU6
+from autoquant.nn.quantized_output import QuantizedOutput
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 
 CPU = torch.device("cpu")
@@ -120,3 +125,166 @@ def test_a_saved_model_has_its_own_relus_again():
     assert "clamp" not in vars(model.a)
     assert torch.equal(model(X), expected)
     assert isinstance(prepared.model.relu, FollowingReLU)  # the prepared one goes on as it was
+
+
+def readers(prepared):
+    model = prepared.model
+    names = {id(m): n for n, m in model.named_modules()}
+    found = {n: vars(m).get("reader") for n, m in model.named_modules() if n in ("a", "b")}
+    return {n: None if m is None else names[id(m)] for n, m in found.items()}
+
+
+def straight(m, x):
+    return m.b(m.a(x))
+
+
+def added(m, x):
+    y = m.relu(m.a(x))
+    return m.b(y) + y
+
+
+def added_before(m, x):
+    y = m.relu(m.a(x))
+    return y + m.b(y)
+
+
+def padded(m, x):
+    return m.b(F.pad(m.relu(m.a(x)), (1, 1)))
+
+
+def both(m, x):
+    y = m.relu(m.a(x))
+    return m.b(y) + m.b(y)
+
+
+def before_and_after(m, x):
+    y = m.a(x)
+    return m.b(m.relu(y)) + y.mean()
+
+
+def shape_asked(m, x):
+    y = m.relu(m.a(x))
+    return m.b(y).view(y.shape[0], -1)
+
+
+def changing(m, x):
+    """Another reader than in the run that was watched."""
+    y = m.relu(m.a(x))
+    return m.b(y) if len(x) == len(X) else m.b(y) + y
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("case", "reader"),
+    [
+        (plain, "b"),
+        (straight, "b"),
+        (shape_asked, "b"),
+        (changing, "b"),
+        (added, None),
+        (added_before, None),
+        (padded, None),
+        (both, None),
+        (twice, None),
+        (functional, None),
+        (residual_before, None),
+        (before_and_after, None),
+    ],
+)
+def test_a_layer_that_alone_reads_another_is_handed_integers(case, reader, inplace):
+    if inplace and case is before_and_after:
+        return  # what is read after the ReLU wrote into it is what the ReLU gave
+    prepared, expected = made(case, inplace)
+    assert readers(prepared) == {"a": reader, "b": None}
+    model = prepared.model
+    with torch.no_grad():
+        assert torch.equal(model(X), expected)
+        realizer = Realizer(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+        realizer.apply({"a": INT8, "b": INT8})
+        handed = []
+        hook = model.b.register_forward_pre_hook(lambda _, args: handed.append(type(args[0])))
+        for x in (X, X[:2]):
+            fast = model(x)
+            with prepared.engine.reference():
+                exact = model(x)
+            # A number next to the middle between two integers may go to either.
+            far = (fast - exact).abs() > 1e-4 * exact.abs().max()
+            assert far.float().mean() < 0.01
+        hook.remove()
+    assert (QuantizedOutput in handed) == (reader is not None)
+
+
+def test_integers_are_handed_on_only_to_who_takes_them():
+    prepared, _ = made(plain)
+    model = prepared.model
+    handed = []
+    model.b.register_forward_pre_hook(lambda _, args: handed.append(args[0]))
+    realizer = Realizer(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+    wide, per_token = ActivationScheme(8), ActivationScheme(8, "per_token")
+    with torch.no_grad():
+        for site in (
+            SiteRecipe(),
+            SiteRecipe(WeightScheme(4)),
+            SiteRecipe(None, wide),
+            SiteRecipe(WeightScheme(8), per_token),
+        ):
+            realizer.apply({"a": INT8, "b": site})
+            model(X)
+            realizer.apply({"a": site, "b": INT8})
+            model(X)
+        assert QuantizedOutput not in set(map(type, handed[::2]))
+        with prepared.engine.reference():
+            realizer.apply({"a": INT8, "b": INT8})
+            model(X)
+    # A layer whose scales follow from each token hands on nothing, nor does one of float.
+    assert QuantizedOutput not in set(map(type, handed))
+
+
+def test_what_is_written_into_a_handed_output_reaches_its_reader():
+    def case(m, x):
+        y = m.a(x)
+        if m.writes:
+            y.mul_(2.0)
+        return m.b(y)
+
+    torch.manual_seed(1)
+    model = Net(case).eval()
+    model.writes = False
+    prepared = prepare(model, lambda m: m(X), engine=make_engine(CPU))
+    assert readers(prepared)["a"] == "b"
+    model.writes = True
+    realizer = Realizer(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+    with torch.no_grad():
+        realizer.apply({"a": INT8, "b": INT8})
+        fast = model(X)
+        with prepared.engine.reference():
+            exact = model(X)
+    far = (fast - exact).abs() > 1e-4 * exact.abs().max()
+    assert far.float().mean() < 0.01
+
+
+def test_a_saved_model_hands_on_nothing():
+    prepared, _ = made(plain)
+    assert "reader" not in vars(deploy(prepared, {}).a)
+    assert readers(prepared)["a"] == "b"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_code_may_take_the_views_that_the_float_model_allows(memory_format):
+    def case(m, x):
+        y = m.relu(m.a(x))
+        m.strides = [y.stride(), y.is_contiguous(), y.is_contiguous(memory_format=memory_format)]
+        return m.b(y).permute(0, 2, 3, 1).view(-1) if last else m.b(y).view(len(x), -1)
+
+    last = memory_format is torch.channels_last
+    torch.manual_seed(1)
+    model = Net(case).eval()
+    x = X.to(memory_format=memory_format)
+    shape, strides = model(x).shape, model.strides
+    prepared = prepare(model, lambda m: m(x), engine=make_engine(CPU))
+    realizer = Realizer(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
+    realizer.apply({"a": INT8, "b": INT8})
+    with torch.no_grad():
+        assert model(x).shape == shape
+    assert model.strides == strides
+    assert "int8" in prepared.engine.shares()

@@ -74,7 +74,7 @@ def fake_quantize(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
     x = dense(x)
     y = torch.empty_like(x)
     if scheme.scale is not None:
-        lo, hi = _bounds(scheme)
+        lo, hi = bounds(scheme)
         native.fake_quantize(x.data_ptr(), y.data_ptr(), x.numel(), scheme.scale, lo, hi)
         return y
     if not _rows_are_dense(x, kind):
@@ -101,7 +101,7 @@ def quantize(x: Tensor, scheme: ActivationScheme) -> Tensor | None:
         return _stored(quantize_eagerly(x, QParams(scale, zero_point, scheme.bits)))
     x = dense(x)
     q = torch.empty_like(x, dtype=torch.uint8)
-    lo, hi = _bounds(scheme)
+    lo, hi = bounds(scheme)
     bad = native.quantize(
         x.data_ptr(), q.data_ptr(), x.numel(), scheme.scale, lo, hi, scheme.zero_point or 0
     )
@@ -233,7 +233,7 @@ def change_products(x: Tensor, g: Tensor, schemes: Sequence[ActivationScheme]) -
         return None
     x = dense(x)
     g = g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
-    ends = torch.tensor([_bounds(s) for s in schemes], dtype=torch.float32).T.contiguous()
+    ends = torch.tensor([bounds(s) for s in schemes], dtype=torch.float32).T.contiguous()
     scales = torch.tensor([s.scale for s in schemes], dtype=torch.float32)
     found = torch.empty(len(x), len(schemes), dtype=torch.float64)
     native.change_products(
@@ -284,7 +284,8 @@ def round_weights(x: Tensor, weights: Tensor, p: QParams) -> tuple[Tensor, Tenso
     return delta, sums
 
 
-def _bounds(scheme: ActivationScheme) -> tuple[int, int]:
+def bounds(scheme: ActivationScheme) -> tuple[int, int]:
+    """Return the least and largest integer of a static scheme, less its zero point."""
     grid, zero_point = FORMATS[scheme.bits], scheme.zero_point or 0
     return grid.qmin - zero_point, grid.qmax - zero_point
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autoquant.kernels.cpu.native import OFFSET, finish_rows, quantize, quantize_rows
+from autoquant.kernels.cpu.native import OFFSET, bounds, finish_rows, quantize, quantize_rows
+from autoquant.kernels.layout import is_channels_last
 from autoquant.kernels.operation import Clamp, Operation, Product
 from autoquant.kernels.reference import multiply
 from autoquant.quant.weight import QuantizedWeight
@@ -27,6 +28,10 @@ MOST_SUMMED = (2**31 - 1) // (255 * 128)
 """Most products of two bytes whose sum always fits into 32 bits."""
 LARGEST_SCALE = 2.0**64
 """Largest scale of a token: beyond it (one that holds ∞), the order of products matters."""
+LARGEST_HANDED = 2.0**60
+"""Bound of the outputs that are handed on as bytes: far from ∞, which has no byte."""
+SMALLEST_STEP = 2.0**-60
+"""Smallest scale of bytes that are handed on: it is multiplied by its reciprocal."""
 PAIR_LIMIT = 2**15 - 1
 """Largest sum of two products that is exact without VNNI: they are added in 16 bits."""
 
@@ -195,6 +200,7 @@ class ConvProduct:
         self.zero = _zeros(weight)
         self._edges: tuple[torch.Size, Tensor] | None = None
         self._taken: dict[torch.Size, bool] = {}
+        self._largest: float | None = None
 
     def _prepack(self) -> Tensor:
         o = self.operation
@@ -210,7 +216,7 @@ class ConvProduct:
             return None
         if not self.activation.dynamic:
             q = quantize(x, self.activation)
-            return None if q is None else self._run(q, self.activation.scale, bias, clamp)
+            return None if q is None else self.real(q, bias, clamp, is_channels_last(x))
         tokens = quantize_rows(x, self.activation, "conv")
         if tokens is None or bool((tokens[1] > LARGEST_SCALE).any()):
             return None
@@ -225,7 +231,57 @@ class ConvProduct:
         y.mul_(scale.view(shape))
         if bias is not None:
             y.add_(bias.view(channels))
-        return y if clamp is None else y.clamp_(*clamp)
+        y = y if clamp is None else y.clamp_(*clamp)
+        return y if is_channels_last(x) else y.contiguous()
+
+    @property
+    def reads(self) -> ActivationScheme | None:
+        """The scheme whose bytes it takes."""
+        return None if self.activation.dynamic else self.activation
+
+    def stored(self, x: Tensor) -> Tensor | None:
+        """Return the bytes of a real activation; None as in a call."""
+        if self.activation.dynamic or not _takes(x):
+            return None
+        return quantize(x, self.activation) if self.takes(x) else None
+
+    def takes(self, q: Tensor) -> bool:
+        """Return whether it can compute with bytes of this shape."""
+        return q.dim() == self.axes + 2 and self._fits(q)
+
+    def real(
+        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
+    ) -> Tensor:
+        """Return [batch, out, *spatial] of an activation's bytes."""
+        y = self._run(q, self.activation.scale, bias, clamp)
+        return y if channels_last else y.contiguous()
+
+    def handed(
+        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, reader: ActivationScheme
+    ) -> Tensor | None:
+        """Return it as the bytes that ``reader`` makes of it, in the same pass.
+
+        oneDNN computes round(y · (1 / scale) + zero_point), halves to even.
+        """
+        scale = reader.scale
+        if self.axes == 3 or scale is None or scale < SMALLEST_STEP or not self._bounded(bias):
+            return None
+        zero_point = (reader.zero_point or 0) + OFFSET
+        if reader.bits < 8:  # wider ones end where bytes do
+            least, most = (end * scale for end in bounds(reader))
+            own = (-math.inf, math.inf) if clamp is None else clamp
+            low = min(max(least, own[0]), most)
+            clamp = (low, max(min(most, own[1]), low))
+        return self._run(q, self.activation.scale, bias, clamp, (scale, zero_point))
+
+    def _bounded(self, bias: Tensor | None) -> bool:
+        """Return whether no output can be so large, or NaN, that bytes would be in doubt."""
+        if self._largest is None:
+            largest = float(self.weight.scale.max()) * float(self.activation.scale or 1.0)
+            self._largest = largest * 2**31
+        if not self._largest < LARGEST_HANDED:
+            return False
+        return bias is None or bool(bias.abs().max() < LARGEST_HANDED)
 
     def _edge_sums(self, spatial: torch.Size) -> Tensor:
         """Return what each output sums of its weights, scaled: less where the input is padded.
@@ -249,13 +305,20 @@ class ConvProduct:
         return self._taken[spatial] and x.shape[1] == self.weight.q.shape[1] * self.operation.groups
 
     def _run(
-        self, q: Tensor, scale: float | None, bias: Tensor | None, clamp: Clamp | None
+        self,
+        q: Tensor,
+        scale: float | None,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+        stored: tuple[float, int] | None = None,
     ) -> Tensor:
+        """Return the product, as bytes where ``stored``, their scale and zero point, is given."""
         o = self.operation
+        form = (1.0, 0, torch.float32) if stored is None else (*stored, torch.uint8)
         y: Tensor = torch.ops.onednn.qconv_pointwise(
             _planar(q), scale, self.zero_point, self.pack, self.weight.scale, self.zero, bias,
             _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups,
-            1.0, 0, torch.float32, *_post(clamp if self.axes < 3 else None),
+            *form, *_post(clamp if self.axes < 3 else None),
         )  # fmt: skip
         if self.axes == 3 and clamp is not None:  # oneDNN's operator for volumes takes none
             return y.clamp_(*clamp)

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoquant.kernels.cpu import native, onednn
-from autoquant.kernels.operation import LINEAR, Operation
-from autoquant.kernels.reference import reference
+from autoquant.kernels.layout import is_channels_last
+from autoquant.kernels.operation import LINEAR, Chainable, Operation
+from autoquant.kernels.reference import multiply, reference
+from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme, WeightScheme
 from tests.kernels.cases import SCHEMES, calibrated, operations, quantized
 
@@ -20,23 +22,38 @@ pytestmark = pytest.mark.skipif(
 CONV = Operation("conv2d", (1, 1), (1, 1), (1, 1), 1)
 
 
-def relative_error(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-
-
 def check(operation, x, w, weights, activations, *, bias=True, clamp=None, tolerance=1e-5):
     b = torch.randn(w.shape[0]) if bias else None
     product = onednn.prepare(operation, quantized(w, weights), activations)
     assert product is not None
     expected = reference(operation, x, quantized(w, weights), activations, b)
+    # Where bias and products cancel, float32 is only as exact as what went into the sum.
+    size = max(float(expected.abs().max()), 0.0 if b is None else float(b.abs().max()))
     if clamp is not None:
         expected = expected.clamp(*clamp)
     found = product(x, b, clamp)
     assert found is not None
     assert found.shape == expected.shape
     assert found.dtype == torch.float32
-    assert relative_error(found, expected) <= tolerance
+    assert float((found - expected).abs().max()) <= tolerance * size
     return found
+
+
+def check_handed(product, x, bias, clamp, reader):
+    """Check the bytes that a product hands on against its own real output."""
+    stored = product.stored(x)
+    assert stored is not None
+    y = product.real(stored, bias, clamp, True)
+    q = product.handed(stored, bias, clamp, reader)
+    assert q is not None
+    assert q.dtype == torch.uint8
+    assert q.shape == y.shape
+    grid, zero_point = FORMATS[reader.bits], reader.zero_point or 0
+    exact = (y.double() / reader.scale + zero_point).clamp(grid.qmin, grid.qmax)
+    # Nothing is further than half a step away, but for the rounding of float32 itself.
+    error = (q.double() - native.OFFSET - exact).abs()
+    assert float(error.max()) <= 0.5 + 1e-4
+    return q
 
 
 def is_safe(operation, w, x):
@@ -110,7 +127,76 @@ def test_convolutions_of_all_shapes_are_right_or_refused(axes):
         made = calibrated(
             ActivationScheme(8, draw.choice(("per_tensor", "per_token")), draw.choice(SCHEMES)), x
         )
-        check(operation, x, w, WeightScheme(6), made)
+        y = check(operation, x, w, WeightScheme(6), made)
+        if axes == 3 or made.dynamic:
+            continue
+        product = onednn.prepare(operation, quantized(w, WeightScheme(6)), made)
+        bias = draw.choice((None, torch.randn(w.shape[0])))
+        reader = calibrated(ActivationScheme(draw.randint(2, 8), "per_tensor", made.scheme), y)
+        clamp = draw.choice((None, (0.0, math.inf), (0.0, 6.0)))
+        if (reader.scale or 0) > 1e-6:
+            check_handed(product, x, bias, clamp, reader)
+
+
+def test_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them():
+    torch.manual_seed(0)
+    x, w, bias = torch.randn(2, 6, 9, 9), torch.randn(8, 6, 3, 3), torch.randn(8)
+    eight = calibrated(ActivationScheme(8, "per_tensor", "asymmetric"), x)
+    product = onednn.prepare(CONV, quantized(w, WeightScheme(8)), eight)
+    assert isinstance(product, Chainable)
+    assert product.reads == eight
+    for scale, zero_point, bits in ((0.02, 0, 8), (6 / 255, -128, 8), (0.5, 7, 5), (1e-6, 0, 8)):
+        reader = ActivationScheme(bits, scale=scale, zero_point=zero_point)
+        for clamp in (None, (0.0, math.inf), (0.0, 6.0)):
+            q = check_handed(product, x, bias, clamp, reader)
+            # What it takes is what it would have made of the real numbers itself.
+            following = onednn.prepare(
+                Operation("conv2d", (1, 1), (0, 0), (1, 1), 1),
+                quantized(torch.randn(4, 8, 1, 1), WeightScheme(8)),
+                reader,
+            )
+            assert following.takes(q)
+            y = product.real(product.stored(x), bias, clamp, True)
+            assert (following.stored(y).int() - q.int()).abs().max() <= 1
+            assert (following.stored(y) != q).float().mean() < 0.01
+
+
+def test_outputs_whose_bytes_would_be_in_doubt_are_not_handed_on():
+    x, w = torch.randn(2, 6, 9, 9), torch.randn(8, 6, 3, 3)
+    eight = calibrated(ActivationScheme(8), x)
+    reader = ActivationScheme(8, scale=0.1, zero_point=0)
+    product = onednn.prepare(CONV, quantized(w, WeightScheme(8)), eight)
+    stored = product.stored(x)
+    for value in (math.nan, math.inf, -math.inf, 1e30):
+        bias = torch.randn(8)
+        bias[3] = value
+        assert product.handed(stored, bias, None, reader) is None
+    tiny = ActivationScheme(8, scale=1e-30, zero_point=0)
+    assert product.handed(stored, None, None, tiny) is None
+    huge = onednn.prepare(CONV, quantized(w * 1e25, WeightScheme(8)), eight)
+    assert huge.handed(stored, None, None, reader) is None
+    # All that a clamp leaves lies beyond the reader's range: the byte of its end.
+    low = ActivationScheme(4, scale=0.1, zero_point=7)
+    assert check_handed(product, x, None, (0.5, 6.0), low).unique().tolist() == [128 + 7]
+    dynamic = onednn.prepare(CONV, quantized(w, WeightScheme(8)), ActivationScheme(8, "per_token"))
+    assert dynamic.reads is None
+    assert dynamic.stored(x) is None
+    assert product.stored(torch.full_like(x, math.nan)) is None
+    assert product.stored(x[:, :3]) is None
+    assert not product.takes(stored[:, :3])
+
+
+def test_large_outputs_saturate_where_they_are_handed_on():
+    w = torch.ones(4, 2, 1, 1)
+    operation = Operation("conv2d", (1, 1), (0, 0), (1, 1), 1)
+    eight = ActivationScheme(8, scale=1e6, zero_point=0)
+    product = onednn.prepare(operation, quantized(w, WeightScheme(8)), eight)
+    x = torch.tensor([1e8, -1e8]).view(2, 1, 1, 1).expand(2, 2, 3, 3).contiguous()
+    for scale in (1e-3, 1e-15):
+        reader = ActivationScheme(8, scale=scale, zero_point=3)
+        q = product.handed(product.stored(x), None, None, reader)
+        assert torch.equal(q[0], torch.full_like(q[0], 255))
+        assert torch.equal(q[1], torch.zeros_like(q[1]))
 
 
 def test_outputs_that_see_padding_alone_are_refused():
@@ -251,3 +337,29 @@ def test_packed_weights_are_shared_between_activations_and_freed_with_their_inte
     assert len(onednn._cache) == before + 1
     del q, products
     assert len(onednn._cache) == before
+
+
+def lies(x):
+    return [x.is_contiguous(), x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)]
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_outputs_lie_in_memory_as_a_float_convolutions_do(axes, granularity):
+    operation = Operation(f"conv{axes}d", (1,) * axes, (1,) * axes, (1,) * axes, 1)
+    for channels, side in ((6, 7), (2, 5), (6, 1)):
+        x = torch.randn(2, channels, *[side] * axes)
+        w = torch.randn(8, channels, *[3] * axes)
+        scheme = ActivationScheme(8, granularity, "asymmetric")
+        scheme = scheme if scheme.dynamic else calibrated(scheme, x)
+        product = onednn.prepare(operation, quantized(w, WeightScheme(8)), scheme)
+        forms = [x, x.contiguous(memory_format=torch.channels_last)] if axes == 2 else [x]
+        for form in forms:
+            expected = multiply(operation, form, w, None)
+            found = product(form, None)
+            assert lies(found) == lies(expected)
+            if not scheme.dynamic:
+                stored = product.stored(form)
+                again = product.real(stored, None, None, is_channels_last(form))
+                assert lies(again) == lies(expected)
+                assert torch.equal(again, found)

@@ -1,0 +1,136 @@
+"""An output that stays integers is, to everybody but its reader, the tensor of real numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from autoquant.nn.quantized_output import QuantizedOutput, as_real
+from autoquant.spec.recipe import ActivationScheme
+
+SCHEME = ActivationScheme(8, scale=0.5, zero_point=0)
+REAL = torch.tensor([[0.1, -1.0], [2.4, 60.0]])
+Q = (REAL / 0.5).round().add(128).to(torch.uint8)
+
+
+def made() -> tuple[QuantizedOutput, list[int]]:
+    asked: list[int] = []
+
+    def compute(source: Tensor) -> Tensor:
+        asked.append(1)
+        return source.clone()
+
+    return QuantizedOutput.of(Q, REAL, SCHEME, compute, REAL.stride()), asked
+
+
+def test_its_form_is_known_without_its_numbers():
+    y, asked = made()
+    assert isinstance(y, Tensor)
+    assert (y.shape, y.dtype, y.device, y.ndim, y.layout) == (
+        *((2, 2), torch.float32, torch.device("cpu"), 2),
+        torch.strided,
+    )
+    assert (y.dim(), y.size(0), y.numel(), len(y), y.stride()) == (2, 2, 4, 2, (2, 1))
+    assert y.is_contiguous()
+    assert y.is_floating_point()
+    assert not y.requires_grad
+    assert not asked
+    assert not y.seen
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda y: y + 1,
+        lambda y: 1 - y,
+        lambda y: y.flatten(),
+        lambda y: y[0],
+        lambda y: torch.cat([y, y]),
+        lambda y: torch.stack((y, y.mean(0, keepdim=True).expand(2, 2))),
+        lambda y: torch.nn.functional.relu(y),
+        lambda y: y.sum().item(),
+        lambda y: y.tolist(),
+        lambda y: y.numpy(),
+        lambda y: np.asarray(y),
+        lambda y: y.clone(),
+        lambda y: y.detach(),
+        lambda y: y.to(torch.float64),
+        lambda y: y.half(),
+        lambda y: copy.deepcopy(y),
+        lambda y: torch.nn.Linear(2, 3).requires_grad_(False).weight @ y,
+        lambda y: y @ y.mT,
+        lambda y: bool((y > 0).any()),
+        lambda y: [float(v) for row in y for v in row],
+        lambda y: repr(y),
+        lambda y: torch.einsum("ij,jk->ik", y, y),
+        lambda y: torch.empty(2, 2).copy_(y),
+        lambda y: torch.zeros(2, 2).add_(y),
+        lambda y: torch.ops.aten.mul.Tensor(y, 2.0),
+    ],
+)
+def test_whoever_uses_it_has_the_real_numbers(use):
+    torch.manual_seed(0)
+    y, asked = made()
+    found = use(y)
+    torch.manual_seed(0)
+    expected = use(REAL.clone())
+    assert type(found) is type(expected)
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert np.array_equal(found, expected)
+    assert asked == [1]
+    assert y.seen
+    assert not y.written
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y: y.add_(1),
+        lambda y: y.view(4).mul_(2),
+        lambda y: torch.relu_(y),
+        lambda y: y.__setitem__(0, 7.0),
+        lambda y: torch.add(y, 1, out=y),
+        lambda y: y.detach().zero_(),
+    ],
+)
+def test_what_is_written_into_it_is_noticed_and_stays(write):
+    y, asked = made()
+    plain = REAL.clone()
+    write(y)
+    write(plain)
+    assert y.written
+    assert torch.equal(y + 0, plain)
+    assert torch.equal(as_real(y), plain)
+    assert asked == [1]
+
+
+def test_numbers_that_torch_does_not_watch_count_as_written():
+    y, _ = made()
+    with torch.inference_mode():
+        assert float(y.sum()) == pytest.approx(float(REAL.sum()))
+    assert y.written
+
+
+def test_marks_are_told_from_what_it_is_made_of():
+    y, _ = made()
+    assert y.marks() == {}
+    y.note = "clamped"
+    assert y.marks() == {"note": "clamped"}
+    assert as_real(REAL) is REAL
+    assert as_real(None) is None
+
+
+def test_no_name_of_a_tensors_own_means_something_else():
+    ours = {*vars(QuantizedOutput), *QuantizedOutput.__annotations__}
+    assert {name for name in ours if hasattr(Tensor, name)} <= {
+        *("__module__", "__doc__", "__annotations__", "__torch_function__", "__torch_dispatch__"),
+        *("__firstlineno__", "__static_attributes__"),
+    }
+    y, _ = made()
+    assert torch.equal(y.real, REAL)

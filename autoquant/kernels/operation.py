@@ -7,7 +7,7 @@ A product is one weight, packed once for one activation scheme. It computes what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -56,8 +56,7 @@ class Product(Protocol):
         ...
 
 
-@runtime_checkable
-class Chainable(Protocol):
+class Chainable(Product, Protocol):
     """A product that takes its activation as bytes, and hands its output on as bytes.
 
     Between two layers it saves writing real numbers and reading them again. Bytes are the integers
@@ -88,14 +87,24 @@ class Chainable(Protocol):
         ...
 
     def handed(
-        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, reader: ActivationScheme
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+        reader: ActivationScheme,
+        gelu: str | None = None,
     ) -> Tensor | None:
-        """Return that output as the bytes that ``reader`` makes of it.
+        """Return that output, or its GELU of this approximation, as the bytes ``reader`` makes.
 
         Numbers next to the middle between two integers may go to either, as they may when they
         come from another backend. None where it can't be computed without doubt.
         """
         ...
+
+
+def is_chainable(product: Product | None) -> TypeGuard[Chainable]:
+    """Return whether a product can be handed bytes; a protocol's own check is slow."""
+    return hasattr(product, "handed")
 
 
 class Backend(Protocol):

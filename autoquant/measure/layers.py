@@ -177,7 +177,8 @@ class _Timer:
         own = [] if _ours(unit.module) else [unit.name]
         parts = [f"{kind.__module__}.{kind.__qualname__}", repr(unit.module), weights, dtype]
         clamp = getattr(unit.module, "clamp", None)
-        chained = [vars(unit.module).get("reader") is not None, unit.module in self._read]
+        own_reader = vars(unit.module).get("reader")
+        chained = [own_reader is not None, unit.module in self._read, vars(unit.module).get("gelu")]
         where = [layout, clamp, chained, backends]
         return json.dumps([machine_key(self.device), *parts, *where, text, *own])
 

@@ -119,6 +119,7 @@ class _Integers:
     scheme: ActivationScheme
     compute: Callable[[Tensor], Tensor]
     stride: tuple[int, ...]
+    gelu: str | None
     marks: Mapping[str, Any]
 
 
@@ -160,7 +161,9 @@ class Outputs:
                 leaf = made.setdefault(id(leaf), tensor(leaf))
             elif type(leaf) is _Integers:
                 q, source = tensor(leaf.q), tensor(leaf.source)
-                again = QuantizedOutput.of(q, source, leaf.scheme, leaf.compute, leaf.stride)
+                again = QuantizedOutput.of(
+                    q, source, leaf.scheme, leaf.compute, leaf.stride, leaf.gelu
+                )
                 vars(again).update(leaf.marks)
                 leaf = made.setdefault(id(leaf), again)
             leaves.append(leaf)
@@ -208,7 +211,7 @@ def pack(result: Any, inputs: Inputs) -> Outputs | None:
         memories.append(group[0].detach().as_strided((stop - start,), (1,), start))
     for i, t in integers.items():
         lie = views[id(t.q)], views[id(t.source)]
-        views[i] = _Integers(*lie, t.scheme, t.compute, t.stride(), t.marks())
+        views[i] = _Integers(*lie, t.scheme, t.compute, t.stride(), t.gelu, t.marks())
     leaves = tuple(views[id(x)] if isinstance(x, Tensor) else x for x in found)
     return Outputs(leaves, spec, tuple(memories))
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autoquant.kernels.operation import Clamp
+from autoquant.nn.quantized_output import gelu_of, leaves_alone
 
 _MARK = "_autoquant_clamp"
 
@@ -76,10 +77,11 @@ class _Output:
 
 @dataclass
 class _Value:
-    """What a layer gave, before and after its ReLU: the layers that read it, and other uses."""
+    """What a layer gave, before and after its activation: layers that read it, and other uses."""
 
     layer: nn.Module
     relu: nn.Module | None = None
+    gelu: str | None = None
     readers: list[nn.Module] = field(default_factory=list)
     own: int = 0
     others: int = 0
@@ -152,7 +154,12 @@ class _Watch(TorchFunctionMode):
         for value in self.values:
             known = found.setdefault(value.layer, value)
             alone = len(value.readers) == 1 and not value.others
-            if not alone or value.readers != known.readers or value.relu is not known.relu:
+            like = (value.readers, value.relu, value.gelu) == (
+                known.readers,
+                known.relu,
+                known.gelu,
+            )
+            if not alone or not like:
                 shared.add(value.layer)
         return {layer: value for layer, value in found.items() if layer not in shared}
 
@@ -166,6 +173,16 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count the uses of what is followed."""
+        if leaves_alone(func, args, kwargs):
+            return args[0]
+        value = self._value(args[0]) if args else None
+        gelu = gelu_of(func, args, kwargs)
+        if gelu is not None and value is not None and value not in self._reading:
+            y = func(*args, **(kwargs or {}))
+            value.others += bool(value.readers) or (value.relu or value.gelu) is not None
+            value.gelu = gelu
+            self._held[id(y)] = weakref.ref(y), value
+            return y
         if getattr(func, "__name__", "") not in _LOOKS:
             for leaf in pytree.tree_leaves((args, kwargs)):
                 output = self._find(leaf)
@@ -203,6 +220,7 @@ def watching(layers: Iterable[nn.Module], model: nn.Module) -> Iterator[Callable
         for layer, value in watch.readers().items():
             if value.relu is None or layer in leaders.get(value.relu, ()):
                 vars(layer)["reader"] = value.readers[0]
+                vars(layer)["gelu"] = value.gelu
 
     try:
         with watch:
@@ -223,6 +241,7 @@ def unfollow(model: nn.Module) -> None:
             module.__class__ = module.float_type  # type: ignore[assignment]
         vars(module).pop("clamp", None)
         vars(module).pop("reader", None)
+        vars(module).pop("gelu", None)
 
 
 def clamp_(y: Tensor, clamp: Clamp) -> Tensor:

@@ -44,12 +44,14 @@ class _QuantizedCall(_SiteWeight):
     """Computes as the original layer does, on a quantized input.
 
     ``operation`` says what that is, None where no kernel can stand in for it; ``clamp`` is a ReLU
-    that follows, and ``reader`` the layer that alone reads what comes out then.
+    that follows, ``gelu`` the approximation of a GELU that does, and ``reader`` the layer that
+    alone reads what comes out then.
     """
 
     operation: Operation | None = None
     clamp: Clamp | None = None
     reader: Reader | None = None
+    gelu: str | None = None
 
     @property
     def bias(self) -> Tensor | None:
@@ -71,6 +73,7 @@ class _QuantizedCall(_SiteWeight):
             lambda x: compute(x, *args, **kwargs),
             self.clamp,
             self.reader,
+            self.gelu,
         )
 
     def reads(self) -> ActivationScheme | None:

@@ -108,6 +108,7 @@ class PackedSite(nn.Module):
         compute: Callable[[Tensor], Tensor],
         clamp: Clamp | None = None,
         reader: Reader | None = None,
+        gelu: str | None = None,
     ) -> Tensor:
         """Return a layer's output on ``x``; a saved model has its ReLUs as modules."""
         return compute(self.quantize_input(x))

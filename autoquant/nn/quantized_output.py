@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -34,13 +35,15 @@ class QuantizedOutput(Tensor):
     """``q``, uint8, the integers that ``scheme`` makes of a layer's float32 output.
 
     ``compute`` gives that output itself, which lies in memory as ``stride`` says, from ``source``,
-    the integers that the layer read. Nobody writes into either.
+    the integers that the layer read. Nobody writes into either. Where ``gelu`` is set, ``q`` are
+    the integers of the output's GELU of that approximation: whoever asks for it gets them.
     """
 
     q: Tensor
     source: Tensor
     scheme: ActivationScheme
     compute: Callable[[Tensor], Tensor]
+    gelu: str | None
     _real: Tensor | None
     _made: int
 
@@ -51,12 +54,13 @@ class QuantizedOutput(Tensor):
         scheme: ActivationScheme,
         compute: Callable[[Tensor], Tensor],
         stride: tuple[int, ...],
+        gelu: str | None = None,
     ) -> QuantizedOutput:
         """Return the output."""
         y: QuantizedOutput = Tensor._make_wrapper_subclass(
             QuantizedOutput, q.shape, strides=stride, dtype=torch.float32, device=q.device
         )
-        y.q, y.source, y.scheme, y.compute = q, source, scheme, compute
+        y.q, y.source, y.scheme, y.compute, y.gelu = q, source, scheme, compute, gelu
         y._real, y._made = None, 0
         return y
 
@@ -64,6 +68,18 @@ class QuantizedOutput(Tensor):
         """Return what was written on the output beside its numbers."""
         own = QuantizedOutput.__annotations__
         return {name: value for name, value in vars(self).items() if name not in own}
+
+    def activated(self) -> QuantizedOutput:
+        """Return the output's GELU, as ``gelu`` says."""
+        assert self.gelu is not None
+        compute, approximate = self.compute, self.gelu
+        return QuantizedOutput.of(
+            self.q,
+            self.source,
+            self.scheme,
+            lambda source: F.gelu(compute(source), approximate=approximate),
+            self.stride(),
+        )
 
     @property
     def seen(self) -> bool:
@@ -88,6 +104,12 @@ class QuantizedOutput(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Answer what is asked of the form; for all else put the real numbers in its place."""
+        if leaves_alone(func, args, kwargs):
+            return args[0]
+        if (asked := gelu_of(func, args, kwargs)) is not None:
+            x = args[0]
+            if isinstance(x, QuantizedOutput) and x.gelu == asked and not x.written:
+                return x.activated()
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -107,6 +129,18 @@ class QuantizedOutput(Tensor):
         """Put the real numbers in its place, where code reached it without torch's functions."""
         args, kwargs = pytree.tree_map(as_real, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def gelu_of(func: Any, args: tuple[Any, ...], kwargs: Any) -> str | None:
+    """Return the approximation where a call of torch is a GELU of its first argument, or None."""
+    if func is not F.gelu or len(args) != 1:
+        return None
+    return str((kwargs or {}).get("approximate", "none"))
+
+
+def leaves_alone(func: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
+    """Return whether a call of torch gives its first argument as it is: a dropout at rest."""
+    return func is F.dropout and len(args) == 1 and not (kwargs or {}).get("training", True)
 
 
 def as_real(x: Any) -> Any:

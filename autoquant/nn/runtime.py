@@ -50,12 +50,14 @@ class SiteRuntime(Protocol):
         compute: Callable[[Tensor], Tensor],
         clamp: Clamp | None = None,
         reader: Reader | None = None,
+        gelu: str | None = None,
     ) -> Tensor:
         """Return a layer's output on ``x``; ``compute`` gives it from the quantized activation.
 
         ``operation`` says what ``compute`` does with weight and bias, so that a kernel can stand
         in for it; None where it is nothing that a kernel knows. ``clamp`` is a ReLU that follows,
-        and ``reader`` the layer that alone reads the output after that.
+        ``gelu`` the approximation of a GELU that does, and ``reader`` the layer that alone reads
+        the output after that.
         """
         ...
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autoquant.kernels.engine import FLOAT, Engine
 from autoquant.kernels.layout import contiguous_stride, is_channels_last
-from autoquant.kernels.operation import LINEAR, Chainable, Clamp, Operation, Product
+from autoquant.kernels.operation import LINEAR, Clamp, Operation, Product, is_chainable
 from autoquant.nn.follow import clamp_, mark
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.quantized_output import QuantizedOutput, as_real
@@ -115,13 +115,14 @@ class SiteSlot:
         compute: Callable[[Tensor], Tensor],
         clamp: Clamp | None = None,
         reader: Reader | None = None,
+        gelu: str | None = None,
     ) -> Tensor:
         """Return a layer's output on ``x``, by a kernel or by ``compute``, clamped and marked."""
         start = time.perf_counter()
         product = None if operation is None else self._product(operation, None)
         if product is not None:
             self._tell()
-            y = _run(product, x, bias, clamp, reader)
+            y = _run(product, x, bias, clamp, reader, gelu)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y if clamp is None else mark(y, clamp)
@@ -138,12 +139,12 @@ class SiteSlot:
         """Return the scheme whose integers a layer's kernel would take; None where it has none."""
         self.use()
         product = None if operation is None else self._product(operation, None)
-        return product.reads if isinstance(product, Chainable) else None
+        return product.reads if is_chainable(product) else None
 
     def as_read(self, operation: Operation | None, x: Tensor) -> Tensor:
         """Return ``x`` as a layer that alone is read by this one would hand it on."""
         product = None if operation is None else self._product(operation, None)
-        if not isinstance(product, Chainable) or product.reads is None:
+        if not is_chainable(product) or product.reads is None:
             return x
         q = product.stored(x)
         return x if q is None else QuantizedOutput.of(q, q, product.reads, lambda _: x, x.stride())
@@ -181,27 +182,32 @@ class SiteSlot:
 
 
 def _run(
-    product: Product, x: Tensor, bias: Tensor | None, clamp: Clamp | None, reader: Reader | None
+    product: Product,
+    x: Tensor,
+    bias: Tensor | None,
+    clamp: Clamp | None,
+    reader: Reader | None,
+    gelu: str | None,
 ) -> Tensor | None:
     """Return the output of ``product``, as integers where its reader takes these; or None."""
     wanted = None if reader is None else reader.reads()
     q: Tensor | None = None
     if isinstance(x, QuantizedOutput):
-        fits = isinstance(product, Chainable) and product.reads == x.scheme and not x.written
-        if fits and product.takes(x.q):  # type: ignore[attr-defined]
+        fits = x.gelu is None and not x.written
+        if fits and is_chainable(product) and product.reads == x.scheme and product.takes(x.q):
             q = x.q
         else:
             x = x.dequantized()
-    if not isinstance(product, Chainable) or (q is None and wanted is None):
+    if not is_chainable(product) or (q is None and wanted is None):
         return product(x, bias, clamp)
     known = product.stored(x) if q is None else q
     if known is None:
         return product(x, bias, clamp)
     last = is_channels_last(x)
     if wanted is not None:
-        found = product.handed(known, bias, clamp, wanted)
+        found = product.handed(known, bias, clamp, wanted, gelu)
         if found is not None:
             real = functools.partial(product.real, bias=bias, clamp=clamp, channels_last=last)
             stride = found.stride() if last else contiguous_stride(found.shape)
-            return QuantizedOutput.of(found, known, wanted, real, stride)
+            return QuantizedOutput.of(found, known, wanted, real, stride, gelu)
     return product.real(known, bias, clamp, last)

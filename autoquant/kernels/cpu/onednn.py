@@ -32,6 +32,8 @@ LARGEST_HANDED = 2.0**60
 """Bound of the outputs that are handed on as bytes: far from ∞, which has no byte."""
 SMALLEST_STEP = 2.0**-60
 """Smallest scale of bytes that are handed on: it is multiplied by its reciprocal."""
+Post = tuple[str, list[float], str]
+"""What oneDNN does with an output in the same pass: a name, numbers and an algorithm."""
 PAIR_LIMIT = 2**15 - 1
 """Largest sum of two products that is exact without VNNI: they are added in 16 bits."""
 
@@ -81,13 +83,15 @@ class PackedWeight:
     """Integers with their zero points taken off, int8 in the weight's shape, and how they scale.
 
     ``scale`` and ``sums`` (of a channel's integers, scaled) are float32 [channels]; ``largest`` is
-    the largest magnitude. ``packs`` keeps what oneDNN made of the integers, by what asked for it.
+    the largest magnitude, ``largest_scale`` the largest scale. ``packs`` keeps what oneDNN made of
+    the integers, by what asked for it.
     """
 
     q: Tensor
     scale: Tensor
     sums: Tensor
     largest: int
+    largest_scale: float
     packs: dict[object, Tensor]
 
     @property
@@ -125,7 +129,8 @@ def _pack(weight: QuantizedWeight) -> PackedWeight | str:
     scale = weight.qparams.scale.flatten().expand(channels).contiguous()
     sums = centered.sum(1, dtype=torch.int64).to(torch.float64) * scale
     q = centered.to(torch.int8).reshape(weight.shape)
-    return PackedWeight(q, scale, sums.to(torch.float32), max(-lo, hi), {})
+    largest_scale = float(scale.max()) if channels else 0.0
+    return PackedWeight(q, scale, sums.to(torch.float32), max(-lo, hi), largest_scale, {})
 
 
 # --- products -----------------------------------------------------------------------------------
@@ -150,19 +155,60 @@ class LinearProduct:
             return None
         if not self.activation.dynamic:
             q = quantize(x, self.activation)
-            zero_point = (self.activation.zero_point or 0) + OFFSET
-            if q is None:
-                return None
-            return self._run(q, self.activation.scale, zero_point, bias, clamp)
+            return None if q is None else self.real(q, bias, clamp, False)
         rows = quantize_rows(x, self.activation, "linear")
         if rows is None or bool((rows[1] > LARGEST_SCALE).any()):
             return None
         q, scale, zero_points = rows
-        y = self._run(q, 1.0, OFFSET, None, None)
+        y = self._run(q, 1.0, OFFSET, None, _post(None))
         finish_rows(
             y.view(-1, y.shape[-1]), scale, zero_points, self.weight.sums, _or_zeros(bias, y)
         )
         return y if clamp is None else y.clamp_(*clamp)
+
+    @property
+    def reads(self) -> ActivationScheme | None:
+        """The scheme whose bytes it takes."""
+        return None if self.activation.dynamic else self.activation
+
+    def stored(self, x: Tensor) -> Tensor | None:
+        """Return the bytes of a real activation; None as in a call."""
+        if self.activation.dynamic or not _takes(x) or not self.takes(x):
+            return None
+        return quantize(x, self.activation)
+
+    def takes(self, q: Tensor) -> bool:
+        """Return whether it can compute with bytes of this shape."""
+        return q.dim() >= 1 and q.shape[-1] == self.weight.q.shape[1]
+
+    def real(
+        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
+    ) -> Tensor:
+        """Return [..., out] of an activation's bytes."""
+        return self._run(q, self.activation.scale, self._zero_point, bias, _post(clamp))
+
+    def handed(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+        reader: ActivationScheme,
+        gelu: str | None = None,
+    ) -> Tensor | None:
+        """Return it as the bytes that ``reader`` makes of it, in the same pass."""
+        stored = _handed_form(self.weight, self.activation, bias, reader)
+        if stored is None or (gelu is not None and clamp is not None):
+            return None
+        post = _post(_within(clamp, reader)) if gelu is None else ("gelu", [], gelu)
+        y = self._run(q, self.activation.scale, self._zero_point, bias, post, stored)
+        if gelu is not None and reader.bits < 8:
+            grid = FORMATS[reader.bits]
+            y.clamp_(grid.qmin + OFFSET, grid.qmax + OFFSET)
+        return y
+
+    @property
+    def _zero_point(self) -> int:
+        return (self.activation.zero_point or 0) + OFFSET
 
     def _run(
         self,
@@ -170,11 +216,14 @@ class LinearProduct:
         scale: float | None,
         zero_point: int,
         bias: Tensor | None,
-        clamp: Clamp | None,
+        post: Post,
+        stored: tuple[float, int] | None = None,
     ) -> Tensor:
+        """Return the product, as bytes where ``stored``, their scale and zero point, is given."""
+        form = (1.0, 0, torch.float32) if stored is None else (*stored, torch.uint8)
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             q, scale, zero_point, self.pack, self.weight.scale, self.zero, bias,
-            1.0, 0, torch.float32, *_post(clamp),
+            *form, *post,
         )  # fmt: skip
         return y
 
@@ -200,7 +249,6 @@ class ConvProduct:
         self.zero = _zeros(weight)
         self._edges: tuple[torch.Size, Tensor] | None = None
         self._taken: dict[torch.Size, bool] = {}
-        self._largest: float | None = None
 
     def _prepack(self) -> Tensor:
         o = self.operation
@@ -257,31 +305,18 @@ class ConvProduct:
         return y if channels_last else y.contiguous()
 
     def handed(
-        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, reader: ActivationScheme
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+        reader: ActivationScheme,
+        gelu: str | None = None,
     ) -> Tensor | None:
-        """Return it as the bytes that ``reader`` makes of it, in the same pass.
-
-        oneDNN computes round(y · (1 / scale) + zero_point), halves to even.
-        """
-        scale = reader.scale
-        if self.axes == 3 or scale is None or scale < SMALLEST_STEP or not self._bounded(bias):
+        """Return it as the bytes that ``reader`` makes of it, in the same pass."""
+        stored = _handed_form(self.weight, self.activation, bias, reader)
+        if self.axes == 3 or gelu is not None or stored is None:
             return None
-        zero_point = (reader.zero_point or 0) + OFFSET
-        if reader.bits < 8:  # wider ones end where bytes do
-            least, most = (end * scale for end in bounds(reader))
-            own = (-math.inf, math.inf) if clamp is None else clamp
-            low = min(max(least, own[0]), most)
-            clamp = (low, max(min(most, own[1]), low))
-        return self._run(q, self.activation.scale, bias, clamp, (scale, zero_point))
-
-    def _bounded(self, bias: Tensor | None) -> bool:
-        """Return whether no output can be so large, or NaN, that bytes would be in doubt."""
-        if self._largest is None:
-            largest = float(self.weight.scale.max()) * float(self.activation.scale or 1.0)
-            self._largest = largest * 2**31
-        if not self._largest < LARGEST_HANDED:
-            return False
-        return bias is None or bool(bias.abs().max() < LARGEST_HANDED)
+        return self._run(q, self.activation.scale, bias, _within(clamp, reader), stored)
 
     def _edge_sums(self, spatial: torch.Size) -> Tensor:
         """Return what each output sums of its weights, scaled: less where the input is padded.
@@ -350,7 +385,38 @@ def geometry_is_safe(
     return True
 
 
-def _post(clamp: Clamp | None) -> tuple[str, list[float], str]:
+def _handed_form(
+    weight: PackedWeight,
+    activation: ActivationScheme,
+    bias: Tensor | None,
+    reader: ActivationScheme,
+) -> tuple[float, int] | None:
+    """Return the scale and zero point of the bytes that ``reader`` is handed.
+
+    None where an output may be NaN, or so large that its byte would be in doubt. oneDNN computes
+    round(y · (1 / scale) + zero_point), halves to even.
+    """
+    scale = reader.scale
+    if scale is None or scale < SMALLEST_STEP:
+        return None
+    if not weight.largest_scale * (activation.scale or 1.0) * 2**31 < LARGEST_HANDED:
+        return None
+    if bias is not None and not bool(bias.abs().max() < LARGEST_HANDED):
+        return None
+    return scale, (reader.zero_point or 0) + OFFSET
+
+
+def _within(clamp: Clamp | None, reader: ActivationScheme) -> Clamp | None:
+    """Return the clamp after which ``reader``'s integers stay within its grid."""
+    if reader.bits >= 8 or reader.scale is None:  # it ends where bytes do
+        return clamp
+    least, most = (end * reader.scale for end in bounds(reader))
+    own = (-math.inf, math.inf) if clamp is None else clamp
+    low = min(max(least, own[0]), most)
+    return low, max(min(most, own[1]), low)
+
+
+def _post(clamp: Clamp | None) -> Post:
     """Return what oneDNN does with the output in the same pass."""
     if clamp is None:
         return "none", [], ""

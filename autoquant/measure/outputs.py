@@ -69,7 +69,9 @@ class Inputs:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: bool = False) -> None:
         self._given = (args, kwargs)
-        self.leaves = pytree.tree_leaves(self._given)
+        # Most calls have a tensor or two: those need no walk through what they may hold.
+        flat = not kwargs and all(type(x) in KNOWN for x in args)
+        self.leaves = list(args) if flat else pytree.tree_leaves(self._given)
         self.tensors = [leaf for leaf in self.leaves if type(leaf) in KNOWN]
         self.known = all(type(x) in KNOWN or isinstance(x, CONSTANTS) for x in self.leaves)
         self.known = self.known and all(map(is_plain, self.tensors))

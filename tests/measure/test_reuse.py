@@ -84,6 +84,20 @@ class Chained(nn.Module):
         return self.head(x).mean((2, 3)) + x.sum((1, 2, 3))[:, None]
 
 
+class Perceptron(nn.Module):
+    """Linear layers with a GELU or nothing between them, handed on through a block or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(6, 12), nn.GELU())
+        self.up, self.act, self.down = nn.Linear(12, 24), nn.GELU("tanh"), nn.Linear(24, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.head(self.down(self.act(self.up(y))))
+
+
 class Sequences(nn.Module):
     """An LSTM on packed sequences, and a GRU with states."""
 
@@ -243,6 +257,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (Residual, (4, 8)),
     "in_place": (InPlace, (2, 3, 9, 9)),
     "chained": (Chained, (2, 3, 9, 9)),
+    "perceptron": (Perceptron, (5, 6)),
     "sequences": (Sequences, (4, 4, 8)),
     "shared": (Shared, (4, 8)),
     "decoder": (Decoder, (3, 2, 8)),
@@ -329,7 +344,7 @@ def test_results_are_those_of_a_run_without_reuse(name, data):
 
 
 @pytest.mark.parametrize("budget", [64 * MIB, 12_000])
-@pytest.mark.parametrize("name", ["chained", "in_place", "residual"])
+@pytest.mark.parametrize("name", ["chained", "in_place", "residual", "perceptron"])
 def test_results_are_those_of_a_run_without_reuse_where_layers_hand_integers_on(name, budget):
     bench = Bench(*MODELS[name], budget=budget, fast=True)
     assert bench.check(), bench.said

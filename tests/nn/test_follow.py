@@ -288,3 +288,90 @@ def test_code_may_take_the_views_that_the_float_model_allows(memory_format):
         assert model(x).shape == shape
     assert model.strides == strides
     assert "int8" in prepared.engine.shares()
+
+
+class Perceptron(nn.Module):
+    """Two linear layers, and what is between them."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.gelu, self.tanh_gelu = nn.GELU(), nn.GELU("tanh")
+        self.relu, self.dropout = nn.ReLU(), nn.Dropout(0.1)
+        self.case = case
+
+    def forward(self, x):
+        return self.case(self, x)
+
+
+def gelu_twice(m, x):
+    y = m.gelu(m.a(x))
+    return m.b(m.gelu(y))
+
+
+def gelu_and_sum(m, x):
+    y = m.a(x)
+    return m.b(m.gelu(y)) + y.mean()
+
+
+def gelu_beside(m, x):
+    y = m.a(x)
+    return m.b(m.gelu(y)) + m.gelu(y).mean()
+
+
+def before_gelu(m, x):
+    y = m.a(x)
+    m.gelu(y)
+    return m.b(y)
+
+
+def other_gelu_later(m, x):
+    """Another approximation than in the run that was watched."""
+    gelu = m.gelu if len(x) == 4 else m.tanh_gelu
+    return m.b(gelu(m.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("case", "handed"),
+    [
+        (lambda m, x: m.b(m.gelu(m.a(x))), ("b", "none")),
+        (lambda m, x: m.b(m.dropout(m.gelu(m.a(x)))), ("b", "none")),
+        (lambda m, x: m.b(m.tanh_gelu(m.a(x))), ("b", "tanh")),
+        (lambda m, x: m.b(F.gelu(m.a(x), approximate="tanh")), ("b", "tanh")),
+        (lambda m, x: m.b(m.relu(m.a(x))), ("b", None)),
+        (lambda m, x: m.b(m.a(x)), ("b", None)),
+        (other_gelu_later, ("b", "none")),
+        (gelu_twice, (None, None)),
+        (gelu_and_sum, (None, None)),
+        (gelu_beside, (None, None)),
+        (before_gelu, None),  # whatever is concluded from it, the numbers must be right
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 5])
+def test_what_is_between_linear_layers_is_part_of_the_first(case, handed, bits):
+    torch.manual_seed(0)
+    model = Perceptron(case).eval()
+    data = torch.randn(4, 7, 8)
+    with torch.no_grad():
+        expected = model(data)
+        prepared = prepare(model, lambda m: m(data), engine=make_engine(CPU))
+        model = prepared.model
+        if handed is not None:
+            reader = vars(model.a).get("reader")
+            assert (None if reader is None else "b", vars(model.a).get("gelu")) == handed
+        assert torch.equal(model(data), expected)
+        realizer = Realizer(prepared, calibrate(prepared, [data], lambda m, x: m(x)))
+        site = SiteRecipe(WeightScheme(8), ActivationScheme(bits, scheme="asymmetric"))
+        realizer.apply({"a": site, "b": site})
+        given = []
+        model.b.register_forward_pre_hook(lambda _, args: given.append(type(args[0])))
+        for x in (data, data[:2]):
+            fast = model(x)
+            if handed is not None and x is data:
+                assert (given[-1] is QuantizedOutput) == (handed[0] is not None)
+            with prepared.engine.reference():
+                exact = model(x)
+            far = (fast - exact).abs() > 1e-4 * exact.abs().max()
+            assert far.float().mean() < 0.01
+        assert prepared.engine.shares()["int8"].seconds > 0
+        assert "gelu" not in vars(deploy(prepared, {}).a)

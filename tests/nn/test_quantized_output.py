@@ -134,3 +134,41 @@ def test_no_name_of_a_tensors_own_means_something_else():
     }
     y, _ = made()
     assert torch.equal(y.real, REAL)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_integers_of_a_gelu_are_its_own_and_nobody_elses(approximate):
+    asked: list[int] = []
+
+    def compute(source: Tensor) -> Tensor:
+        asked.append(1)
+        return source.clone()
+
+    y = QuantizedOutput.of(Q, REAL, SCHEME, compute, REAL.stride(), approximate)
+    z = torch.nn.GELU(approximate)(torch.nn.Dropout(0.5).eval()(y))
+    assert type(z) is QuantizedOutput
+    assert z.q is Q
+    assert z.gelu is None
+    assert not asked
+    expected = torch.nn.functional.gelu(REAL, approximate=approximate)
+    assert torch.equal(z + 0, expected)
+    assert torch.equal(y + 0, REAL)
+    # Another approximation, or what was written into, is computed from the real numbers.
+    other = {"none": "tanh", "tanh": "none"}[approximate]
+    found = torch.nn.functional.gelu(y, approximate=other)
+    assert type(found) is Tensor
+    assert torch.equal(found, torch.nn.functional.gelu(REAL, approximate=other))
+    y.mul_(2)
+    found = torch.nn.functional.gelu(y, approximate=approximate)
+    assert torch.equal(found, torch.nn.functional.gelu(2 * REAL, approximate=approximate))
+
+
+def test_a_dropout_that_drops_has_the_real_numbers():
+    y, asked = made()
+    assert torch.nn.functional.dropout(y, 0.5, training=False) is y
+    assert not asked
+    torch.manual_seed(0)
+    found = torch.nn.functional.dropout(y, 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.nn.functional.dropout(REAL, 0.5))
+    assert asked

@@ -401,7 +401,7 @@ def _handed_form(
         return None
     if not weight.largest_scale * (activation.scale or 1.0) * 2**31 < LARGEST_HANDED:
         return None
-    if bias is not None and not bool(bias.abs().max() < LARGEST_HANDED):
+    if bias is not None and not torch.linalg.vector_norm(bias, math.inf).item() < LARGEST_HANDED:
         return None
     return scale, (reader.zero_point or 0) + OFFSET
 

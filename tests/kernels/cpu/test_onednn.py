@@ -39,12 +39,13 @@ def check(operation, x, w, weights, activations, *, bias=True, clamp=None, toler
     return found
 
 
-def check_handed(product, x, bias, clamp, reader):
+def check_handed(product, x, bias, clamp, reader, gelu=None):
     """Check the bytes that a product hands on against its own real output."""
     stored = product.stored(x)
     assert stored is not None
     y = product.real(stored, bias, clamp, True)
-    q = product.handed(stored, bias, clamp, reader)
+    y = y if gelu is None else torch.nn.functional.gelu(y, approximate=gelu)
+    q = product.handed(stored, bias, clamp, reader, gelu)
     assert q is not None
     assert q.dtype == torch.uint8
     assert q.shape == y.shape
@@ -159,6 +160,34 @@ def test_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them():
             y = product.real(product.stored(x), bias, clamp, True)
             assert (following.stored(y).int() - q.int()).abs().max() <= 1
             assert (following.stored(y) != q).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
+def test_linear_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them(gelu):
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    for _ in range(100):
+        columns, channels = draw.choice((1, 3, 16, 65)), draw.choice((1, 2, 17, 64))
+        x = 3 * torch.randn(*draw.choice(((5,), (2, 3), (1, 1, 4))), columns)
+        w = torch.randn(channels, columns)
+        bias = draw.choice((None, torch.randn(channels)))
+        scheme = draw.choice(SCHEMES)
+        eight = calibrated(ActivationScheme(8, "per_tensor", scheme), x)
+        product = onednn.prepare(LINEAR, quantized(w, WeightScheme(8)), eight)
+        assert is_chainable(product)
+        y = product.real(product.stored(x), bias, None, False)
+        assert torch.equal(y, product(x, bias))
+        bits = draw.randint(2, 8)
+        reader = calibrated(ActivationScheme(bits, "per_tensor", draw.choice(SCHEMES)), y)
+        if (reader.scale or 0) < 1e-6:
+            continue
+        clamp = None if gelu else draw.choice((None, (0.0, math.inf), (0.0, 6.0)))
+        check_handed(product, x, bias, clamp, reader, gelu)
+    assert product.handed(product.stored(x), bias, (0.0, 6.0), reader, "none") is None
+    assert product.stored(x[..., :0]) is None
+    assert not product.takes(torch.zeros(3, columns + 1, dtype=torch.uint8))
+    bad = torch.full((channels,), math.nan)
+    assert product.handed(product.stored(x), bad, None, reader, gelu) is None
 
 
 def test_outputs_whose_bytes_would_be_in_doubt_are_not_handed_on():

@@ -1,7 +1,8 @@
 """autoquant beside its peers: ``python -m tests.benchmarks.peers``.
 
 The same model, calibration data, formats and test data for all; each run in a process of its own.
-Results are kept, so an interrupted benchmark goes on; reports/peers.md has all that is known.
+Rows are kept in reports/peers.jsonl, so an interrupted benchmark goes on; reports/peers.md has all
+that is known.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tests.benchmarks.zoo import TITLES
 
 ROOT = Path(__file__).resolve().parents[3]
 REPORT = ROOT / "reports" / "peers.md"
+ROWS = ROOT / "reports" / "peers.jsonl"
 RIVALS = ("tpe", "nsga2", "gp", "random")
 INTRODUCTION = """\
 # Beside other tools
@@ -52,7 +54,8 @@ classes as labels, or, where outputs are other numbers, these with noise as larg
 spread; it leaves embeddings in float. The two knapsacks and the greedy search run on autoquant's
 engine with its calibrations; their one-layer divergences are of the search's half.
 
-Rows that are missing here were not run yet; the command goes on with them."""
+Rows that are missing here were not run yet; the command goes on with them, and keeps what it has
+measured in `reports/peers.jsonl`."""
 NOTES = """\
 ¹ NNCF quantizes the inputs of depthwise convolutions a channel, which is finer than the formats
 here.
@@ -207,7 +210,13 @@ def report(results: Results) -> str:
     "--cache",
     default=ROOT / ".autoquant" / "peers",
     type=click.Path(path_type=Path),
-    help="Folder of what was measured.",
+    help="Folder of logs, and of what several tools need.",
+)
+@click.option(
+    "--rows",
+    default=ROWS,
+    type=click.Path(path_type=Path),
+    help="File of what was measured; by default the one behind the report.",
 )
 @click.option("--fresh", is_flag=True, help="Forget what is asked for, and measure it anew.")
 @click.option(
@@ -220,12 +229,13 @@ def main(
     seeds: int,
     trials: int,
     cache: Path,
+    rows: Path,
     fresh: bool,
     limit: float,
 ) -> None:
     """Measure what is not known yet and write reports/peers.md."""
     cache.mkdir(parents=True, exist_ok=True)
-    results = Results(cache / "results.jsonl")
+    results = Results(rows)
     tools = [tool for tool in TOOLS if not only or tool.name in only]
     wanted = [
         row

@@ -68,10 +68,11 @@ class Results:
         """Keep a row, on disk too."""
         self._rows[row.key] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        plain = asdict(row) | {"curve": [float(f"{value:.6g}") for value in row.curve]}
         with self.path.open("a", encoding="utf-8") as file:
             # A line of its own, even after one that was cut short.
-            file.write("\n" + json.dumps(asdict(row), ensure_ascii=False))
-            file.flush()
+            file.write("\n" * cut + json.dumps(plain, ensure_ascii=False) + "\n")
 
     def forget(self, keys: Iterable[Key]) -> None:
         """Forget runs, on disk too."""

@@ -19,7 +19,7 @@ from tests.benchmarks.peers.cases import load_case
 from tests.benchmarks.peers.score import score
 from tests.benchmarks.peers.tools import BY_NAME, Found, Tool
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def version(tool: Tool) -> str:
@@ -30,9 +30,18 @@ def version(tool: Tool) -> str:
         return ""
     if tool.package != "autoquant":
         return found
-    words = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
-    return done.stdout.strip() or found
+    return _commit() or found
+
+
+def _commit() -> str:
+    """Return the commit of this code, "" where git can't tell; reports are no part of it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+
+    changed = git("status", "--porcelain", "--", "autoquant", "search_spaces", "tests").strip()
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:

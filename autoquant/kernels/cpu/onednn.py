@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from autoquant.kernels.cpu.native import OFFSET, bounds, finish_rows, quantize, quantize_rows
+from autoquant.kernels.cpu.handing import handed_form, within
+from autoquant.kernels.cpu.native import OFFSET, finish_rows, quantize, quantize_rows
+from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
 from autoquant.kernels.layout import is_channels_last
 from autoquant.kernels.operation import Clamp, Operation, Product
 from autoquant.kernels.reference import multiply
@@ -24,14 +24,8 @@ from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
 
-MOST_SUMMED = (2**31 - 1) // (255 * 128)
-"""Most products of two bytes whose sum always fits into 32 bits."""
 LARGEST_SCALE = 2.0**64
 """Largest scale of a token: beyond it (one that holds ∞), the order of products matters."""
-LARGEST_HANDED = 2.0**60
-"""Bound of the outputs that are handed on as bytes: far from ∞, which has no byte."""
-SMALLEST_STEP = 2.0**-60
-"""Smallest scale of bytes that are handed on: it is multiplied by its reciprocal."""
 Post = tuple[str, list[float], str]
 """What oneDNN does with an output in the same pass: a name, numbers and an algorithm."""
 PAIR_LIMIT = 2**15 - 1
@@ -60,7 +54,7 @@ def prepare(
     """Pack a weight for one activation scheme; None where integers can't give the same numbers."""
     if activation is None:
         return None
-    packed = _packed(operation, weight)
+    packed = packed_weight(weight)
     if packed is None:
         return None
     if not has_vnni() and 2 * _largest(activation) * packed.largest > PAIR_LIMIT:
@@ -73,67 +67,6 @@ def prepare(
 def _largest(activation: ActivationScheme) -> int:
     """Return the largest byte that an activation is stored as."""
     return FORMATS[activation.bits].qmax + OFFSET
-
-
-# --- weights ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """Integers with their zero points taken off, int8 in the weight's shape, and how they scale.
-
-    ``scale`` and ``sums`` (of a channel's integers, scaled) are float32 [channels]; ``largest`` is
-    the largest magnitude, ``largest_scale`` the largest scale. ``packs`` keeps what oneDNN made of
-    the integers, by what asked for it.
-    """
-
-    q: Tensor
-    scale: Tensor
-    sums: Tensor
-    largest: int
-    largest_scale: float
-    packs: dict[object, Tensor]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the packed weights take beside ``q``."""
-        return self.q.numel() * (len(self.packs) + 1)
-
-
-_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Packed weights by the tensor of integers that they were made from, as long as that lives."""
-
-
-def _packed(operation: Operation, weight: QuantizedWeight) -> PackedWeight | None:
-    known = _cache.get(weight.q)
-    if known is None:
-        known = _cache[weight.q] = _pack(weight)
-    return known if isinstance(known, PackedWeight) else None
-
-
-def _pack(weight: QuantizedWeight) -> PackedWeight | str:
-    """Return a weight as oneDNN takes it, or why it can't be."""
-    channels, columns = weight.q.shape
-    if weight.channel_axis != 0:
-        return "output channels come first"
-    if weight.qparams.scale.shape[0] not in (1, channels):
-        return "one scale for each channel"
-    if columns > MOST_SUMMED:
-        return "a sum may leave 32 bits"
-    centered = weight.q.to(torch.int16)
-    if not weight.qparams.symmetric:
-        centered = centered - weight.qparams.zero_point.to(torch.int16)
-    lo, hi = (int(v) for v in centered.aminmax()) if centered.numel() else (0, 0)
-    if lo < -128 or hi > 127:
-        return "integers less their zero point do not fit into a byte"
-    scale = weight.qparams.scale.flatten().expand(channels).contiguous()
-    sums = centered.sum(1, dtype=torch.int64).to(torch.float64) * scale
-    q = centered.to(torch.int8).reshape(weight.shape)
-    largest_scale = float(scale.max()) if channels else 0.0
-    return PackedWeight(q, scale, sums.to(torch.float32), max(-lo, hi), largest_scale, {})
-
-
-# --- products -----------------------------------------------------------------------------------
 
 
 class LinearProduct:
@@ -196,10 +129,10 @@ class LinearProduct:
         gelu: str | None = None,
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
-        stored = _handed_form(self.weight, self.activation, bias, reader)
+        stored = handed_form(self.weight, self.activation, bias, reader)
         if stored is None or (gelu is not None and clamp is not None):
             return None
-        post = _post(_within(clamp, reader)) if gelu is None else ("gelu", [], gelu)
+        post = _post(within(clamp, reader)) if gelu is None else ("gelu", [], gelu)
         y = self._run(q, self.activation.scale, self._zero_point, bias, post, stored)
         if gelu is not None and reader.bits < 8:
             grid = FORMATS[reader.bits]
@@ -313,10 +246,10 @@ class ConvProduct:
         gelu: str | None = None,
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
-        stored = _handed_form(self.weight, self.activation, bias, reader)
+        stored = handed_form(self.weight, self.activation, bias, reader)
         if self.axes == 3 or gelu is not None or stored is None:
             return None
-        return self._run(q, self.activation.scale, bias, _within(clamp, reader), stored)
+        return self._run(q, self.activation.scale, bias, within(clamp, reader), stored)
 
     def _edge_sums(self, spatial: torch.Size) -> Tensor:
         """Return what each output sums of its weights, scaled: less where the input is padded.
@@ -383,37 +316,6 @@ def geometry_is_safe(
             if not any(0 <= start + k * dilation < n for k in range(kernel)):
                 return False
     return True
-
-
-def _handed_form(
-    weight: PackedWeight,
-    activation: ActivationScheme,
-    bias: Tensor | None,
-    reader: ActivationScheme,
-) -> tuple[float, int] | None:
-    """Return the scale and zero point of the bytes that ``reader`` is handed.
-
-    None where an output may be NaN, or so large that its byte would be in doubt. oneDNN computes
-    round(y · (1 / scale) + zero_point), halves to even.
-    """
-    scale = reader.scale
-    if scale is None or scale < SMALLEST_STEP:
-        return None
-    if not weight.largest_scale * (activation.scale or 1.0) * 2**31 < LARGEST_HANDED:
-        return None
-    if bias is not None and not torch.linalg.vector_norm(bias, math.inf).item() < LARGEST_HANDED:
-        return None
-    return scale, (reader.zero_point or 0) + OFFSET
-
-
-def _within(clamp: Clamp | None, reader: ActivationScheme) -> Clamp | None:
-    """Return the clamp after which ``reader``'s integers stay within its grid."""
-    if reader.bits >= 8 or reader.scale is None:  # it ends where bytes do
-        return clamp
-    least, most = (end * reader.scale for end in bounds(reader))
-    own = (-math.inf, math.inf) if clamp is None else clamp
-    low = min(max(least, own[0]), most)
-    return low, max(min(most, own[1]), low)
 
 
 def _post(clamp: Clamp | None) -> Post:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoquant.kernels.cpu import native, onednn
+from autoquant.kernels.cpu import native, onednn, packed_weight
 from autoquant.kernels.layout import is_channels_last
 from autoquant.kernels.operation import LINEAR, Operation, is_chainable
 from autoquant.kernels.reference import multiply, reference
@@ -360,12 +360,12 @@ def test_without_vnni_only_sums_that_stay_exact_are_taken(monkeypatch):
 
 def test_packed_weights_are_shared_between_activations_and_freed_with_their_integers():
     q = quantized(torch.randn(4, 8), WeightScheme(8))
-    before = len(onednn._cache)
+    before = len(packed_weight._cache)
     products = [onednn.prepare(LINEAR, q, ActivationScheme(8, scale=s)) for s in (0.1, 0.2)]
     assert products[0].pack is products[1].pack
-    assert len(onednn._cache) == before + 1
+    assert len(packed_weight._cache) == before + 1
     del q, products
-    assert len(onednn._cache) == before
+    assert len(packed_weight._cache) == before
 
 
 def lies(x):

@@ -5,7 +5,8 @@ A kernel's output must lie as the float layer's would, because a model's code ma
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -15,9 +16,19 @@ def is_channels_last(x: Tensor) -> bool:
     Where it gives it contiguous, the model's code may take a view that is not to be had otherwise.
     One channel lies the same both ways; its strides say which is meant.
     """
-    return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+    return lies_channels_last(x.shape, x.stride())
+
+
+def lies_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return the same of a tensor's form."""
+    return len(shape) == 4 and stride[1] == 1 and stride[3] >= shape[1]
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a contiguous tensor of this shape."""
-    return torch.empty(shape, device="meta").stride()
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

@@ -25,6 +25,7 @@ class HeldWeight:
         self.engine = engine
         self.shift = shift
         self._real: Tensor | None = None
+        self._bias: tuple[Tensor, int, Tensor] | None = None
         self._parts: dict[Rows, QuantizedWeight] = {None: quantized}
         self._products: dict[tuple[Operation, ActivationScheme | None, Rows], Product | None] = {}
 
@@ -41,7 +42,12 @@ class HeldWeight:
             return own
         if own is None:
             return self.shift
-        return (own.to(torch.float32) + self.shift).to(own.dtype)
+        version = -1 if own.is_inference() else own._version
+        known = self._bias
+        if known is None or known[0] is not own or known[1] != version or version < 0:
+            moved = (own.to(torch.float32) + self.shift).to(own.dtype)
+            self._bias = known = (own, version, moved)
+        return known[2]
 
     def product(
         self,

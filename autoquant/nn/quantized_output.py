@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autoquant.kernels.layout import lies_channels_last
 from autoquant.spec.recipe import ActivationScheme
 
 _FORM = frozenset(
@@ -44,6 +45,7 @@ class QuantizedOutput(Tensor):
     scheme: ActivationScheme
     compute: Callable[[Tensor], Tensor]
     gelu: str | None
+    channels_last: bool
     _real: Tensor | None
     _made: int
 
@@ -61,6 +63,7 @@ class QuantizedOutput(Tensor):
             QuantizedOutput, q.shape, strides=stride, dtype=torch.float32, device=q.device
         )
         y.q, y.source, y.scheme, y.compute, y.gelu = q, source, scheme, compute, gelu
+        y.channels_last = lies_channels_last(q.shape, stride)
         y._real, y._made = None, 0
         return y
 

@@ -203,7 +203,7 @@ def _run(
     known = product.stored(x) if q is None else q
     if known is None:
         return product(x, bias, clamp)
-    last = is_channels_last(x)
+    last = x.channels_last if isinstance(x, QuantizedOutput) else is_channels_last(x)
     if wanted is not None:
         found = product.handed(known, bias, clamp, wanted, gelu)
         if found is not None:

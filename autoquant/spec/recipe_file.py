@@ -330,7 +330,7 @@ def _split_to_plain(result: SplitResult) -> dict[str, Any]:
     }
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """Writes each scheme on one line, and everything else as a block."""
 
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoquant.kernels.cpu.native import OFFSET, bounds
 from autoquant.kernels.cpu.packed_weight import PackedWeight
@@ -34,9 +35,23 @@ def handed_form(
         return None
     if not weight.largest_scale * (activation.scale or 1.0) * 2**31 < LARGEST_HANDED:
         return None
-    if bias is not None and not torch.linalg.vector_norm(bias, math.inf).item() < LARGEST_HANDED:
+    if bias is not None and not _largest(bias) < LARGEST_HANDED:
         return None
     return scale, (reader.zero_point or 0) + OFFSET
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Version and largest magnitude of biases, as long as they live."""
+
+
+def _largest(bias: Tensor) -> float:
+    """Return the largest magnitude of a bias, NaN where it holds one."""
+    version = -1 if bias.is_inference() else bias._version
+    known = _known.get(bias)
+    if known is None or known[0] != version or version < 0:
+        known = version, float(torch.linalg.vector_norm(bias.detach(), math.inf))
+        _known[bias] = known
+    return float(known[1])
 
 
 def within(clamp: Clamp | None, reader: ActivationScheme) -> Clamp | None:

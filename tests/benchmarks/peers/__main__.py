@@ -192,9 +192,12 @@ def report(results: Results) -> str:
     if speeds:
         parts.append(SPEED)
         parts += [f"### {TITLES[m]}: at most {b:g} bits\n\n{t}" for m, b, t in speeds]
-    versions = {BY_NAME[r.tool].package: r.version for r in known if r.version}
-    said = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    parts.append(f"{describe_machine()} {said}. The machine was shared with other work.")
+    versions = sorted({f"{BY_NAME[r.tool].package} {r.version}" for r in known if r.version})
+    threads = " or ".join(str(n) for n in sorted({r.threads for r in known if r.threads}))
+    each = f" Each run had {threads} thread(s)." if threads else ""
+    parts.append(
+        f"{describe_machine()} {', '.join(versions)}.{each} The machine was shared with other work."
+    )
     return "\n\n".join(parts) + "\n"
 
 

@@ -30,6 +30,7 @@ class Row:
     proposals: int | None = None
     curve: tuple[float, ...] = ()
     version: str = ""
+    threads: int = 0
     error: str | None = None
 
     @property

@@ -14,6 +14,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autoquant.kernels.cpu.heap import keep_freed_memory
 from tests.benchmarks.peers.cases import load_case
 from tests.benchmarks.peers.score import score
@@ -70,6 +72,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         "proposals": found.proposals,
         "curve": found.curve,
         "version": said,
+        "threads": torch.get_num_threads(),
         **score(case, found.model),
     }
 

@@ -48,8 +48,8 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-SPINS = "2000"
-"""Rounds that an idle thread waits for work: some tens of microseconds."""
+SPINS = "20000"
+"""Rounds that an idle thread waits for work: some hundred microseconds."""
 
 
 @click.group(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from autoquant.cli.loading import loading
 from autoquant.cli.options import Trials, json_option, memory_option, seconds, storage_option
 
 
@@ -50,8 +51,9 @@ def command(
     the same time: `autoquant resume STUDY --worker 1` beside the search that began it, and so on.
     Each profiles the model for itself, learns from the trials of all, and proposes others.
     """
-    from autoquant.cli.progress import searching
-    from autoquant.search.run import resume
+    with loading():
+        from autoquant.cli.progress import searching
+        from autoquant.search.run import resume
 
     limit = seconds(timeout)
     with searching(as_json, storage) as reporter:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from autoquant.cli.loading import loading
 from autoquant.cli.options import (
     Trials,
     backend_option,
@@ -173,9 +174,10 @@ def run(
     from autoquant.spec.space import SearchSpace
 
     chosen = SearchSpace.load(space)
-    from autoquant.cli.progress import searching
-    from autoquant.search.run import start
-    from autoquant.search.source import Source, space_file
+    with loading():
+        from autoquant.cli.progress import searching
+        from autoquant.search.run import start
+        from autoquant.search.source import Source, space_file
 
     source = Source(model, task, data, metric, trust_pickle, space_file(space))
     with searching(as_json, storage) as reporter:

@@ -27,6 +27,7 @@ from autoquant.nn.convert import Prepared
 from autoquant.nn.sites import Site
 from autoquant.nn.weights import quantize_weight
 from autoquant.observers import activation_range, quantization_error, token_error
+from autoquant.quant.weight import QuantizedWeight
 from autoquant.search.sensitivity import Candidates, Score, Sensitivity
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.granularity import divides
@@ -105,6 +106,8 @@ def _nearest(
 
 Measure = Callable[[Mapping[str, Candidates]], Sensitivity | str]
 """Says what candidates do to the model's output, or in one line why that can't be said."""
+Quantize = Callable[[Site, WeightScheme, bool], QuantizedWeight]
+"""Gives the whole weight of a site by a scheme, its bias corrected or not."""
 
 
 def profile(
@@ -115,11 +118,14 @@ def profile(
     *,
     speeds: bool = False,
     measure: Measure | None = None,
+    quantize: Quantize | None = None,
 ) -> Profile:
     """Return the profile of every site over the choices of its space.
 
     ``speeds`` makes an option of every choice of activation, too, that may be faster or slower
     than another; without it an option has the one of least damage. ``measure`` takes gradients.
+    ``quantize`` keeps what it made, for gradients and trials to use again; without it weights are
+    quantized for the profile alone.
     """
     weights: dict[str, dict[WeightScheme, float]] = {}
     activations: dict[str, dict[ActivationScheme, float]] = {}
@@ -127,8 +133,9 @@ def profile(
         progress(site.name)
         known = statistics.get(site.name, SiteStatistics(None, None))
         parameter = prepared.slots[site.name].parameter.detach()
+        keeps = quantize if site.name in statistics else None
         weights[site.name], activations[site.name] = _local(
-            site, parameter, known, spaces[site.name]
+            site, parameter, known, spaces[site.name], keeps
         )
     found = None if measure is None else measure(_candidates(weights, activations, spaces))
     errors: dict[str, dict[WeightScheme | ActivationScheme, float]] = {}
@@ -155,7 +162,11 @@ def profile(
 
 
 def _local(
-    site: Site, parameter: Tensor, known: SiteStatistics, space: SiteSpace
+    site: Site,
+    parameter: Tensor,
+    known: SiteStatistics,
+    space: SiteSpace,
+    quantize: Quantize | None = None,
 ) -> tuple[dict[WeightScheme, float], dict[ActivationScheme, float]]:
     """Return the damage of each choice at the site itself."""
     part, sample = _sample(parameter, site, known.moments)
@@ -166,7 +177,11 @@ def _local(
     error = known.output_error(corrected=corrected)
     weights = {}
     for scheme in weight_schemes(site, space):
-        delta = quantize_weight(sample, part, scheme, error).matrix() - matrix
+        if quantize is not None and part is site:
+            quantized = quantize(site, scheme, _corrects(space))
+        else:
+            quantized = quantize_weight(sample, part, scheme, error)
+        delta = quantized.matrix() - matrix
         weights[scheme] = float(output_error(delta, moments, part.groups)) / signal
     power = float(matrix.square().sum()) / signal
     activations = {

@@ -43,6 +43,7 @@ def make_proposer(
             mapping.spaces,
             speeds=speeds,
             measure=session.sensitivity,
+            quantize=session.quantized,
         )
         if table.reason:
             reporter.say(f"profiled by damage at the layers: {table.reason}")

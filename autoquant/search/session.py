@@ -32,9 +32,11 @@ from autoquant.models.task import Task
 from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.convert import Prepared, prepare, use_channels_last
 from autoquant.nn.fold import same_outputs
+from autoquant.nn.sites import Site
+from autoquant.quant.weight import QuantizedWeight
 from autoquant.search.goal import Measurement
 from autoquant.search.sensitivity import Candidates, Sensitivity, measure_sensitivity
-from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe
+from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe, WeightScheme
 
 REUSE_BYTES = 2 << 30
 """Most bytes that results of layers are kept in, unless told otherwise."""
@@ -166,6 +168,12 @@ class Session:
             candidates,
             classes=self.evaluator.by_classes,
         )
+
+    def quantized(self, site: Site, scheme: WeightScheme, corrected: bool) -> QuantizedWeight:
+        """Return a site's weight by ``scheme``, kept for whoever asks next."""
+        held = self.realizer.held(site.name, SiteRecipe(scheme, None, None, corrected))
+        assert held is not None
+        return held.quantized
 
     def forget_moments(self) -> None:
         """Free the second moments of all inputs, which only profiles and learned rounding need."""

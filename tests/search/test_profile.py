@@ -11,7 +11,7 @@ from autoquant.measure.size import SizeModel, float_bytes, weight_bytes
 from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
-from autoquant.search.profile import activation_schemes, profile, weight_schemes
+from autoquant.search.profile import ROWS, activation_schemes, profile, weight_schemes
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.space import DEFAULTS, LearningRates, SearchSpace, SiteSpace
 
@@ -60,6 +60,25 @@ def made():
     statistics = calibrate(prepared, [inputs()], run)
     spaces = SPACE.resolve(prepared.sites)
     return prepared, statistics, spaces, profile(prepared, statistics, spaces)
+
+
+def test_weights_that_are_kept_give_the_same_profile(made):
+    prepared, statistics, spaces, found = made
+    realizer = Realizer(prepared, statistics)
+    asked = []
+
+    def quantize(site, scheme, corrected):
+        asked.append((site.name, scheme))
+        held = realizer.held(site.name, SiteRecipe(scheme, None, None, corrected))
+        return held.quantized
+
+    again = profile(prepared, statistics, spaces, quantize=quantize)
+    assert again.weight_damage == found.weight_damage
+    assert again.activation_damage == found.activation_damage
+    # Wide weights are measured on some of their rows, and so are not quantized whole.
+    wide = [s.name for s in prepared.sites if s.groups == 1 and s.shape[s.channel_axis] > ROWS]
+    assert wide
+    assert {name for name, _ in asked} == {s.name for s in prepared.sites} - set(wide)
 
 
 def noise(prepared, statistics, name, recipe):

@@ -9,21 +9,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoquant.errors import OutOfMemory, TrialError, UserError
-from autoquant.measure.decoding import Steps, decoded, divergences, scoring
+from autoquant.measure.decoding import scoring
+from autoquant.measure.divergence import Distance, FloatOutputs
 from autoquant.measure.outputs import fingerprint
 from autoquant.measure.reuse import Reuse
 from autoquant.models.data import Splits, batch_size, take, to_device
 from autoquant.models.evidence import Evidence, as_float
-from autoquant.models.metrics import METRICS, Metric, MetricInfo, drop, model_metric, resolve_metric
+from autoquant.models.metrics import (
+    METRICS,
+    Metric,
+    MetricInfo,
+    StatisticMetric,
+    drop,
+    model_metric,
+    resolve_metric,
+)
 from autoquant.models.task import Task, outputs_of, run_forward
 from autoquant.models.usercode import describe
 
-KEEP_BYTES = 1 << 30
-"""Most bytes of float outputs that are kept to compare quantized ones with."""
 FEWEST_TO_STOP = 64
 """Samples after which a candidate may be stopped."""
 STOP_ERRORS = 3.0
@@ -33,17 +41,6 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 Watch = Callable[[int, int], None]
 """Told (samples done, samples in all) after each batch."""
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far a model's outputs are from the float model's, sample by sample, as ``metric`` says.
-
-    The float model's own outputs stand for the targets.
-    """
-
-    metric: MetricInfo
-    evidence: Evidence
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,8 @@ class Evaluator:
         self.reuse: Reuse | None = None
         self.metric: MetricInfo | None = model_metric(task) if task.evaluate else None
         self._float: dict[str, Reading] = {}
-        self._outputs: dict[str, list[Any]] = {}
+        self._outputs = FloatOutputs()
         self.scorer: nn.Module | None = None
-        self._steps: dict[str, list[Steps]] = {}
         self._few: Any = None
 
     @property
@@ -230,29 +226,34 @@ class Evaluator:
         batches = getattr(self.splits, split)
         total = self.splits.samples[split]
         pairs: list[tuple[Any, Any]] = []
+        parts: list[np.ndarray] = []
         scores: list[Any] = []
         done = 0
         stopped = False
         with torch.no_grad():
             for i, (inputs, targets) in enumerate(batches):
-                scorer = self.scorer if len(self._steps.get(split, ())) > i or baseline else None
+                scorer = self.scorer if baseline or self._outputs.decodes(split, i) else None
                 with self._reusing(model, split, i), scoring(scorer) as given:
                     outputs = to_device(self._outputs_of(model, inputs), "cpu")
                 if baseline:
-                    self._keep(split, i, outputs)
-                    self._keep_steps(split, i, given, outputs)
+                    self._outputs.keep(split, i, outputs, given, needed=self._compares)
                 else:
                     scores.append(given)
                 pairs.append((outputs, targets))
                 done += batch_size(inputs)
                 watch(done, total)
-                if bar is not None and done < total and self._hopeless(split, pairs, bar):
+                if bar is not None and done < total and self._hopeless(split, pairs, parts, bar):
                     stopped = True
                     break
         if self.metric is None:
             self.metric = resolve_metric(self.task, pairs[0][0])
-        evidence = self._evidence(split, pairs)
-        divergence, distance = (None, None) if baseline else self._divergence(split, pairs, scores)
+        evidence = self._evidence(split, pairs, parts)
+        divergence, distance = None, None
+        if not baseline:
+            outputs = [o for o, _ in pairs]
+            divergence, distance = self._outputs.divergence(
+                split, outputs, scores, classes=self.by_classes
+            )
         seconds = time.perf_counter() - start
         return Reading(evidence.score(), done, evidence, divergence, seconds, stopped, distance)
 
@@ -280,68 +281,31 @@ class Evaluator:
             raise TrialError(f"evaluate returned {value}")
         return value
 
-    def _keep(self, split: str, index: int, outputs: Any) -> None:
-        """Keep float outputs as long as they fit; without the first ones none are of use."""
-        kept = self._outputs.setdefault(split, [])
-        if len(kept) != index:
-            return
-        used = sum(_bytes(o) for o in kept) + _bytes(outputs)
+    @property
+    def _compares(self) -> bool:
+        """Whether the metric may compare with the float model's outputs."""
         named = self.task.metric
-        needed = named is None or (isinstance(named, str) and METRICS.get(named).reference)
-        if used <= KEEP_BYTES or needed:
-            kept.append(outputs)
+        return named is None or (isinstance(named, str) and METRICS.get(named).reference)
 
-    def _keep_steps(self, split: str, index: int, given: list[Any], outputs: Any) -> None:
-        """Keep the float model's scores where it decodes by them, as long as they fit."""
-        kept = self._steps.setdefault(split, [])
-        if len(kept) != index or not given or not _decides(outputs):
-            return
-        found = decoded(given, outputs)
-        if found is not None and sum(s.bytes for s in kept) + found.bytes <= KEEP_BYTES:
-            kept.append(found)
+    def _evidence(
+        self, split: str, pairs: list[tuple[Any, Any]], parts: list[np.ndarray]
+    ) -> Evidence:
+        """Return what the metric makes of ``pairs``; ``parts`` are the statistics known by now.
 
-    def _evidence(self, split: str, pairs: list[tuple[Any, Any]]) -> Evidence:
+        What is missing in ``parts`` is added, so that no batch is looked at twice.
+        """
         metric: Metric = self.metric  # type: ignore[assignment]
         if metric.reference:
-            kept = self._outputs[split]
+            kept = self._outputs.of(split)
             pairs = [(o, kept[i]) for i, (o, _) in enumerate(pairs)]
-        return metric.evidence(pairs)
+        if not isinstance(metric, StatisticMetric):
+            return metric.evidence(pairs)
+        parts += [metric.statistics(*pair) for pair in pairs[len(parts) :]]
+        return metric.of_statistics(parts)
 
-    def _divergence(
-        self, split: str, pairs: list[tuple[Any, Any]], given: list[Any]
-    ) -> tuple[float | None, Distance | None]:
-        """Return how far outputs are from the float model's, None where they can't be compared.
-
-        The Kullback-Leibler divergence for classes, noise over signal for other tensors, and for
-        what is decoded already that of the scores it was decoded by, ``given``, else the share that
-        differs: of the tokens of sequences, of samples.
-        """
-        kept = self._outputs.get(split, [])
-        shared = [(o, f) for (o, _), f in zip(pairs, kept, strict=False)]
-        if not shared:
-            return None, None
-        if not all(_comparable(o, f) for o, f in shared):
-            found = self._by_steps(split, given)
-            return _disagreement(shared) if found is None else (found.evidence.score(), found)
-        name = "kl" if self.by_classes and shared[0][0].dim() == 2 else "noise_to_signal"
-        if name != "kl" and not all(bool(f.isfinite().all()) for _, f in shared):
-            return None, None  # masked with −∞: no signal to compare the noise with
-        distance = _distance(name, shared)
-        return distance.evidence.score(), distance
-
-    def _by_steps(self, split: str, given: list[Any]) -> Distance | None:
-        """Return the divergence of the scores that were decoded; None where they do not compare."""
-        steps = self._steps.get(split, [])
-        if len(steps) < len(self._outputs[split]):
-            return None
-        parts = [divergences(s, g) for s, g in zip(steps, given, strict=False)]
-        known = [part for part in parts if part is not None]
-        if not known or len(known) < len(parts):
-            return None
-        metric = METRICS.get("kl")
-        return Distance(metric, metric.of_statistics(known))
-
-    def _hopeless(self, split: str, pairs: list[tuple[Any, Any]], bar: Bar) -> bool:
+    def _hopeless(
+        self, split: str, pairs: list[tuple[Any, Any]], parts: list[np.ndarray], bar: Bar
+    ) -> bool:
         """Return whether the paired loss so far is surely beyond ``bar``."""
         metric: Metric = self.metric  # type: ignore[assignment]
         reference = bar.rival or self._float[split].evidence
@@ -350,67 +314,9 @@ class Evaluator:
         theirs = metric.per_sample_loss(reference)
         if theirs is None:
             return False
-        ours = metric.per_sample_loss(self._evidence(split, pairs))
+        ours = metric.per_sample_loss(self._evidence(split, pairs, parts))
         if ours is None or len(ours) < FEWEST_TO_STOP:
             return False
         worse = ours - theirs[: len(ours)]
         error = float(worse.std(ddof=1)) / math.sqrt(len(worse))
         return float(worse.mean()) - STOP_ERRORS * error > bar.limit
-
-
-def _bytes(outputs: Any) -> int:
-    if isinstance(outputs, Tensor):
-        return outputs.numel() * outputs.element_size()
-    if isinstance(outputs, dict):
-        return sum(map(_bytes, outputs.values()))
-    if isinstance(outputs, list | tuple):
-        return sum(map(_bytes, outputs))
-    return 64
-
-
-def _comparable(a: Any, b: Any) -> bool:
-    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
-    return tensors and a.is_floating_point() and a.shape == b.shape
-
-
-def _distance(name: str, pairs: list[tuple[Any, Any]]) -> Distance:
-    metric = METRICS.get(name)
-    return Distance(metric, metric.evidence(pairs))
-
-
-def _disagreement(pairs: list[tuple[Any, Any]]) -> tuple[float | None, Distance | None]:
-    """Return the share of decisions in which two models differ; None for anything else.
-
-    Far less noisy than the difference of their metrics, in which most samples are the same noise
-    on both sides. Never 0: that no sample of n differs says that less than about 1/n does.
-    """
-    samples = sum(len(f) for _, f in pairs if isinstance(f, list | Tensor) and _decides(f))
-    if not samples or not all(_decides(o) and _decides(f) for o, f in pairs):
-        return None, None
-    if any(type(o) is not type(f) or len(o) != len(f) for o, f in pairs):
-        return None, None
-    distance = None
-    if all(isinstance(item, list | tuple) for _, f in pairs for item in f):
-        distance = _distance("token_error_rate", pairs)
-        found = distance.evidence.score()
-    elif isinstance(pairs[0][1], Tensor):
-        if any(o.shape != f.shape for o, f in pairs):
-            return None, None
-        found = sum(float((o != f).double().reshape(len(f), -1).mean(1).sum()) for o, f in pairs)
-        found /= samples
-    else:
-        found = sum(a != b for o, f in pairs for a, b in zip(o, f, strict=True)) / samples
-    return max(found, 0.5 / samples), distance
-
-
-def _decides(outputs: Any) -> bool:
-    """Return whether outputs are decisions: integers, strings, or sequences of them."""
-    if isinstance(outputs, Tensor):
-        return outputs.dim() > 0 and not outputs.is_floating_point() and not outputs.is_complex()
-    if not isinstance(outputs, list):
-        return False
-    return all(
-        isinstance(item, int | str)
-        or (isinstance(item, list | tuple) and all(isinstance(t, int | str) for t in item))
-        for item in outputs
-    )

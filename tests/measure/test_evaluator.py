@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoquant.errors import TrialError
-from autoquant.measure import evaluator
+from autoquant.measure import divergence, evaluator
 from autoquant.measure.evaluator import Bar, Evaluator
 from autoquant.models.data import make_splits
+from autoquant.models.metrics import StatisticMetric
 from autoquant.models.task import Task
 
 CPU = torch.device("cpu")
@@ -216,6 +218,24 @@ def test_limit_is_not_for_metrics_without_bounds():
     assert not found.read(Linear(3.0), "search", bar=Bar(0.01)).stopped
 
 
+def test_no_batch_is_looked_at_twice(monkeypatch):
+    found = evaluator_of(task_of())
+    base = found.baseline(Linear(), "search")
+    metric, seen = found.metric, []
+    assert isinstance(metric, StatisticMetric)
+
+    def statistics(outputs: Tensor, targets: Tensor) -> Any:
+        seen.append(outputs)
+        return metric.statistics(outputs, targets)
+
+    found.metric = replace(metric, statistics=statistics)
+    reading = found.read(Linear(0.1), "search", bar=Bar(0.5))
+    assert not reading.stopped
+    assert len(seen) == 5
+    assert reading.value == found.read(Linear(0.1), "search").value
+    assert base.samples == reading.samples == 150
+
+
 def test_watch_hears_of_every_batch():
     found = evaluator_of(task_of())
     found.baseline(Linear(), "search")
@@ -225,7 +245,7 @@ def test_watch_hears_of_every_batch():
 
 
 def test_no_targets_means_fidelity(monkeypatch):
-    monkeypatch.setattr(evaluator, "KEEP_BYTES", 0)  # the float outputs are needed all the same
+    monkeypatch.setattr(divergence, "KEEP_BYTES", 0)  # the float outputs are needed all the same
     x, _ = data()
     for metric in (None, "kl"):
         task = Task(evaluation_data=lambda: list(x.split(50)), metric=metric)
@@ -244,14 +264,14 @@ def test_float_outputs_are_not_kept_beyond_a_limit(monkeypatch):
     whole = evaluator_of(task)
     whole.baseline(Linear(), "search")
     assert whole.read(Linear(0.2), "search").divergence is not None
-    monkeypatch.setattr(evaluator, "KEEP_BYTES", 0)
+    monkeypatch.setattr(divergence, "KEEP_BYTES", 0)
     none = evaluator_of(task)
     none.baseline(Linear(), "search")
     reading = none.read(Linear(0.2), "search")
     assert reading.divergence is None
     assert reading.value == whole.read(Linear(0.2), "search").value
     # Kept in part, the divergence is that of the first batches.
-    monkeypatch.setattr(evaluator, "KEEP_BYTES", 2 * 50 * 3 * 4)
+    monkeypatch.setattr(divergence, "KEEP_BYTES", 2 * 50 * 3 * 4)
     part = evaluator_of(task)
     part.baseline(Linear(), "search")
     x = torch.cat([x for x, _ in part.splits.search[:2]])
@@ -262,8 +282,8 @@ def test_float_outputs_are_not_kept_beyond_a_limit(monkeypatch):
             reduction="batchmean",
             log_target=True,
         )
-    divergence = part.read(Linear(0.2), "search").divergence
-    assert divergence == pytest.approx(float(expected), rel=1e-5)
+    found = part.read(Linear(0.2), "search").divergence
+    assert found == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from optuna.trial import TrialState
 
 from autoquant.errors import TrialError
 from autoquant.kernels.engine import Engine
-from autoquant.measure.evaluator import Distance, Reading
+from autoquant.measure.divergence import Distance
+from autoquant.measure.evaluator import Reading
 from autoquant.models.metrics import METRICS
 from autoquant.search.confirm import confirm, confirm_one
 from autoquant.search.finalists import FINALISTS, finalists, incumbent

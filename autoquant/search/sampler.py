@@ -30,10 +30,10 @@ from autoquant.search.estimate import fit_drops
 from autoquant.search.goal import Goal
 from autoquant.search.knapsack import cheapest, solve
 from autoquant.search.ledger import MEASURED
+from autoquant.search.moves import inherit, mutate
 from autoquant.search.params import ParameterMap
 from autoquant.search.profile import Option, Profile
 from autoquant.spec.recipe import SiteRecipe, choices_key
-from autoquant.spec.space import SiteSpace
 
 MUTATIONS = 0.5
 """Chance that a proposal also changes a dimension other than the bits of a few sites."""
@@ -368,7 +368,7 @@ class KnapsackSampler(BaseSampler):
 
     def _inherit(self, site: str, recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
         """Return ``recipe`` with what was learned of its site; never as slow as another choice."""
-        found = _inherit(recipe, known)
+        found = inherit(recipe, known)
         # Gradients know calibrations apart; what a trial that did well had by chance does not.
         likely = LIKELY * self.profile.damage(site, recipe)
         if self.profile.samples and self.profile.damage(site, found) > likely:
@@ -387,7 +387,7 @@ class KnapsackSampler(BaseSampler):
             space = self.mapping.spaces[name]
             if space.fixed is not None:
                 continue
-            moved = _mutate_site(sites[name], space, rng)
+            moved = mutate(sites[name], space, rng)
             limit = BROKEN * self.profile.damage(name, sites[name])
             # A calibration that breaks a tensor is not worth a trial.
             if self.profile.damage(name, moved) <= limit:
@@ -397,45 +397,3 @@ class KnapsackSampler(BaseSampler):
 
 def _rank(seen: Seen) -> tuple[float, int]:
     return seen.objective, seen.number
-
-
-def _inherit(recipe: SiteRecipe, known: SiteRecipe) -> SiteRecipe:
-    """Return ``known`` where its weight is as wide, else the new weight with its activation."""
-    if recipe.weight is None or known.weight is None:
-        return recipe
-    if recipe.weight.bits == known.weight.bits:
-        return known
-    return replace(recipe, activation=known.activation)
-
-
-def _offered(recipe: SiteRecipe, space: SiteSpace) -> SiteRecipe:
-    """Return ``recipe`` with a calibration that the space has, where it just became static."""
-    a, offered = recipe.activation, space.choices["activation_calibration"]
-    if a is None or a.dynamic or a.calibration in offered:
-        return recipe
-    return replace(recipe, activation=replace(a, calibration=offered[0]))
-
-
-def _mutate_site(recipe: SiteRecipe, space: SiteSpace, rng: np.random.Generator) -> SiteRecipe:
-    c = space.choices
-    moves: list[SiteRecipe] = []
-    if recipe.weight is not None:
-        for field in ("granularity", "scheme", "calibration"):
-            moves += [
-                replace(recipe, weight=replace(recipe.weight, **{field: value}))
-                for value in c[f"weight_{field}"]
-            ]
-    if recipe.activation is not None:
-        for field in ("granularity", "scheme", "calibration"):
-            moves += [
-                replace(recipe, activation=replace(recipe.activation, **{field: value}))
-                for value in c[f"activation_{field}"]
-            ]
-    rate = space.learning_rate
-    if rate is not None and recipe.weight is not None:
-        drawn = float(np.exp(rng.uniform(np.log(rate.low), np.log(rate.high))))
-        moves += [replace(recipe, learning_rate=min(max(drawn, rate.low), rate.high))] * 2
-        if rate.optional:
-            moves.append(replace(recipe, learning_rate=None))
-    others = [m for m in (_offered(move.canonical(), space) for move in moves) if m != recipe]
-    return others[int(rng.integers(len(others)))] if others else recipe

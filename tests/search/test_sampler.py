@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-from autoquant.search import sampler as module
 from autoquant.search.goal import Goal, Measurement
 from autoquant.search.ledger import MEASURED, finished
 from autoquant.search.params import ParameterMap
@@ -318,21 +317,6 @@ def test_a_layer_in_float_must_pay_for_it():
     problem = Problem(spaces, Goal(1e9, 20_000))
     sites = problem.sampler().propose(problem.run(3), 3)
     assert all(s.weight is not None for s in sites.values())
-
-
-def test_a_per_token_scale_that_becomes_static_gets_a_calibration_of_the_space():
-    """Per token there is no calibration but max; the space may not offer it."""
-    choices = {
-        **DEFAULTS,
-        "activation_granularity": ("per_tensor", "per_token"),
-        "activation_calibration": ("mse", "entropy"),
-    }
-    dynamic = SiteRecipe(WeightScheme(8), ActivationScheme(8, "per_token"))
-    moved = {
-        module._mutate_site(dynamic, SiteSpace(choices), np.random.default_rng(i))
-        for i in range(20)
-    }
-    assert moved == {SiteRecipe(WeightScheme(8), ActivationScheme(8, calibration="mse"))}
 
 
 class Table:

@@ -9,6 +9,7 @@ slower.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -69,7 +70,28 @@ def _largest(activation: ActivationScheme) -> int:
     return FORMATS[activation.bits].qmax + OFFSET
 
 
-class LinearProduct:
+class _Reader(ABC):
+    """What both products do with the activation that they read."""
+
+    activation: ActivationScheme
+
+    @property
+    def reads(self) -> ActivationScheme | None:
+        """The scheme whose bytes it takes."""
+        return None if self.activation.dynamic else self.activation
+
+    @abstractmethod
+    def takes(self, q: Tensor) -> bool:
+        """Return whether it can compute with bytes of this shape."""
+
+    def stored(self, x: Tensor) -> Tensor | None:
+        """Return the bytes of a real activation; None as in a call."""
+        if self.activation.dynamic or not _takes(x) or not self.takes(x):
+            return None
+        return quantize(x, self.activation)
+
+
+class LinearProduct(_Reader):
     """x [..., in] by a weight [out, in]."""
 
     backend = "int8"
@@ -98,17 +120,6 @@ class LinearProduct:
             y.view(-1, y.shape[-1]), scale, zero_points, self.weight.sums, _or_zeros(bias, y)
         )
         return y if clamp is None else y.clamp_(*clamp)
-
-    @property
-    def reads(self) -> ActivationScheme | None:
-        """The scheme whose bytes it takes."""
-        return None if self.activation.dynamic else self.activation
-
-    def stored(self, x: Tensor) -> Tensor | None:
-        """Return the bytes of a real activation; None as in a call."""
-        if self.activation.dynamic or not _takes(x) or not self.takes(x):
-            return None
-        return quantize(x, self.activation)
 
     def takes(self, q: Tensor) -> bool:
         """Return whether it can compute with bytes of this shape."""
@@ -161,7 +172,7 @@ class LinearProduct:
         return y
 
 
-class ConvProduct:
+class ConvProduct(_Reader):
     """x [batch, in, *spatial] by a weight [out, in / groups, *kernel], padded with zeros."""
 
     backend = "int8"
@@ -214,17 +225,6 @@ class ConvProduct:
             y.add_(bias.view(channels))
         y = y if clamp is None else y.clamp_(*clamp)
         return y if is_channels_last(x) else y.contiguous()
-
-    @property
-    def reads(self) -> ActivationScheme | None:
-        """The scheme whose bytes it takes."""
-        return None if self.activation.dynamic else self.activation
-
-    def stored(self, x: Tensor) -> Tensor | None:
-        """Return the bytes of a real activation; None as in a call."""
-        if self.activation.dynamic or not _takes(x):
-            return None
-        return quantize(x, self.activation) if self.takes(x) else None
 
     def takes(self, q: Tensor) -> bool:
         """Return whether it can compute with bytes of this shape."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.benchmarks.peers import summary, tables
+from tests.benchmarks.peers import hindsight, summary, tables
 from tests.benchmarks.peers.greedy import average, greedy
 from tests.benchmarks.peers.results import Results, Row
 from tests.benchmarks.peers.score import average_bits, divergences
@@ -133,3 +133,16 @@ def test_the_summary_names_the_best_of_the_peers_by_each_measure():
     higher = row("float", metric=0.9, metric_name="accuracy")
     assert summary.lost(row(metric=0.88), higher) == pytest.approx(2.0)
     assert summary.lost(row(), higher) is None
+
+
+def test_hindsight_sorts_by_the_test_data_and_says_what_foretold_it():
+    rows = [
+        [4.9, 0.03, 0.001, 0.03, 0.13],
+        [4.8, 0.01, 0.003, 0.01, 0.11],
+        [4.7, 0.02, 0.002, 0.02, 0.12],
+    ]
+    text = hindsight.report("g2p", 5.0, rows, ["4 8", "8 4", "6 6"], 0.1)
+    shown = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert [row.strip("| ") for row in shown[2:]] == ["8 4", "6 6", "4 8"]
+    assert "0.1000; the least of any mixture 0.1100, the median 0.1200" in text
+    assert "searched by 1.00, of the drop on the same data -1.00" in text

@@ -7,6 +7,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -279,15 +280,12 @@ def one_shot(case: Case, bits: float, folder: Path) -> Found:
     return Found(model, average, time.monotonic() - began, 0)
 
 
-def every_width(case: Case, bits: float, folder: Path) -> Found:
-    """Evaluate every mixture of widths that no other one within the budget dominates.
+def mixtures(session: Session, bits: float) -> Iterator[dict[str, SiteRecipe]]:
+    """Yield every mixture of widths that no other one within the budget dominates.
 
     Each layer at each width is calibrated as the profile finds best; a mixture in which a layer
-    could be wider within the budget is left out. What it finds is the least that the space has on
-    the data that searches measure by, but for other calibrations.
+    could be wider within the budget is left out.
     """
-    began = time.monotonic()
-    session = opened(case)
     options, sizes = damages(session)
     rows = [
         [min((o for o in row if o.bits == b), key=lambda o: o.damage) for b in (8, 6, 4)]
@@ -295,17 +293,24 @@ def every_width(case: Case, bits: float, folder: Path) -> Found:
     ]
     limit = bits * sum(sizes.values())
     counts = list(sizes.values())
-    best: tuple[float, dict[str, SiteRecipe]] | None = None
-    evaluations = 0
     for mixture in itertools.product(*rows):
         used = sum(n * o.recipe.weight_bits for n, o in zip(counts, mixture, strict=True))
         wider = (n * 2 for n, o in zip(counts, mixture, strict=True) if o.bits < WIDEST)
-        if used > limit or used + min(wider, default=limit) <= limit:
-            continue
-        sites = {n: o.recipe for n, o in zip(sizes, mixture, strict=True)}
-        found = float(session.measure(sites, "search")[0].loss)
-        evaluations += 1
-        if best is None or found < best[0]:
-            best = found, sites
-    assert best is not None
-    return finished(session, case, best[1], time.monotonic() - began, evaluations)
+        if used <= limit < used + min(wider, default=limit + 1):
+            yield {n: o.recipe for n, o in zip(sizes, mixture, strict=True)}
+
+
+def every_width(case: Case, bits: float, folder: Path) -> Found:
+    """Evaluate every mixture of widths that the budget allows.
+
+    What it finds is the least that the space has on the data that searches measure by, but for
+    other calibrations.
+    """
+    began = time.monotonic()
+    session = opened(case)
+    found = [
+        (float(session.measure(sites, "search")[0].loss), sites)
+        for sites in mixtures(session, bits)
+    ]
+    best = min(found, key=lambda one: one[0])[1]
+    return finished(session, case, best, time.monotonic() - began, len(found))

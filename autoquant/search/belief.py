@@ -8,13 +8,14 @@ apart.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from autoquant.search.alike import groups
 from autoquant.search.profile import Profile
@@ -29,12 +30,18 @@ SHARED = 0.8
 """Share of the variance between layers that those that are alike have in common."""
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Row:
     """One trial: its number, the damage of its choice at each site [sites], and its loss."""
 
     number: int
     damage: np.ndarray
     loss: float
+
+    @functools.cached_property
+    def total(self) -> float:
+        """The damage of all sites."""
+        return float(self.damage.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,15 +120,21 @@ def believe(rows: Sequence[Row], sums: Sums, precision: np.ndarray) -> Posterior
     Rows are divided by their loss, so the error is relative: a trial with a loss a hundred times
     larger does not drown the others. ``sums`` are kept from call to call.
     """
-    usable = [r for r in rows if r.loss > 0 and r.damage.sum() > 0 and np.isfinite(r.loss)]
+    usable = [r for r in rows if r.loss > 0 and r.total > 0 and math.isfinite(r.loss)]
     if not usable:
         lower = scipy.linalg.cholesky(precision, lower=True, check_finite=False)
         return Posterior(1.0, np.zeros(len(precision)), lower)
-    typical = float(np.exp(np.median(np.log([r.loss / r.damage.sum() for r in usable]))))
+    typical = float(np.exp(np.median(np.log([r.loss / r.total for r in usable]))))
     gram, linear = sums.over(usable)
-    with threadpool_limits(1):  # for matrices of this size threads only wait for each other
+    with _threads().limit(limits=1):  # for such small matrices threads only wait for each other
         center, lower = infer(gram * typical**2, linear * typical, precision)
     return Posterior(typical, center, lower)
+
+
+@functools.cache
+def _threads() -> ThreadpoolController:
+    """Return what sets the threads of linear algebra; to find its libraries takes milliseconds."""
+    return ThreadpoolController()
 
 
 def infer(

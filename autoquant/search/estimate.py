@@ -57,18 +57,17 @@ def fit_drops(losses: Sequence[float], drops: Sequence[float]) -> DropCurve:
     small = y[x <= np.median(x)]
     noise = max(1.4826 * float(np.median(np.abs(small - np.median(small)))), 1e-4)
     error = np.sqrt(noise**2 + (RELATIVE * y) ** 2)
-    best = DropCurve(0.0, 1.0)
-    lowest = np.inf
-    for power in POWERS:
-        curve = x**power
-        weights = 1.0 / error**2
-        scale = 0.0
-        for _ in range(ROUNDS):
-            scale = max(float((weights * curve * y).sum() / (weights * curve**2).sum()), 0.0)
-            residual = np.abs(y - scale * curve) / error
-            weights = np.minimum(1.0, HUBER / np.maximum(residual, 1e-12)) / error**2
-        residual = np.abs(y - scale * curve) / error
-        cost = np.where(residual <= HUBER, residual**2 / 2, HUBER * (residual - HUBER / 2)).sum()
-        if cost < lowest:
-            lowest, best = cost, DropCurve(scale, float(power))
-    return best
+    # All powers at once: [powers, trials].
+    curves = np.stack([x**power for power in POWERS])
+    weights = np.broadcast_to(1.0 / error**2, curves.shape)
+    scales = np.zeros(len(POWERS))
+    residuals = np.zeros(curves.shape)
+    for _ in range(ROUNDS):
+        scales = np.maximum((weights * curves * y).sum(1) / (weights * curves**2).sum(1), 0.0)
+        residuals = np.abs(y - scales[:, None] * curves) / error
+        weights = np.minimum(1.0, HUBER / np.maximum(residuals, 1e-12)) / error**2
+    costs = np.where(residuals <= HUBER, residuals**2 / 2, HUBER * (residuals - HUBER / 2)).sum(1)
+    if not np.isfinite(costs).any():
+        return DropCurve(0.0, 1.0)
+    best = int(np.nanargmin(costs))
+    return DropCurve(float(scales[best]), float(POWERS[best]))

@@ -77,7 +77,7 @@ class Seen:
     number: int
     sites: Sites
     key: str
-    damage: np.ndarray
+    row: Row
     loss: float
     objective: float
     drop: float
@@ -254,7 +254,7 @@ class KnapsackSampler(BaseSampler):
         for _ in range(DRAWS):
             weights = belief.draw(rng)
             damage = [w * d for w, d in zip(weights, self._damage, strict=True)]
-            own = float(weights @ best.damage)
+            own = float(weights @ best.row.damage)
             chosen = self._choose(damage, own)
             if self.goal.budgeted:
                 found = sum(float(d[i]) for d, i in zip(damage, chosen, strict=True))
@@ -289,12 +289,13 @@ class KnapsackSampler(BaseSampler):
             return None
         sites = self.mapping.decode(trial.params)
         damage = np.array([self.profile.damage(n, sites[n]) for n in self.names])
+        loss = float(measured["loss"])
         return Seen(
             trial.number,
             sites,
             choices_key(sites),
-            damage,
-            float(measured["loss"]),
+            Row(trial.number, damage, loss),
+            loss,
             float(measured["objective"]),
             float(measured["drop"]),
             bool(measured["feasible"]),
@@ -303,7 +304,7 @@ class KnapsackSampler(BaseSampler):
 
     def _posterior(self, seen: Sequence[Seen]) -> Posterior:
         """Return what the trials say of how much each site's noise matters."""
-        return believe([Row(s.number, s.damage, s.loss) for s in seen], self._sums, self._prior)
+        return believe([s.row for s in seen], self._sums, self._prior)
 
     def sweep(self, trials: Sequence[FrozenTrial], points: int = POINTS) -> list[Foretold]:
         """Return the best recipes from the cheapest to the best, as foretold: none is measured.

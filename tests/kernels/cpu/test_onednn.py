@@ -102,6 +102,21 @@ def test_products_equal_the_reference(drawn, weights, activations, bias, clamp, 
     check(operation, x, w, weights, activations, bias=bias, clamp=clamp)
 
 
+def test_inputs_of_one_channel_are_computed_and_handed_on():
+    """Pictures in grey and spectrograms: the first layer of many models."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 1, 9, 7)
+    static = calibrated(ActivationScheme(8, scheme="asymmetric"), x)
+    w = torch.randn(16, 1, 3, 3)
+    found = check(CONV, x, w, WeightScheme(6), static, clamp=(0.0, math.inf))
+    assert not is_channels_last(found)
+    line = Operation("conv1d", (2,), (1,), (1,), 1)
+    check(line, torch.randn(3, 1, 9), torch.randn(5, 1, 4), WeightScheme(8), static)
+    product = onednn.prepare(CONV, quantized(w, WeightScheme(6)), static)
+    reader = ActivationScheme(8, scheme="asymmetric", scale=0.05, zero_point=-20)
+    check_handed(product, x, torch.randn(16), (0.0, math.inf), reader)
+
+
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_convolutions_of_all_shapes_are_right_or_refused(axes):
     """Far more shapes than hypothesis draws: a wrong one may be one in thousands."""
@@ -236,10 +251,12 @@ def test_outputs_that_see_padding_alone_are_refused():
         ((1, 2), (0, 0), (1, 1), 2, (4, 1, 1, 3), (2, 3)),
         ((1, 3), (3, 3), (1, 1), 1, (1, 1, 7, 7), (6, 2)),
         ((1, 1), (0, 0), (1, 1), 1, (1, 2, 3, 3), (2, 5)),
+        ((1, 3), (0, 0), (1, 1), 1, (64, 1, 4, 2), (7, 3)),  # one channel, an output one wide
     ):
         operation = Operation("conv2d", stride, padding, dilation, groups)
         assert not onednn.geometry_is_safe(operation, w, spatial)
     assert onednn.geometry_is_safe(CONV, (4, 3, 3, 3), (1, 1))
+    assert onednn.geometry_is_safe(CONV, (4, 1, 3, 3), (1, 2))
     depthwise = Operation("conv2d", (2, 2), (1, 1), (1, 1), 8)
     assert onednn.geometry_is_safe(depthwise, (8, 1, 3, 3), (7, 7))
 

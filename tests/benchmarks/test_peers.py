@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.benchmarks.peers import __main__ as main
 from tests.benchmarks.peers import hindsight, summary, tables
+from tests.benchmarks.peers.cases import NAMES
 from tests.benchmarks.peers.greedy import average, greedy
+from tests.benchmarks.peers.plan import Wanted, plan
 from tests.benchmarks.peers.results import Results, Row
 from tests.benchmarks.peers.score import average_bits, divergences
 from tests.benchmarks.peers.tools import TOOLS
@@ -63,8 +66,49 @@ def test_results_are_found_again_and_failures_are_tried_again(tmp_path):
     assert not again.done(failed.key)
     again.add(row(seed=1, kl=0.4))
     assert Results(path).done(failed.key)
-    again.forget([first.key])
-    assert Results(path).rows() == again.rows() == [row(seed=1, kl=0.4)]
+    assert Results(path).rows() == again.rows() == [first, row(seed=1, kl=0.4)]
+
+
+def test_rows_of_other_code_are_measured_again(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    results.add(row(kl=0.5, commit="abc"))
+    key = row().key
+    assert results.done(key)
+    assert results.done(key, "abc")
+    assert not results.done(key, "def")
+    results.add(row(kl=0.4, commit="def"))
+    assert Results(results.path).done(key, "def")
+
+
+def test_rivals_have_time_at_the_first_budget_of_a_model():
+    runs = {(r.row.tool, r.row.budget, r.row.seed): r for r in plan(NAMES[:1], (), 2)}
+    assert runs["tpe", 5.0, 1].row.trials == 300
+    assert runs["autoquant", 5.0, 1].row.trials == 40
+    limits = [runs["tpe", b, 0].limit for b in (5.0, 6.0)] + [runs["gp", 5.0, 0].limit]
+    assert limits[0] > limits[2] > limits[1]
+    assert runs["autoquant", 6.0, 0].limit == limits[0]
+    assert ("greedy", 5.0, 0) in runs
+    assert ("greedy", 5.0, 1) not in runs
+    assert {key[1] for key in runs} == {5.0, 6.0, 8.0}
+    assert {r.row.budget for r in plan(NAMES, (6.0,), 1)} == {6.0}
+    order = [(r.row.model, r.row.budget) for r in plan(NAMES, (), 1)]
+    assert order.index(("minilm", 5.0)) < order.index(("mobilenet_v2", 6.0))
+
+
+def test_runs_at_a_time_have_cores_of_their_own():
+    whole = main.shares_of_cores(1)
+    assert len(whole) == 1
+    parts = main.shares_of_cores(len(whole[0]))
+    assert all(len(part) == 1 for part in parts)
+    assert set().union(*parts) == whole[0]
+    assert main.shares_of_cores(10_000) == parts
+    assert main.shares_of_cores(0) == whole
+
+
+def test_each_run_is_a_process_and_a_failure_is_a_row(tmp_path):
+    rows = [found for found, _ in main.measure([Wanted(row("no such tool", 1))], tmp_path, 1)]
+    assert [(r.tool, r.seed) for r in rows] == [("no such tool", 1)]
+    assert rows[0].error == "KeyError: 'no such tool'"
 
 
 def test_a_line_that_was_cut_short_costs_that_line(tmp_path):
@@ -99,6 +143,21 @@ def test_evaluations_are_counted_to_where_a_rival_had_its_best():
     assert tables.pairs(ours, theirs) == [(1, 2), (None, 3)]
     assert tables.speed_cells("TPE", ours, theirs)[3] == "more than 3 (1 … more than 3)"
     assert tables.speed_cells("GP", ours, [])[1] == "not run"
+
+
+def test_seconds_count_where_the_first_answer_is_as_good():
+    theirs = row("modelopt_gradient", kl=0.2, seconds=40.0)
+    cells = tables.seconds_cells("M", theirs, row("one_shot", kl=0.1, seconds=20.0))
+    assert cells == ["M", "40", "0.2000", "20", "0.1000", "0.50"]
+    worse = tables.seconds_cells("M", theirs, row("one_shot", kl=0.3, seconds=20.0))
+    assert worse[-1] == "not as good"
+    assert tables.seconds_cells("M", row(), row("one_shot", kl=0.3))[1:] == [
+        "–",
+        "–",
+        "–",
+        "0.3000",
+        "not as good",
+    ]
 
 
 def test_tools_are_asked_for_budgets_that_they_can_keep():

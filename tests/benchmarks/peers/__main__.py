@@ -8,10 +8,15 @@ that is known.
 from __future__ import annotations
 
 import json
+import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +24,18 @@ import click
 
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.peers import summary, tables
-from tests.benchmarks.peers.cases import NAMES
+from tests.benchmarks.peers.cases import NAMES, prepare
+from tests.benchmarks.peers.plan import RIVALS, Wanted, plan
 from tests.benchmarks.peers.results import Results, Row
-from tests.benchmarks.peers.tools import BY_NAME, TOOLS, Tool
+from tests.benchmarks.peers.tools import BY_NAME, TOOLS
+from tests.benchmarks.peers.version import commit
 from tests.benchmarks.zoo import TITLES
 
 ROOT = Path(__file__).resolve().parents[3]
 REPORT = ROOT / "reports" / "peers.md"
 ROWS = ROOT / "reports" / "peers.jsonl"
-RIVALS = ("tpe", "nsga2", "gp", "random")
+LONGEST = 3600.0
+"""Seconds that a run may take beside its trials."""
 INTRODUCTION = """\
 # Beside other tools
 
@@ -44,16 +52,17 @@ all that a tool took, with its calibration. Where seeds matter, the medians of a
 and in brackets the least and the most.
 
 The searches (autoquant and the samplers of Optuna) go through the same loop and engine and are
-given as many evaluations of half the selection data, from the same uniform recipes on; a candidate
-that is over the budget by arithmetic is not evaluated and does not count, up to 20 proposals for
-each evaluation (random ones end there where few are within the budget). The samplers of Optuna are
-told of such candidates as completed ones that break their constraint. A search that takes more than
-`--limit` seconds ends with the evaluations that it has by then: GP was given 240 or 300 seconds,
-and of MobileNetV2 at 6 bits each of Optuna's samplers 80. The other half chooses among the best
-five. ModelOpt's AutoQuantize scores layers on the calibration data, with the float model's own
-classes as labels, or, where outputs are other numbers, these with noise as large as they are
-spread; it leaves embeddings in float. The two knapsacks and the greedy search run on autoquant's
-engine with its calibrations; their one-layer divergences are of the search's half.
+measured on half the selection data, from the same uniform recipes on; autoquant has 40 evaluations.
+At the first budget of a model TPE and NSGA-II have 300, and so have GP and random ones, but these
+end after 100 seconds of trials, as each of Optuna's samplers ends after 40 at the other budgets:
+about what autoquant's 40 evaluations take there. A candidate that is over the budget by arithmetic
+is not evaluated and does not count, up to 20 proposals for each evaluation (random ones end there
+where few are within the budget); the samplers of Optuna are told of such candidates as completed
+ones that break their constraint. The other half chooses among the best five. ModelOpt's
+AutoQuantize scores layers on the calibration data, with the float model's own classes as labels,
+or, where outputs are other numbers, these with noise as large as they are spread; it leaves
+embeddings in float. The two knapsacks and the greedy search run on autoquant's engine with its
+calibrations; their one-layer divergences are of the search's half.
 
 Rows that are missing here were not run yet; the command goes on with them, and keeps what it has
 measured in `reports/peers.jsonl`."""
@@ -82,49 +91,93 @@ search measures by, is as good as the rival's best at its end; the same seeds an
 is the rival's evaluations until it had its best, over ours; medians. All begin with the same
 uniform recipes."""
 
+SECONDS = """\
+## Seconds to reach what ModelOpt's AutoQuantize reaches
 
-def run_one(tool: Tool, wanted: Row, folder: Path, limit: float) -> Row:
+From the float model to the quantized one, on the same cores. autoquant's is its first answer, the
+knapsack of its profile, with which every search begins; the last column is for where its divergence
+on the test data is no more than the tool's."""
+SECONDS_HEAD = [
+    "model",
+    "at most bits",
+    "tool",
+    "its seconds",
+    "its divergence",
+    "autoquant's seconds",
+    "its divergence",
+    "of the tool's time",
+]
+
+
+def run_one(wanted: Wanted, folder: Path, threads: int) -> Row:
     """Return the row that one process gives."""
+    key = wanted.row
     with tempfile.TemporaryDirectory() as temporary:
         paths = [Path(temporary) / name for name in ("arguments.json", "result.json")]
         arguments: dict[str, Any] = {
-            "tool": wanted.tool,
-            "model": wanted.model,
-            "budget": wanted.budget,
-            "seed": wanted.seed,
-            "trials": wanted.trials,
-            "limit": limit,
+            "tool": key.tool,
+            "model": key.model,
+            "budget": key.budget,
+            "seed": key.seed,
+            "trials": key.trials,
+            "limit": wanted.limit,
             "folder": str(folder),
         }
         paths[0].write_text(json.dumps(arguments), encoding="utf-8")
         words = [sys.executable, "-m", "tests.benchmarks.peers.worker", *map(str, paths)]
-        log = folder / f"{wanted.tool}-{wanted.model}-{wanted.budget:g}-{wanted.seed}.log"
+        log = folder / f"{key.tool}-{key.model}-{key.budget:g}-{key.seed}.log"
+        count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        most = wanted.limit + LONGEST
         error = None
         with log.open("w", encoding="utf-8") as file:
             try:
-                # A search ends by itself at the limit; then its result is confirmed and scored.
-                done = subprocess.run(words, cwd=ROOT, stdout=file, stderr=file, timeout=2 * limit)
+                # A search ends by itself at its limit; then its result is confirmed and scored.
+                done = subprocess.run(
+                    words, cwd=ROOT, env=os.environ | count, stdout=file, stderr=file, timeout=most
+                )
                 error = f"ended with {done.returncode}; see {log.name}" if done.returncode else None
             except subprocess.TimeoutExpired:
-                error = f"took more than {2 * limit:.0f} s"
+                error = f"took more than {most:.0f} s"
         found = {"error": error or "no result"}
         if paths[1].exists():
             found = json.loads(paths[1].read_text(encoding="utf-8"))
-    return Row.read(vars(wanted) | found)
+    return Row.read(vars(key) | found)
 
 
-def wanted_rows(
-    tools: list[Tool], model: str, budgets: tuple[float, ...], seeds: int, trials: int
-) -> list[Row]:
-    """Return what is to be run, seed by seed, so that little time gives a little of everything."""
-    rows = []
-    for seed in range(seeds):
-        for bits in budgets:
-            for tool in tools:
-                if tool.takes(bits, model) and (tool.stochastic or seed == 0):
-                    count = trials if tool.stochastic else 0
-                    rows.append(Row(tool.name, model, bits, seed, count))
-    return rows
+def measure(wanted: Sequence[Wanted], folder: Path, jobs: int) -> Iterator[tuple[Row, float]]:
+    """Yield the row of each run and its seconds in all, ``jobs`` at a time, on cores of its own."""
+    shares = shares_of_cores(jobs)
+    free: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    for share in shares:
+        free.put(share)
+    mine = threading.local()
+
+    def own_cores() -> None:
+        mine.threads = len(share := free.get())
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, share)  # of this thread, and of the processes that it starts
+
+    def one(run: Wanted) -> tuple[Row, float]:
+        began = time.monotonic()
+        row = run_one(run, folder, mine.threads)
+        return row, time.monotonic() - began
+
+    with ThreadPoolExecutor(len(shares), initializer=own_cores) as pool:
+        try:
+            for done in as_completed([pool.submit(one, run) for run in wanted]):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def shares_of_cores(jobs: int) -> list[set[int]]:
+    """Return for each of at most ``jobs`` processes the cores that it has to itself."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+    else:
+        cores = list(range(os.cpu_count() or 1))
+    count = max(1, min(jobs, len(cores)))
+    return [set(cores[i::count]) for i in range(count)]
 
 
 def tool_table(results: Results, model: str, bits: float) -> str | None:
@@ -170,6 +223,17 @@ def speed_table(results: Results, model: str, bits: float) -> str | None:
     return tables.table(head, rows) if rows else None
 
 
+def seconds_rows(results: Results, model: str, bits: float) -> list[list[str]]:
+    """Return the rows of one model and budget in the table of seconds."""
+    found = []
+    for ours in _longest(results.rows(tool="one_shot", model=model, budget=bits)):
+        for name in ("modelopt_gradient", "modelopt_kl"):
+            for theirs in _longest(results.rows(tool=name, model=model, budget=bits)):
+                cells = tables.seconds_cells(BY_NAME[name].title, theirs, ours)
+                found.append([TITLES[model], f"{bits:g}", *cells])
+    return found
+
+
 def _longest(rows: list[Row]) -> list[Row]:
     """Return the rows of the longest searches, where there are several lengths."""
     most = max((r.trials for r in rows if r.error is None), default=0)
@@ -193,23 +257,24 @@ def report(results: Results) -> str:
     if speeds:
         parts.append(SPEED)
         parts += [f"### {TITLES[m]}: at most {b:g} bits\n\n{t}" for m, b, t in speeds]
-    versions = sorted({f"{BY_NAME[r.tool].package} {r.version}" for r in known if r.version})
+    times = [row for m, b in budgets for row in seconds_rows(results, m, b)]
+    if times:
+        parts += [SECONDS, tables.table(SECONDS_HEAD, times)]
+    packages = {BY_NAME[r.tool].package: r.version for r in known if r.version}
+    versions = [f"{name} {said}" for name, said in sorted(packages.items()) if name != "autoquant"]
+    codes = " and ".join(sorted({r.commit for r in known if r.commit}))
     threads = " or ".join(str(n) for n in sorted({r.threads for r in known if r.threads}))
-    each = f" Each run had {threads} thread(s)." if threads else ""
-    parts.append(
-        f"{describe_machine()} {', '.join(versions)}.{each} The machine was shared with other work."
-    )
+    each = f" Each run had {threads} thread(s), on cores of its own." if threads else ""
+    parts.append(f"{describe_machine()} {', '.join(versions)}; autoquant at commit {codes}.{each}")
     return "\n\n".join(parts) + "\n"
 
 
 @click.command()
-@click.option(
-    "--model", "models", multiple=True, type=click.Choice(NAMES), help="Several are fine."
-)
-@click.option("--bits", "budgets", multiple=True, type=float, help="Budgets; several are fine.")
+@click.option("--model", "models", multiple=True, type=click.Choice(NAMES), help="Only these.")
+@click.option("--bits", "budgets", multiple=True, type=float, help="Only these budgets.")
 @click.option("--only", multiple=True, type=click.Choice(list(BY_NAME)), help="Only these tools.")
 @click.option("--seeds", default=5, show_default=True, help="Runs of what is stochastic.")
-@click.option("--trials", default=40, show_default=True, help="Evaluations of each search.")
+@click.option("--jobs", default=os.cpu_count() or 1, show_default="cores", help="Runs at a time.")
 @click.option(
     "--cache",
     default=ROOT / ".autoquant" / "peers",
@@ -222,47 +287,44 @@ def report(results: Results) -> str:
     type=click.Path(path_type=Path),
     help="File of what was measured; by default the one behind the report.",
 )
-@click.option("--fresh", is_flag=True, help="Forget what is asked for, and measure it anew.")
-@click.option(
-    "--limit", default=3600.0, show_default=True, help="Seconds after which a search ends."
-)
+@click.option("--anew", is_flag=True, help="Measure again what other code than this measured.")
 def main(
     models: tuple[str, ...],
     budgets: tuple[float, ...],
     only: tuple[str, ...],
     seeds: int,
-    trials: int,
+    jobs: int,
     cache: Path,
     rows: Path,
-    fresh: bool,
-    limit: float,
+    anew: bool,
 ) -> None:
-    """Measure what is not known yet and write reports/peers.md."""
+    """Measure what is not known yet and write reports/peers.md; it goes on where it was ended.
+
+    \b
+    Example:
+      python -m tests.benchmarks.peers --model resnext --only autoquant --only tpe
+    """
     cache.mkdir(parents=True, exist_ok=True)
     results = Results(rows)
-    tools = [tool for tool in TOOLS if not only or tool.name in only]
+    code = commit()
+    names = set(only or BY_NAME)
     wanted = [
-        row
-        for model in models or ("mobilenet_v2",)
-        for row in wanted_rows(tools, model, budgets or (5.0, 6.0, 8.0), seeds, trials)
+        run
+        for run in plan(models or NAMES, budgets, seeds)
+        if run.row.tool in names and not results.done(run.row.key, code if anew else None)
     ]
-    if fresh:
-        results.forget(row.key for row in wanted)
-        for model in {row.model for row in wanted if row.tool in ("greedy", "measured")}:
-            (cache / f"layers-{model}.json").unlink(missing_ok=True)
-    for row in wanted:
-        if results.done(row.key):
-            continue
-        began = time.monotonic()
-        found = run_one(BY_NAME[row.tool], row, cache, limit)
+    for model in dict.fromkeys(run.row.model for run in wanted):
+        prepare(model, cache, code)
+    print(f"{len(wanted)} runs, {jobs} at a time", flush=True)
+    for found, seconds in measure(wanted, cache, jobs):
         results.add(found)
         REPORT.write_text(report(results), encoding="utf-8")
         said = found.error or (
             f"{found.bits:.3f} bits, KL {found.kl}, {found.metric}, {found.seconds:.0f} s"
         )
         print(
-            f"{row.model} {row.budget:g} {row.tool} seed {row.seed}: {said} "
-            f"({time.monotonic() - began:.0f} s in all)",
+            f"{found.model} {found.budget:g} {found.tool} seed {found.seed}: {said} "
+            f"({seconds:.0f} s in all)",
             flush=True,
         )
     REPORT.write_text(report(results), encoding="utf-8")

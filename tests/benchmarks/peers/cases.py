@@ -91,16 +91,45 @@ class Case:
         return nn.functional.mse_loss(outputs, labels)
 
 
+def weights_of(name: str, folder: Path) -> Path:
+    """Return the weights of a model; what has to be trained first is kept in ``folder``."""
+    module = task_module(name)
+    if name != "resnext":
+        found: Path = module.weights()
+        return found
+    path = folder / "resnext.pt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        module.train(part)
+        part.replace(path)
+    return path
+
+
+def prepare(name: str, folder: Path, code: str) -> None:
+    """Make ready what several runs of a model share; tables that other code made are forgotten."""
+    weights_of(name, folder)
+    mark = folder / f"code-{name}"
+    if not mark.exists() or mark.read_text(encoding="utf-8") != code:
+        for kept in (table_path(name, folder), logits_path(name, folder)):
+            kept.unlink(missing_ok=True)
+        mark.write_text(code, encoding="utf-8")
+
+
+def table_path(name: str, folder: Path) -> Path:
+    """Return where the damages of single layers are kept."""
+    return folder / f"layers-{name}.json"
+
+
+def logits_path(name: str, folder: Path) -> Path:
+    """Return where the float model's outputs on the test data are kept."""
+    return folder / f"float-{name}.npy"
+
+
 def load_case(name: str, folder: Path) -> Case:
     """Return a case by name; what has to be trained first is kept in ``folder``."""
     module = task_module(name)
-    if name == "resnext":
-        path = folder / "resnext.pt"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            module.train(path)
-    else:
-        path = module.weights()
+    path = weights_of(name, folder)
     if name == "mobilenet_v2":
         selection = list(module.batches(module.CALIBRATION, FIRST_TEST_PHOTO))
         test = list(module.batches(FIRST_TEST_PHOTO, None))

@@ -67,13 +67,14 @@ def report(name: str, bits: float, rows: list[list[float]], widths: list[str], b
 @click.option("--bits", default=5.0, show_default=True, help="Budget of average weight bits.")
 def main(bits: float) -> None:
     """Measure and score every mixture of g2p and write reports/hindsight.md."""
-    case = load_case("g2p", REPORT.parents[1] / ".autoquant" / "peers")
-    base = float(score(case, case.model)["metric"])
+    folder = REPORT.parents[1] / ".autoquant" / "peers"
+    case = load_case("g2p", folder)
+    base = float(score(case, case.model, folder)["metric"])
     session = ours.opened(case)
     rows, widths = [], []
     for sites in list(ours.mixtures(session, bits)):
         found = session.measure(sites, "search")[0]
-        scored = score(case, ours.finished(session, case, sites, 0.0, 0).model)
+        scored = score(case, ours.finished(session, case, sites, 0.0, 0).model, folder)
         rows.append(
             [found.average_weight_bits, found.loss, found.drop, scored["kl"], scored["metric"]]
         )

@@ -18,7 +18,8 @@ from autoquant.search.knapsack import solve
 from autoquant.search.session import Session, open_session
 from autoquant.search.source import of_module
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from tests.benchmarks.peers.cases import Case
+from autoquant.spec.recipe_file import write_text
+from tests.benchmarks.peers.cases import Case, table_path
 from tests.benchmarks.peers.greedy import WIDEST, greedy
 from tests.benchmarks.peers.tools import Found
 from tests.benchmarks.zoo import naive
@@ -166,10 +167,9 @@ def one_layer_table(session: Session) -> dict[str, Any]:
 
 def known_table(session: Session, folder: Path, name: str) -> dict[str, Any]:
     """Return the table of one-layer damages, from ``folder`` where it was measured before."""
-    path = folder / f"layers-{name}.json"
+    path = table_path(name, folder)
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(one_layer_table(session)), encoding="utf-8")
+        write_text(path, json.dumps(one_layer_table(session)))
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     found["table"] = {
         n: {int(width): damage for width, damage in row.items()}
@@ -184,7 +184,7 @@ def finished(
     """Return a recipe that is known without a search, as a model."""
     began = time.monotonic()
     measurement, _, done = session.measure(sites, "search")
-    model = autoquant.apply(session.recipe(done), case.model_copy(), case.task())
+    model = session.realizer.deploy(done)
     seconds += time.monotonic() - began
     return Found(model, measurement.average_weight_bits, seconds, evaluations + 1)
 
@@ -274,9 +274,8 @@ def one_shot(case: Case, bits: float, folder: Path) -> Found:
     if chosen is None:
         raise ValueError(f"no recipe of the space has {bits} bits")
     sites = {n: row[k].recipe for (n, row), k in zip(options.items(), chosen, strict=True)}
-    recipe = session.recipe(session.realizer.apply(sites))
-    model = autoquant.apply(recipe, case.model_copy(), case.task())
-    average = session.costs.of(recipe.sites).average_weight_bits
+    model = session.realizer.deploy(sites)
+    average = session.costs.of(sites).average_weight_bits
     return Found(model, average, time.monotonic() - began, 0)
 
 

@@ -30,6 +30,7 @@ class Row:
     proposals: int | None = None
     curve: tuple[float, ...] = ()
     version: str = ""
+    commit: str = ""
     threads: int = 0
     error: str | None = None
 
@@ -60,10 +61,10 @@ class Results:
                     continue  # the line that was being written when the run was killed
                 self._rows[row.key] = row
 
-    def done(self, key: Key) -> bool:
-        """Return whether a run has a result; one that failed is tried again."""
+    def done(self, key: Key, commit: str | None = None) -> bool:
+        """Return whether a run has a result, of that commit's code; failed ones are tried again."""
         row = self._rows.get(key)
-        return row is not None and row.error is None
+        return row is not None and row.error is None and commit in (None, row.commit)
 
     def add(self, row: Row) -> None:
         """Keep a row, on disk too."""
@@ -74,14 +75,6 @@ class Results:
         with self.path.open("a", encoding="utf-8") as file:
             # A line of its own, even after one that was cut short.
             file.write("\n" * cut + json.dumps(plain, ensure_ascii=False) + "\n")
-
-    def forget(self, keys: Iterable[Key]) -> None:
-        """Forget runs, on disk too."""
-        for key in keys:
-            self._rows.pop(key, None)
-        self.path.unlink(missing_ok=True)
-        for row in self._rows.values():
-            self.add(row)
 
     def rows(self, **match: Any) -> list[Row]:
         """Return the rows whose fields are as given, ordered by seed."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +16,7 @@ from autoquant.measure.decoding import decoded, scoring
 from autoquant.measure.decoding import divergences as divergences_of_steps
 from autoquant.models.metrics import METRICS
 from autoquant.models.task import outputs_of
-from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.cases import Case, logits_path
 
 Run = Callable[[Any], Any]
 
@@ -35,7 +38,19 @@ def logits(run: Run, batches: Sequence[tuple[Any, Any]]) -> Tensor:
     return torch.cat([outputs_of(run(inputs)).float() for inputs, _ in batches])
 
 
-def score(case: Case, quantized: nn.Module) -> dict[str, Any]:
+def float_logits(case: Case, folder: Path) -> Tensor:
+    """Return the float model's outputs on the test data, from ``folder`` where they are known."""
+    path = logits_path(case.name, folder)
+    if path.exists():
+        return torch.from_numpy(np.load(path))
+    found = logits(lambda x: case.run(case.model, x), case.test)
+    part = path.with_name(f"{os.getpid()}-{path.name}")  # another run may write it as well
+    np.save(part, found.numpy())
+    part.replace(path)
+    return found
+
+
+def score(case: Case, quantized: nn.Module, folder: Path) -> dict[str, Any]:
     """Return the metric of ``quantized`` on the test data and how far its outputs are."""
 
     def run(inputs: Any) -> Any:
@@ -48,12 +63,14 @@ def score(case: Case, quantized: nn.Module) -> dict[str, Any]:
         found["metric"] = METRICS.get(case.metric).evidence(pairs).score()
     else:
         found["metric"] = float(case.metric([o for o, _ in pairs], [t for _, t in pairs]))
-    found["kl"], found["kl_error"] = mean_and_error(distances(case, quantized, pairs))
+    found["kl"], found["kl_error"] = mean_and_error(distances(case, quantized, pairs, folder))
     return found
 
 
 @torch.no_grad()
-def distances(case: Case, quantized: nn.Module, pairs: Sequence[tuple[Any, Any]]) -> Tensor:
+def distances(
+    case: Case, quantized: nn.Module, pairs: Sequence[tuple[Any, Any]], folder: Path
+) -> Tensor:
     """Return how far the outputs in ``pairs`` are from the float model's, a test sample [n].
 
     For classes and for what is decoded the divergence (of a decoding step; the samples' mean is
@@ -62,7 +79,7 @@ def distances(case: Case, quantized: nn.Module, pairs: Sequence[tuple[Any, Any]]
     if case.scores:
         stats = torch.cat([_steps(case, quantized, inputs) for inputs, _ in case.test])
         return stats[:, 0] / stats[:, 1].mean()
-    reference = logits(lambda x: case.run(case.model, x), case.test)
+    reference = float_logits(case, folder)
     given = torch.cat([o for o, _ in pairs]).float()
     if case.search_metric == "kl":
         return divergences(reference, given)

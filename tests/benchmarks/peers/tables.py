@@ -115,3 +115,16 @@ def speed_cells(title: str, ours: Sequence[Row], theirs: Sequence[Row]) -> list[
         f"{ratio:.1f}×",
         str(len(both)),
     ]
+
+
+def seconds_cells(title: str, theirs: Row, ours: Row) -> list[str]:
+    """Return the row of one tool: its seconds and divergence, and those of our first answer."""
+    told = [fine(row.kl) if row.kl is not None else "–" for row in (theirs, ours)]
+    spent = [f"{row.seconds:.0f}" if row.seconds is not None else "–" for row in (theirs, ours)]
+    as_good = theirs.kl is not None and ours.kl is not None and ours.kl <= theirs.kl
+    share = (
+        f"{ours.seconds / theirs.seconds:.2f}"
+        if as_good and ours.seconds is not None and theirs.seconds
+        else "not as good"
+    )
+    return [title, spent[0], told[0], spent[1], told[1], share]

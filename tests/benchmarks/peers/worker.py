@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -19,38 +17,15 @@ import torch
 from autoquant.kernels.cpu.heap import keep_freed_memory
 from tests.benchmarks.peers.cases import load_case
 from tests.benchmarks.peers.score import score
-from tests.benchmarks.peers.tools import BY_NAME, Found, Tool
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def version(tool: Tool) -> str:
-    """Return the version of a tool's package; of this code, the commit."""
-    try:
-        found = importlib.metadata.version(tool.package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    if tool.package != "autoquant":
-        return found
-    return _commit() or found
-
-
-def _commit() -> str:
-    """Return the commit of this code, "" where git can't tell; reports are no part of it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
-
-    changed = git("status", "--porcelain", "--", "autoquant", "search_spaces", "tests").strip()
-    commit = git("rev-parse", "--short", "HEAD").strip()
-    return f"{commit}-dirty" if commit and changed else commit
+from tests.benchmarks.peers.tools import BY_NAME, Found
+from tests.benchmarks.peers.version import commit, package_version
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a row."""
     tool = BY_NAME[arguments["tool"]]
     folder = Path(arguments["folder"])
-    said = version(tool)
+    said = package_version(tool.package)
     if not said:
         return {"error": f"not installed ({tool.package})"}
     module, function = tool.place.split(":")
@@ -72,8 +47,9 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         "proposals": found.proposals,
         "curve": found.curve,
         "version": said,
+        "commit": commit(),
         "threads": torch.get_num_threads(),
-        **score(case, found.model),
+        **score(case, found.model, folder),
     }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from click.testing import CliRunner
 
 from tests.benchmarks.peers import __main__ as main
 from tests.benchmarks.peers import hindsight, summary, tables
@@ -103,6 +106,27 @@ def test_runs_at_a_time_have_cores_of_their_own():
     assert set().union(*parts) == whole[0]
     assert main.shares_of_cores(10_000) == parts
     assert main.shares_of_cores(0) == whole
+
+
+def test_a_budget_that_is_not_planned_is_refused_and_nothing_is_written(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    words = ["--model", "resnext", "--bits", "7", "--rows", str(rows), "--cache", str(tmp_path)]
+    found = CliRunner().invoke(main.main, words)
+    assert found.exit_code == 2
+    assert "7 is no budget here: 4.5" in found.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_is_written_beside_the_rows(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    known = Results(rows)
+    for run in plan(("resnext",), (), 1):
+        known.add(replace(run.row, bits=4.5, kl=0.1, kl_error=0.01, metric=0.9, seconds=1.0))
+    words = ["--model", "resnext", "--seeds", "1", "--rows", str(rows), "--cache", str(tmp_path)]
+    found = CliRunner().invoke(main.main, words)
+    assert found.exit_code == 0, found.output
+    assert found.output.startswith("0 runs")
+    assert "at most 4.5 bits" in (tmp_path / "rows.md").read_text()
 
 
 def test_each_run_is_a_process_and_a_failure_is_a_row(tmp_path):

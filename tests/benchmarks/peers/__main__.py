@@ -25,14 +25,13 @@ import click
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.peers import summary, tables
 from tests.benchmarks.peers.cases import NAMES, prepare
-from tests.benchmarks.peers.plan import RIVALS, Wanted, plan
+from tests.benchmarks.peers.plan import BUDGETS, RIVALS, Wanted, plan
 from tests.benchmarks.peers.results import Results, Row
 from tests.benchmarks.peers.tools import BY_NAME, TOOLS
 from tests.benchmarks.peers.version import commit
 from tests.benchmarks.zoo import TITLES
 
 ROOT = Path(__file__).resolve().parents[3]
-REPORT = ROOT / "reports" / "peers.md"
 ROWS = ROOT / "reports" / "peers.jsonl"
 LONGEST = 3600.0
 """Seconds that a run may take beside its trials."""
@@ -285,7 +284,7 @@ def report(results: Results) -> str:
     "--rows",
     default=ROWS,
     type=click.Path(path_type=Path),
-    help="File of what was measured; by default the one behind the report.",
+    help="File of what was measured; the report is written beside it.",
 )
 @click.option("--anew", is_flag=True, help="Measure again what other code than this measured.")
 def main(
@@ -298,27 +297,33 @@ def main(
     rows: Path,
     anew: bool,
 ) -> None:
-    """Measure what is not known yet and write reports/peers.md; it goes on where it was ended.
+    """Measure what is not known yet and write the report; it goes on where it was ended.
 
     \b
     Example:
       python -m tests.benchmarks.peers --model resnext --only autoquant --only tpe
     """
+    models = models or NAMES
+    offered = sorted({bits for model in models for bits in BUDGETS[model]})
+    for bits in budgets:
+        if bits not in offered:
+            known = ", ".join(f"{b:g}" for b in offered)
+            raise click.BadParameter(f"{bits:g} is no budget here: {known}", param_hint="--bits")
     cache.mkdir(parents=True, exist_ok=True)
-    results = Results(rows)
+    results, path = Results(rows), rows.with_suffix(".md")
     code = commit()
     names = set(only or BY_NAME)
     wanted = [
         run
-        for run in plan(models or NAMES, budgets, seeds)
+        for run in plan(models, budgets, seeds)
         if run.row.tool in names and not results.done(run.row.key, code if anew else None)
     ]
     for model in dict.fromkeys(run.row.model for run in wanted):
         prepare(model, cache, code)
-    print(f"{len(wanted)} runs, {jobs} at a time", flush=True)
+    print(f"{len(wanted)} runs, {len(shares_of_cores(jobs))} at a time", flush=True)
     for found, seconds in measure(wanted, cache, jobs):
         results.add(found)
-        REPORT.write_text(report(results), encoding="utf-8")
+        path.write_text(report(results), encoding="utf-8")
         said = found.error or (
             f"{found.bits:.3f} bits, KL {found.kl}, {found.metric}, {found.seconds:.0f} s"
         )
@@ -327,7 +332,7 @@ def main(
             f"({seconds:.0f} s in all)",
             flush=True,
         )
-    REPORT.write_text(report(results), encoding="utf-8")
+    path.write_text(report(results), encoding="utf-8")
     print(report(results))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -53,13 +54,14 @@ def command(
     from autoquant.search.opening import check_folder
     from autoquant.search.source import Source
 
-    check_folder(Path(output).parent)
+    target = Path(os.path.abspath(output))  # before the task runs, which may change the folder
+    check_folder(target.parent)
     source = Source(model, task, data, metric, trust_pickle)
     loaded_task = source.load_task() if task or data else None
     loaded = source.load(loaded_task)
     check_model(loaded_recipe, loaded, accept=accept_changes)
     module, calibrated = quantize(loaded, loaded_recipe, loaded_task)
-    written = write(module, calibrated, loaded_task, Path(output))
+    written = write(module, calibrated, loaded_task, target)
     if as_json:
         row = {"path": str(written.path), "kind": written.kind, "reason": written.reason}
         print(json.dumps(row | {"size_bytes": written.path.stat().st_size}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def command(directory: str, as_json: bool) -> None:
     from autoquant.search.options import Options
     from autoquant.spec.recipe_file import write_text
 
-    folder = Path(directory)
+    folder = Path(os.path.abspath(directory))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder")
     task, model = folder / "task.py", folder / "model.pt"

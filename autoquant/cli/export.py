@@ -44,7 +44,7 @@ def command(
 
     if sum(x is not None for x in (trial, bits, size)) > 1:
         raise UserError("--trial, --bits and --size each choose a recipe; give one")
-    ledger = Ledger.open(study, storage)
+    ledger = Ledger.open(study, storage, write=False)
     recipe, chosen = extract(ledger, trial=trial, bits=bits, size=size)
     save(recipe, Path(output))
     evidence = recipe.evidence

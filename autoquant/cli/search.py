@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,10 @@ def run(
         from autoquant.cli.progress import searching
         from autoquant.search.run import start
         from autoquant.search.source import Source, space_file
+        from autoquant.search.storage import Storage
 
+    # Before the task runs, which may change the working directory.
+    place, folder = Storage.parse(storage), Path(os.path.abspath(out))
     source = Source(model, task, data, metric, trust_pickle, space_file(space))
     with searching(as_json, storage) as reporter:
         loaded_task = source.load_task()
@@ -190,8 +194,8 @@ def run(
             chosen,
             options,
             study,
-            storage,
-            Path(out),
+            place,
+            folder,
             None,
             reporter,
         )

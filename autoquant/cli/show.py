@@ -36,7 +36,7 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
     from autoquant.search.trials import FRONT, best_trial, front
     from autoquant.spec.recipe_file import loads
 
-    ledger = Ledger.open(study, storage)
+    ledger = Ledger.open(study, storage, write=False)
     trials = ledger.trials()
     best = best_trial(trials)
     edge = front(trials)
@@ -79,7 +79,7 @@ def _show_why(study: str | None, layer: str, storage: str | None, as_json: bool)
     from autoquant.search.ledger import Ledger
     from autoquant.search.why import shares, why
 
-    ledger = Ledger.open(study, storage)
+    ledger = Ledger.open(study, storage, write=False)
     found = why(ledger, layer)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))

@@ -16,13 +16,15 @@ def command(storage: str | None, as_json: bool) -> None:
 
     from autoquant.errors import StudyError
     from autoquant.report.tables import best_columns, console, studies_table
-    from autoquant.search.ledger import FOLDER, Ledger, names
+    from autoquant.search.ledger import Ledger, names
+    from autoquant.search.storage import Storage
     from autoquant.search.trials import best_trial
 
     rows = []
-    for name in names(storage):
+    place = Storage.parse(storage)
+    for name in names(place):
         try:
-            ledger = Ledger.open(name, storage)
+            ledger = Ledger.open(name, place, write=False)
         except StudyError as error:
             click.echo(f"note: {error}", err=True)
             continue
@@ -39,6 +41,6 @@ def command(storage: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
     elif not rows:
-        print(f"no study in {storage or FOLDER}; start one: autoquant search")
+        print(f"no study in {place.shown}; start one: autoquant search")
     else:
         console().print(studies_table(rows))

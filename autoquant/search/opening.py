@@ -14,13 +14,14 @@ from autoquant.models.files import LoadedModel
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task
 from autoquant.search.goal import Goal
-from autoquant.search.ledger import Ledger, names
+from autoquant.search.ledger import names
 from autoquant.search.options import Options, parse_latency, parse_size
 from autoquant.search.preflight import Preflight
 from autoquant.search.pricing import header_of
 from autoquant.search.profile import weight_schemes
 from autoquant.search.session import Session
 from autoquant.search.source import Source, absolute, space_header
+from autoquant.search.storage import Storage, located
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SearchSpace, SiteSpace
 
@@ -127,11 +128,12 @@ def header_of_study(
     }
 
 
-def new_name(model: str, storage: str | None) -> str:
+def new_name(model: str, storage: Storage | str | None) -> str:
     """Return a study name that is not taken: the model's, with a number where needed."""
     plain = (c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in model)
     stem = "".join(plain).strip(".-_")[:80] or "study"
-    taken = set(names(storage)) if storage is None or Ledger.exists(storage) else set()
+    place = located(storage)
+    taken = set(names(place, every=True))
     if stem not in taken:
         return stem
     return next(f"{stem}-{i}" for i in range(2, len(taken) + 3) if f"{stem}-{i}" not in taken)

@@ -18,14 +18,14 @@ from autoquant.errors import StudyError, TaskError, TrialError
 from autoquant.measure.evaluator import Bar, Watch
 from autoquant.models.files import LoadedModel, sha256_of
 from autoquant.models.metrics import parse_max_drop
-from autoquant.models.task import Task, load_task
+from autoquant.models.task import Task
 from autoquant.search import samplers
 from autoquant.search.confirm import confirm
 from autoquant.search.enough import Enough
 from autoquant.search.fidelity import fidelity
 from autoquant.search.finalists import finalists, incumbent
 from autoquant.search.goal import Goal
-from autoquant.search.ledger import MEASURED, Ledger, count
+from autoquant.search.ledger import MEASURED, Ledger, StudyTaken, count
 from autoquant.search.loop import Outcome, Stop, run_trials
 from autoquant.search.opening import (
     FORMAT,
@@ -58,6 +58,7 @@ from autoquant.search.source import (
     source_of,
     space_file,
 )
+from autoquant.search.storage import Storage
 from autoquant.search.trials import FRONT, best_trial, measured
 from autoquant.search.uniform import baselines
 from autoquant.spec.recipe import Recipe, SiteRecipe
@@ -124,19 +125,20 @@ def search(
         prune,
         memory,
     )
-    file = None if isinstance(task, Task) else str(task)
-    if not isinstance(task, Task):
-        task = load_task(Path(task))
+    # Before the task runs, which may change the working directory.
+    place, folder = Storage.parse(storage), Path(os.path.abspath(out))
     chosen = space if isinstance(space, SearchSpace) else SearchSpace.load(space)
-    kept = None if isinstance(space, SearchSpace) else space_file(space)
-    if isinstance(model, nn.Module):
-        source = Source("", file, space=kept)
-        loaded = of_module(model)
-    else:
-        source = Source(str(model), file, trust_pickle=trust_pickle, space=kept)
-        loaded = source.load(task)
+    source = Source(
+        "" if isinstance(model, nn.Module) else str(model),
+        None if isinstance(task, Task) else str(task),
+        trust_pickle=trust_pickle,
+        space=None if isinstance(space, SearchSpace) else space_file(space),
+    )
+    if not isinstance(task, Task):
+        task = source.load_task()
+    loaded = of_module(model) if isinstance(model, nn.Module) else source.load(task)
     return start(
-        loaded, task, source, chosen, options, study, storage, Path(out), own, reporter or Silent()
+        loaded, task, source, chosen, options, study, place, folder, own, reporter or Silent()
     )
 
 
@@ -147,12 +149,15 @@ def start(
     space: SearchSpace,
     options: Options,
     study: str | None,
-    storage: str | None,
+    storage: Storage,
     out: Path,
     own: BaseSampler | None,
     reporter: Reporter,
 ) -> SearchResult:
-    """Check everything, create the study, and run it; nothing is written before all is checked."""
+    """Check everything, create the study, and run it; nothing is written before all is checked.
+
+    ``out`` is absolute. A study without a name gets the model's, with a number where that is taken.
+    """
     began = time.monotonic()
     check(options)
     parse_max_drop(options.max_drop)
@@ -161,8 +166,7 @@ def start(
     if own is None:
         samplers.check(options.sampler)
     check_folder(out)
-    study = study or new_name(loaded.name, storage)
-    Ledger.check_free(study, storage)
+    Ledger.check_free(study or new_name(loaded.name, storage), storage)
     session = open_session(
         loaded, task, choose_device(options.device), backend=options.backend, say=reporter.say
     )
@@ -176,8 +180,17 @@ def start(
     reporter.preflight(found)
     goal = make_goal(session, options, found)
     header = header_of_study(session, loaded, task, source, space, options, found, goal, out)
-    ledger = Ledger.create(study, storage, header)
+    ledger = _create(study, loaded.name, storage, header)
     return _run(ledger, session, spaces, goal, options, out, own, reporter, began)
+
+
+def _create(study: str | None, model: str, storage: Storage, header: Mapping[str, Any]) -> Ledger:
+    while True:
+        try:
+            return Ledger.create(study or new_name(model, storage), storage, header)
+        except StudyTaken:  # where nobody asked for that name, another one does as well
+            if study is not None:
+                raise
 
 
 def resume(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from autoquant.spec.space import SearchSpace, shipped
 class Source:
     """Where model, task and search space come from; what a study keeps to find them again.
 
-    ``space`` is the space's file, None for one that ships with the package.
+    ``space`` is the space's file, None for one that ships with the package. Paths are made absolute
+    here, before any code of the user's runs, which may change the working directory; the model's is
+    empty for a module in Python.
     """
 
     model: str
@@ -31,6 +34,12 @@ class Source:
     metric: str | None = None
     trust_pickle: bool = False
     space: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "task", "data", "space"):
+            path = getattr(self, name)
+            if path:
+                object.__setattr__(self, name, os.path.abspath(path))
 
     def load_task(self) -> Task:
         """Return the task; UserError where none is given."""

@@ -11,11 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.text import Text
 
 from autoquant.cli.failures import Interrupted
+from autoquant.libraries import unchanged
 from autoquant.report.tables import (
     console,
     latency_lines,
@@ -32,6 +30,11 @@ from autoquant.search.preflight import Preflight
 from autoquant.search.result import SearchResult
 from autoquant.search.trials import measured
 from autoquant.spec.costs import describe_seconds
+
+with unchanged():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
 
 
 class ConsoleReporter:

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import errno
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
 
 from autoquant.errors import StudyError
 from autoquant.search.storage import FOLDER, SUFFIX, Storage, located
@@ -242,6 +242,13 @@ def _written(path: Path) -> float:
         return 0.0
 
 
+def _database_errors() -> tuple[type[Exception], ...]:
+    """Return what a database raises; its library is loaded where there is one."""
+    library = sys.modules.get("sqlalchemy.exc")
+    own = () if library is None else (library.SQLAlchemyError,)
+    return (optuna.exceptions.StorageInternalError, *own)
+
+
 @contextlib.contextmanager
 def storage_errors(name: str) -> Iterator[None]:
     """Turn what a storage raises into one line."""
@@ -255,8 +262,9 @@ def storage_errors(name: str) -> Iterator[None]:
             ) from error
         where = f": {error.filename}" if error.filename else ""
         raise StudyError(f"study {name}: {error.strerror or error}{where}") from error
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = error if isinstance(error, SQLAlchemyError) else error.__cause__ or error
+    except _database_errors() as error:
+        internal = isinstance(error, optuna.exceptions.StorageInternalError)
+        cause = (error.__cause__ or error) if internal else error
         line = str(getattr(cause, "orig", None) or cause).splitlines()[0]
         raise StudyError(f"study {name}: the database says: {line}") from error
     except ModuleNotFoundError as error:

@@ -13,16 +13,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from sqlalchemy import create_engine, inspect
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from autoquant.errors import StudyError
 from autoquant.search.journal import Journal
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 FOLDER = Path(".autoquant")
 """Where studies are kept unless --storage says otherwise."""
@@ -64,6 +64,11 @@ class Storage:
                     f"postgresql://…, mysql://…) or a file that ends in {SUFFIX}"
                 )
             return cls(text, Path(os.path.abspath(text)))
+        from sqlalchemy.engine import (
+            make_url,
+        )  # it sets its log's level, where it is not needed too
+        from sqlalchemy.exc import ArgumentError
+
         try:
             url = make_url(text)
         except (ArgumentError, ValueError):
@@ -105,6 +110,8 @@ class Storage:
             return False
         if self.url is None:
             return True
+        from sqlalchemy import create_engine, inspect
+
         engine = create_engine(self.url)
         try:
             return inspect(engine).has_table(TABLE)
@@ -155,6 +162,8 @@ class Storage:
             yield JournalStorage(journal), alone
 
     def _database(self, *, create: bool) -> BaseStorage:
+        from sqlalchemy.exc import SQLAlchemyError
+
         assert self.url is not None
         url = self.url.replace("{", "{{").replace("}", "}}")  # Optuna takes it for a template
         for attempt in range(ATTEMPTS):

@@ -33,7 +33,7 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
 
     from autoquant.report.tables import console, front_table, layers_table, trials_table
     from autoquant.search.ledger import MEASURED, REASON, Ledger
-    from autoquant.search.trials import FRONT, best_trial, front
+    from autoquant.search.trials import FRONT, RECIPE, best_trial, front
     from autoquant.spec.recipe_file import loads
 
     ledger = Ledger.open(study, storage, write=False)
@@ -64,8 +64,8 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
     out.print(trials_table(edge, "Pareto front, smallest first"))
     if ledger.header.get(FRONT):
         out.print(front_table(ledger.header[FRONT]))
-    if "recipe" in ledger.header:
-        out.print(layers_table(loads(ledger.header["recipe"], f"study {ledger.name}")))
+    if RECIPE in ledger.header:
+        out.print(layers_table(loads(ledger.header[RECIPE]["text"], f"study {ledger.name}")))
     if best is not None:
         out.print(f"best trial: {best.number}")
 

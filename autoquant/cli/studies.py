@@ -16,6 +16,7 @@ def command(storage: str | None, as_json: bool) -> None:
 
     from autoquant.errors import StudyError
     from autoquant.report.tables import best_columns, console, studies_table
+    from autoquant.search.header import Header
     from autoquant.search.ledger import Ledger, names
     from autoquant.search.storage import Storage
     from autoquant.search.trials import best_trial
@@ -25,17 +26,16 @@ def command(storage: str | None, as_json: bool) -> None:
     for name in names(place):
         try:
             ledger = Ledger.open(name, place, write=False)
+            header, trials = Header.read(ledger.header, name), ledger.trials()
         except StudyError as error:
             click.echo(f"note: {error}", err=True)
             continue
-        trials = ledger.trials()
-        header = ledger.header
         row = {
             "study": name,
-            "model": header["model"]["name"],
-            "space": header["space"]["name"],
+            "model": header.model.name,
+            "space": header.space.name,
             "trials": len(trials),
-            "created": header["created"].replace("T", " "),
+            "created": header.created.replace("T", " "),
         }
         rows.append(row | best_columns(best_trial(trials)))
     if as_json:

@@ -217,13 +217,16 @@ def open_session(
     folded: Mapping[str, str] | None = None,
     backend: str = "auto",
     say: Say = lambda _: None,
+    splits: Splits | None = None,
 ) -> Session:
     """Prepare a model for its task: read the data, fold, find the sites, calibrate.
 
-    ``folded`` repeats the folds of a recipe instead of looking for them.
+    ``folded`` repeats the folds of a recipe instead of looking for them; ``splits`` are the task's
+    data, where they have been read already.
     """
-    say("reading the data")
-    splits = make_splits(task)
+    if splits is None:
+        say("reading the data")
+        splits = make_splits(task)
     evaluator = Evaluator(task, splits, device)
     model = loaded.module.to(device)
     example = evaluator.example()

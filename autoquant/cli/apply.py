@@ -50,13 +50,14 @@ def command(
     from autoquant.spec.recipe_file import load
 
     loaded_recipe = load(Path(recipe))
-    from autoquant.export.model import check_model, quantize, write
+    from autoquant.export.model import check_model, check_output, quantize, write
     from autoquant.search.opening import check_folder
     from autoquant.search.source import Source
 
     target = Path(os.path.abspath(output))  # before the task runs, which may change the folder
-    check_folder(target.parent)
     source = Source(model, task, data, metric, trust_pickle)
+    check_folder(target.parent)
+    check_output(target, {"recipe": recipe, **source.files})
     loaded_task = source.load_task() if task or data else None
     loaded = source.load(loaded_task)
     check_model(loaded_recipe, loaded, accept=accept_changes)

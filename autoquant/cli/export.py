@@ -40,10 +40,12 @@ def command(
     from autoquant.errors import UserError
     from autoquant.search.extract import extract
     from autoquant.search.ledger import Ledger
+    from autoquant.spec.outputs import check_target, is_signed
     from autoquant.spec.recipe_file import save
 
     if sum(x is not None for x in (trial, bits, size)) > 1:
         raise UserError("--trial, --bits and --size each choose a recipe; give one")
+    check_target(Path(output), is_signed)
     ledger = Ledger.open(study, storage, write=False)
     recipe, chosen = extract(ledger, trial=trial, bits=bits, size=size)
     save(recipe, Path(output))

@@ -26,6 +26,7 @@ from autoquant.report.verdicts import reported_line, verdict_line
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import REASON
 from autoquant.search.loop import Stop
+from autoquant.search.opening import RECIPE_FILE
 from autoquant.search.preflight import Preflight
 from autoquant.search.result import SearchResult
 from autoquant.search.trials import measured
@@ -170,6 +171,9 @@ class ConsoleReporter:
             out.print(
                 f"{result.speed.per_second:.2f} candidates a second; layers computed in: {layers}"
             )
+        if result.recipe_path.name != RECIPE_FILE:
+            own = result.recipe_path.with_name(RECIPE_FILE)
+            out.print(f"note: {own} was edited meanwhile, and is left as it is", markup=False)
         out.print(f"recipe: {result.recipe_path}", markup=False)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from autoquant.cli.options import json_option, storage_option
@@ -28,7 +30,7 @@ def command(storage: str | None, as_json: bool) -> None:
             ledger = Ledger.open(name, place, write=False)
             header, trials = Header.read(ledger.header, name), ledger.trials()
         except StudyError as error:
-            click.echo(f"note: {error}", err=True)
+            print(f"note: {error}", file=sys.stderr)
             continue
         row = {
             "study": name,

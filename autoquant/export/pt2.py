@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from autoquant.errors import ModelFileError
 from autoquant.nn.fold import same_outputs
 
+MARK = "written_by_autoquant"
+"""An extra file in a .pt2 that says where it came from, so that it may be replaced."""
 TOLERANCE = 1e-4
 """Largest difference of the program's outputs, relative to the largest: rounding only."""
 
@@ -121,7 +123,7 @@ def save_program(program: Any, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _strip(program)
         with _quiet():
-            torch.export.save(program, whole)
+            torch.export.save(program, whole, extra_files={MARK: "1"})
         _compress(whole, small, path.stem)
         small.replace(path)
     except (OSError, RuntimeError) as error:
@@ -130,6 +132,15 @@ def save_program(program: Any, path: Path) -> None:
         for temporary in (whole, small):
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def is_program(path: Path) -> bool:
+    """Return whether ``save_program`` wrote the file."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith(f"/{MARK}") for name in file.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _compress(source: Path, target: Path, folder: str) -> None:

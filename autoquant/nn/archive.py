@@ -53,6 +53,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def is_archive(path: Path) -> bool:
+    """Return whether ``save_archive`` wrote the file."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return RECIPE_KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
 def read_recipe(path: Path) -> Recipe:
     """Return the recipe inside an archive; ModelFileError where the file is none."""
     try:

@@ -24,8 +24,12 @@ from autoquant.search.profile import weight_schemes
 from autoquant.search.session import Session
 from autoquant.search.source import Source
 from autoquant.search.storage import Storage, located
+from autoquant.spec.outputs import check_target, is_signed
 from autoquant.spec.recipe import ModelIdentity, SiteRecipe
 from autoquant.spec.space import SearchSpace, SiteSpace, shipped
+
+RECIPE_FILE = "recipe.yaml"
+"""What a search writes."""
 
 
 def check_size(size: str | None, session: Session, spaces: Mapping[str, SiteSpace]) -> None:
@@ -53,6 +57,12 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: nothing can be written there: {path} is no folder")
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: nothing can be written there: {path} is not writable")
+
+
+def check_out(folder: Path, source: Source) -> None:
+    """Raise UserError where the recipe could not be written to ``folder`` after long work."""
+    check_folder(folder)
+    check_target(folder / RECIPE_FILE, is_signed, source.files)
 
 
 def make_goal(session: Session, options: Options, found: Preflight) -> Goal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 from torch import nn
 
-from autoquant.errors import StudyError, TaskError, TrialError
+from autoquant.errors import StudyError, TaskError, TrialError, UserError
 from autoquant.measure.evaluator import Bar, Watch
 from autoquant.models.data import make_splits
 from autoquant.models.files import LoadedModel, sha256_of
@@ -41,7 +42,8 @@ from autoquant.search.header import Header
 from autoquant.search.ledger import MEASURED, Ledger, StudyTaken, count
 from autoquant.search.loop import Outcome, Stop, run_trials
 from autoquant.search.opening import (
-    check_folder,
+    RECIPE_FILE,
+    check_out,
     check_size,
     header_of_study,
     make_goal,
@@ -66,6 +68,7 @@ from autoquant.search.source import Source, of_module, space_file
 from autoquant.search.storage import Storage
 from autoquant.search.trials import FRONT, RECIPE, best_trial, measured
 from autoquant.search.uniform import baselines
+from autoquant.spec.outputs import check_target, is_signed
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import dumps, save
 from autoquant.spec.space import SearchSpace, SiteSpace
@@ -102,6 +105,9 @@ def search(
     objective: str | None = None,
 ) -> SearchResult:
     """Find the best recipe for ``model`` and write it to ``out``/recipe.yaml.
+
+    A file of that name that was edited, or is not autoquant's, is refused at the beginning; one
+    that is edited while the search runs is left, and the recipe goes beside it (``recipe_path``).
 
     ``model`` is a module, which is left as it is, or a model file; ``task`` a Task or a task file;
     ``space`` a search space, the name of one, or its file. Without a budget the answer is the
@@ -170,7 +176,7 @@ def start(
         parse_size(options.size, 1)
     if own is None:
         samplers.check(options.sampler)
-    check_folder(out)
+    check_out(out, source)
     Ledger.check_free(study or new_name(loaded.name, storage), storage)
     session = open_session(
         loaded, task, choose_device(options.device), backend=options.backend, say=reporter.say
@@ -254,7 +260,7 @@ def resume(
     notes = check_versions(name, header.versions, accept_changes)
     source = saved_source(header, place, model, task, data)
     target = header.places.find_out(place, name) if target is None else target
-    check_folder(target)
+    check_out(target, source)
     task = task if isinstance(task, Task) else saved_task(name, source)
     compare(name, "task", header.task, task.sha256, accept_changes)
     if isinstance(model, nn.Module):
@@ -402,7 +408,7 @@ def _run(
     except TrialError as error:
         raise StudyError(f"study {ledger.name}: {error}") from error
     recipe, checks = _time_result(session, chosen.recipe, ledger.header)
-    path = out / "recipe.yaml"
+    path = _free(out, ledger.name)
     # The study first: `autoquant export` then has the recipe even where ``path`` can't be written.
     ledger.note(**{RECIPE: {"text": dumps(recipe), "trial": chosen.trial}})
     save(recipe, path)
@@ -422,6 +428,18 @@ def _run(
         done,
         foretold,
     )
+
+
+def _free(out: Path, study: str) -> Path:
+    """Return where the recipe goes: beside one that was edited while the search ran."""
+    beside = (out / f"recipe-{study}-{i}.yaml" for i in itertools.count(1))
+    for path in itertools.chain([out / RECIPE_FILE], beside):
+        try:
+            check_target(path, is_signed)
+        except UserError:
+            continue
+        return path
+    raise AssertionError("unreachable")
 
 
 def _time_result(

@@ -39,6 +39,16 @@ class Source:
             if path:
                 object.__setattr__(self, name, os.path.abspath(path))
 
+    @property
+    def files(self) -> dict[str, str | None]:
+        """The files that are read, by what they are called."""
+        return {
+            "model": self.model or None,
+            "task": self.task,
+            "data file": self.data,
+            "search space": self.space,
+        }
+
     def load_task(self) -> Task:
         """Return the task; UserError where none is given."""
         if self.task is not None:

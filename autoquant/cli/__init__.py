@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from autoquant.cli.failures import report_failure
+from autoquant.cli.terminal import set_encoding
 from autoquant.kernels.cpu.heap import keep_freed_memory
 
 COMMANDS = {
@@ -79,6 +80,7 @@ def set_waiting() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the user's mistake, 130 interrupted, 1 a bug."""
+    set_encoding()
     set_waiting()
     keep_freed_memory()  # this process is ours, and evaluates one candidate after another
     words = list(sys.argv[1:] if argv is None else argv)

@@ -58,7 +58,7 @@ from autoquant.cli.options import (
     "--objective",
     metavar="NAME",
     help="What is made small under --max-drop: size, bits, latency or bitops "
-    "(multiplications × weight bits × activation bits). Default: size.",
+    "(multiplications x weight bits x activation bits). Default: size.",
 )
 @click.option(
     "--trials",

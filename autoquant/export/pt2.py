@@ -73,7 +73,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
+        with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere:
             warnings.simplefilter("ignore")
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 yield

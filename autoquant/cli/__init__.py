@@ -14,6 +14,7 @@ import click
 
 from autoquant.cli.failures import report_failure
 from autoquant.kernels.cpu.heap import keep_freed_memory
+from autoquant.models.usercode import interruptible
 
 COMMANDS = {
     "search": "Find the best recipe for a model.",
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
     try:
-        result: Any = group(words, prog_name="autoquant", standalone_mode=False)
+        with interruptible():
+            result: Any = group(words, prog_name="autoquant", standalone_mode=False)
     except BaseException as error:
         sys.exit(report_failure(error, debug=debug))
     sys.exit(result if isinstance(result, int) else 0)

@@ -19,8 +19,6 @@ def report_failure(error: BaseException, *, debug: bool) -> int:
     """Print one line about ``error`` on standard error and return the exit status."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
     if debug:
         traceback.print_exception(error)
     if isinstance(error, click.ClickException):

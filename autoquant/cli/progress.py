@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from autoquant.cli.failures import Interrupted
+from autoquant.models.usercode import interruptible
 from autoquant.report.tables import (
     console,
     latency_lines,
@@ -174,9 +175,9 @@ class ConsoleReporter:
 def searching(as_json: bool, storage: str | None) -> Iterator[ConsoleReporter]:
     """Give a reporter; on Ctrl-C or SIGTERM say how to go on, and exit with status 130."""
     reporter = ConsoleReporter(as_json, storage)
-    old = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield reporter
+        with interruptible(signal.SIGINT, signal.SIGTERM):
+            yield reporter
     except KeyboardInterrupt:
         reporter.progress.stop()
         if reporter.study is None:
@@ -188,8 +189,3 @@ def searching(as_json: bool, storage: str | None) -> Iterator[ConsoleReporter]:
         ) from None
     finally:
         reporter.progress.stop()
-        signal.signal(signal.SIGTERM, old)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt

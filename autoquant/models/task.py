@@ -17,7 +17,7 @@ from autoquant.errors import TaskError
 from autoquant.models.datafile import read_data_file
 from autoquant.models.metrics import METRICS
 from autoquant.models.trees import batch_size, take
-from autoquant.models.usercode import describe
+from autoquant.models.usercode import guarded
 from autoquant.registry import unknown
 
 DATA_BATCH = 64
@@ -147,12 +147,13 @@ def _execute(path: Path, content: bytes, name: str) -> ModuleType:
     sys.modules[name] = module
     sys.path.insert(0, folder)
     try:
-        exec(compile(content, file, "exec", dont_inherit=True), module.__dict__)
+        with guarded(
+            lambda reason: TaskError(f"{path}: failed to load: {reason}"), file, (SyntaxError,)
+        ):
+            exec(compile(content, file, "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
         where = f"{error.filename}:{error.lineno}"
         raise TaskError(f"{path}: syntax error: {error.msg} ({where})") from error
-    except (Exception, SystemExit) as error:
-        raise TaskError(f"{path}: failed to load: {describe(error, file)}") from error
     finally:
         sys.path.remove(folder)
         if folder not in sys.path:

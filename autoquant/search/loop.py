@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.trial import FrozenTrial, TrialState
 
-from autoquant.errors import StudyError, TrialError
+from autoquant.errors import StudyError, TrialError, UserError
 from autoquant.search.goal import ROUNDING, Goal, Measurement
 from autoquant.search.ledger import MEASURED, REASON, Ledger, finished
 from autoquant.search.params import ParameterMap
@@ -144,7 +144,11 @@ def _run_one(
 
 
 def _write(ledger: Ledger, proposer: Proposer, trial: FrozenTrial, number: int) -> FrozenTrial:
-    trial = proposer.told(trial)
+    try:
+        trial = proposer.told(trial)
+    except UserError:
+        ledger.add(trial)  # what was measured is kept, whatever the sampler makes of it
+        raise
     ledger.add(trial)
     trial.number = number
     return trial

@@ -15,7 +15,7 @@ import torch
 from autoquant.errors import TaskError, TrialError, UserError
 from autoquant.methods.realize import CACHE_BYTES
 from autoquant.models.evidence import FunctionEvidence
-from autoquant.models.usercode import describe
+from autoquant.models.usercode import guarded
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.convert import deploy
 from autoquant.nn.fold import same_outputs
@@ -79,13 +79,11 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
 
 def _run(session: Session, model: torch.nn.Module, inputs: Any) -> Any:
     """Return the outputs of one batch; TrialError where the user's code fails."""
-    try:
-        with torch.no_grad():
-            return session.evaluator.run(model, inputs)
-    except UserError:
-        raise
-    except Exception as error:
-        raise TrialError(f"forward failed: {describe(error, session.task.source)}") from error
+    with (
+        guarded(lambda reason: TrialError(f"forward failed: {reason}"), session.task.source),
+        torch.no_grad(),
+    ):
+        return session.evaluator.run(model, inputs)
 
 
 def _check_repeats(session: Session, value: float) -> None:

@@ -19,6 +19,7 @@ from autoquant.measure.evaluator import Bar, Watch
 from autoquant.models.files import LoadedModel, sha256_of
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task, load_task
+from autoquant.models.usercode import interruptible
 from autoquant.search import samplers
 from autoquant.search.confirm import confirm
 from autoquant.search.enough import Enough
@@ -140,6 +141,7 @@ def search(
     )
 
 
+@interruptible()
 def start(
     loaded: LoadedModel,
     task: Task,
@@ -180,6 +182,7 @@ def start(
     return _run(ledger, session, spaces, goal, options, out, own, reporter, began)
 
 
+@interruptible()
 def resume(
     study: str | None = None,
     *,

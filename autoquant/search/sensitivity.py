@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autoquant.errors import AutoquantError
+from autoquant.errors import AutoquantError, TrialError
 from autoquant.measure.decoding import decoded, scoring
 from autoquant.methods.realize import Realizer
 from autoquant.models.trees import batch_size, take
+from autoquant.models.usercode import guarded
 from autoquant.nn.slots import SiteSlot
 from autoquant.search.probes import (
     LATER,
@@ -60,6 +61,8 @@ IGNORED = -100
 """The label of what does not count."""
 RUN_BYTES = 400 << 20
 """Inputs and outputs of layers in one run, at most: what autograd keeps is about as much again."""
+PASSING = (Mixed, RuntimeError, IndexError)
+"""Errors of a run back that are torch's own or ours; any other is of code that the user wrote."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,8 @@ class _Work:
         loss = self._loss(inputs, first, size)
         if loss is None:
             return False
-        loss.backward()
+        with guarded(lambda reason: TrialError(f"backward failed: {reason}"), None, PASSING):
+            loss.backward()
         for probe in probes.values():
             probe.close(last=last)
         return True

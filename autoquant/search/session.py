@@ -29,6 +29,7 @@ from autoquant.methods.realize import Realizer
 from autoquant.models.data import Splits, make_splits
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
+from autoquant.models.usercode import guarded
 from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.convert import Prepared, prepare, use_channels_last
 from autoquant.nn.fold import same_outputs
@@ -230,19 +231,14 @@ def open_session(
 
     def run(m: nn.Module, inputs: Any = None) -> Any:
         inputs = example if inputs is None else inputs
-        try:
+        with guarded(failed, task.source):
             if inputs is None:
                 assert task.evaluate is not None
                 return task.evaluate(m)
             return evaluator.run(m, inputs)
-        except UserError:
-            raise
-        except Exception as error:
-            from autoquant.models.usercode import describe
 
-            raise UserError(
-                f"the float model fails on the task's data: {describe(error, task.source)}"
-            ) from error
+    def failed(reason: str) -> UserError:
+        return UserError(f"the float model fails on the task's data: {reason}")
 
     size = float_bytes(model)
     say("finding the layers")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from autoquant.cli.options import json_option, task_options
+from autoquant.cli.output import emit
 
 
 @click.command(
@@ -44,8 +45,6 @@ def command(
     Where the model can be exported it becomes a .pt2 of plain aten operators, with the weights as
     packed integers; otherwise a safe archive, and the reason is printed.
     """
-    import json
-
     from autoquant.spec.recipe_file import load
 
     loaded_recipe = load(Path(recipe))
@@ -62,7 +61,7 @@ def command(
     written = write(module, calibrated, loaded_task, Path(output))
     if as_json:
         row = {"path": str(written.path), "kind": written.kind, "reason": written.reason}
-        print(json.dumps(row | {"size_bytes": written.path.stat().st_size}))
+        emit(row | {"size_bytes": written.path.stat().st_size})
         return
     size = written.path.stat().st_size
     if written.kind == "pt2":

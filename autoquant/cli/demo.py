@@ -77,7 +77,8 @@ def command(directory: str, as_json: bool) -> None:
     """Train a small CNN on handwritten digits in DIR (default: autoquant-demo) and search it.
 
     Writes DIR/model.pt and DIR/task.py, prints the search command that you would type, and runs
-    it. Needs no network and no GPU.
+    it. Needs no network and no GPU. The exit status is 0 whatever the verdict is: it only shows
+    how a search goes.
     """
     from autoquant.cli.search import run
     from autoquant.errors import UserError

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from autoquant.cli.output import reserve
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -102,8 +104,19 @@ def memory_option(command: F) -> F:
 def json_option(command: F) -> F:
     """Add --json."""
     return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+        "--json",
+        "as_json",
+        is_flag=True,
+        callback=_reserve,
+        help="Print one JSON object on standard output, and nothing else: what the task prints "
+        "goes to standard error.",
     )(command)
+
+
+def _reserve(context: click.Context, _: click.Parameter, as_json: bool) -> bool:
+    if as_json:
+        reserve(context)
+    return as_json
 
 
 def seconds(text: str | None) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import signal
 import time
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from autoquant.cli.failures import Interrupted
+from autoquant.cli.output import emit
 from autoquant.models.usercode import interruptible
 from autoquant.report.tables import (
     console,
@@ -121,7 +121,7 @@ class ConsoleReporter:
     def finish(self, result: SearchResult) -> None:
         """Print the result: a table for people, or one JSON object."""
         if self.as_json:
-            print(json.dumps(result.plain()))
+            emit(result.plain())
             return
         out = console()
         evidence = result.recipe.evidence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from autoquant.cli.failures import verdict_status
 from autoquant.cli.loading import loading
 from autoquant.cli.options import Trials, json_option, memory_option, seconds, storage_option
 
@@ -41,7 +42,7 @@ def command(
     accept_changes: bool,
     worker: int,
     as_json: bool,
-) -> None:
+) -> int:
     """Go on with STUDY (default: the newest) from its storage alone.
 
     The study knows its model, task, space and options. It gives the same trials as a study that
@@ -50,6 +51,8 @@ def command(
     Several processes, on one machine or on several that share a database, may work on a study at
     the same time: `autoquant resume STUDY --worker 1` beside the search that began it, and so on.
     Each profiles the model for itself, learns from the trials of all, and proposes others.
+
+    The exit status is that of a search: 0 PASS, 3 FAIL, 4 NOT PROVEN.
     """
     with loading():
         from autoquant.cli.progress import searching
@@ -68,3 +71,4 @@ def command(
             worker=worker,
         )
     reporter.finish(result)
+    return verdict_status(result.verdict)

@@ -77,7 +77,7 @@ def search(
     task: Task | str | os.PathLike[str],
     *,
     space: SearchSpace | str | Path = "default",
-    max_drop: str | float = "1%",
+    max_drop: str | float | None = None,
     bits: float | None = None,
     size: str | None = None,
     trials: int | str | None = None,
@@ -100,18 +100,18 @@ def search(
 
     ``model`` is a module, which is left as it is, or a model file; ``task`` a Task or a task file;
     ``space`` a search space, the name of one, or its file. Without a budget the answer is the
-    smallest model that loses at most ``max_drop``; with ``bits`` or ``size``, the best metric
-    within it. ``max_latency`` ("20ms", or "60%" of the float model's) limits the time for one batch
-    of the task's data, and ``objective`` (size, bits, latency, bitops) says what is made small
-    under ``max_drop``. ``trials`` is a number, or "auto" for as many as it takes; ``timeout`` is in
-    seconds; ``memory`` ("512MB", "0") is what results of
-    layers may take so that they are not computed again, None for 2 GiB or a quarter of what is
-    free. Raises UserError, in one line, on anything the user can mend.
+    smallest model that loses at most ``max_drop`` (None: "1%"); with ``bits`` or ``size``, the best
+    metric within it. ``max_latency`` ("20ms", or "60%" of the float model's) limits the time for
+    one batch of the task's data, and ``objective`` (size, bits, latency, bitops) says what is made
+    small under ``max_drop``. ``trials`` is a number, or "auto" for as many as it takes; ``timeout``
+    is in seconds; ``memory`` ("512MB", "0") is what results of layers may take so that they are not
+    computed again, None for 2 GiB or a quarter of what is free. Raises UserError, in one line, on
+    anything the user can mend.
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
     options = Options(
-        str(max_drop),
+        None if max_drop is None else str(max_drop),
         bits,
         size,
         trials,
@@ -157,7 +157,7 @@ def start(
     """Check everything, create the study, and run it; nothing is written before all is checked."""
     began = time.monotonic()
     check(options)
-    parse_max_drop(options.max_drop)
+    parse_max_drop(options.most_drop)
     if options.size is not None:
         parse_size(options.size, 1)
     if own is None:
@@ -358,6 +358,7 @@ def _run(
     except TrialError as error:
         raise StudyError(f"study {ledger.name}: {error}") from error
     recipe, checks = _time_result(session, chosen.recipe, ledger.header)
+    evidence, asked = recipe.evidence, options.max_drop is not None or not goal.budgeted
     path = out / "recipe.yaml"
     # The study first: `autoquant export` then has the recipe even where ``path`` can't be written.
     ledger.note(recipe=dumps(recipe), best=chosen.trial)
@@ -377,6 +378,7 @@ def _run(
         checks,
         done,
         foretold,
+        None if evidence is None or not asked else evidence.verdict,
     )
 
 

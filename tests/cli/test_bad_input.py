@@ -515,7 +515,7 @@ def test_full_disk_keeps_every_finished_trial(project, cli, monkeypatch):
     shown = cli("show", "s", "--json")
     kept = shown.out.count('"trial"')
     assert 1 <= kept < 14
-    assert cli("resume", "s").status == 0
+    assert cli("resume", "s").done
     assert cli("show", "s", "--json").out.count('"trial"') == 14
 
 
@@ -534,7 +534,7 @@ def test_a_journal_that_can_grow_no_more(project, cli):
     assert journal.read_bytes().endswith(b"\n")
     rows = json.loads(cli("show", "s", "--json").out)["trials"]
     assert 1 <= len(rows) < 14
-    assert cli("resume", "s").status == 0
+    assert cli("resume", "s").done
     after = json.loads(cli("show", "s", "--json").out)["trials"]
     assert len(after) == 14
     assert after[: len(rows)] == rows

@@ -406,6 +406,14 @@ RECIPE_EDITS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
         ("unknown field 'schema'", "did you mean 'scheme'"),
     ),
     "aliases": (lambda t: ALIASES, ("aliases",)),
+    "bits that the scale is not for": (
+        lambda t: re.sub(r"activation: {bits: 8", "activation: {bits: 6", t, count=1),
+        ("activation: scale ", "was calibrated for '8 bits ", "delete scale and zero_point"),
+    ),
+    "a calibration that the scale is not of": (
+        lambda t: re.sub(r"calibration: [\w.]+, scale", "calibration: percentile_97, scale", t),
+        ("activation: scale ", "was calibrated for", "percentile_97:"),
+    ),
     "zero point off the grid": (
         lambda t: re.sub(r"zero_point: [-\d]+", "zero_point: 999", t, count=1),
         ("zero_point: found", "-128 … 127"),

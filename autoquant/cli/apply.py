@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from autoquant.cli.options import json_option, task_options
+from autoquant.cli.options import OutputFile, json_option, task_options
 from autoquant.cli.output import emit
 
 
@@ -22,7 +22,7 @@ from autoquant.cli.output import emit
     metavar="FILE",
     default="quantized.pt2",
     show_default=True,
-    type=click.Path(),
+    type=OutputFile(".pt2", ".safetensors"),
     help="A .pt2 that plain torch loads; .safetensors for an archive that autoquant.load restores.",
 )
 @click.option(

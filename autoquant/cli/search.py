@@ -10,6 +10,7 @@ import click
 from autoquant.cli.failures import verdict_status
 from autoquant.cli.loading import loading
 from autoquant.cli.options import (
+    OutputFolder,
     Trials,
     backend_option,
     device_option,
@@ -94,8 +95,8 @@ if TYPE_CHECKING:
     metavar="DIR",
     default=".",
     show_default=True,
-    type=click.Path(),
-    help="Where recipe.yaml goes.",
+    type=OutputFolder(),
+    help="Folder that recipe.yaml goes to.",
 )
 @json_option
 def command(

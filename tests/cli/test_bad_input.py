@@ -311,6 +311,15 @@ OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     ),
     "no such recipe": (("apply", "r.yaml", "model.pt"), ("r.yaml: cannot read the recipe",)),
     "recipe is no recipe": (("apply", "model.pt", "model.pt"), ("not a recipe",)),
+    "apply writes no .onnx": (
+        ("apply", "r.yaml", "model.pt", "-o", "x.onnx"),
+        ("'x.onnx'", ".pt2 or .safetensors"),
+    ),
+    "apply writes no .pt": (("apply", "r.yaml", "model.pt", "-o", "x.pt"), ("'x.pt'", ".pt2 or")),
+    "apply without a suffix": (("apply", "r.yaml", "model.pt", "-o", "x"), ("'x'", ".pt2 or")),
+    "a suffix in capitals": (("apply", "r.yaml", "model.pt", "-o", "x.PT2"), ("'x.PT2'",)),
+    "export writes no .json": (("export", "s", "-o", "r.json"), ("'r.json'", ".yaml or .yml")),
+    "out is named like a file": ((*SEARCH, "--out", "r.yaml"), ("'r.yaml'", "give the folder")),
     "demo in a file": (("demo", "task.py"), ("task.py: is a file",)),
 }
 

@@ -54,7 +54,7 @@ class ConsoleReporter:
             disable=not self.console.is_terminal,
         )
         self.bar: Any = None
-        self.stop = Stop(None, None)
+        self.stop = Stop(None)
         self.began = 0.0
         self.done = self.before = 0
 
@@ -109,8 +109,8 @@ class ConsoleReporter:
     def _left(self) -> str:
         spent = time.monotonic() - self.began
         found = []
-        if self.stop.seconds is not None:
-            found.append(self.stop.seconds - spent)
+        if self.stop.schedule is not None:
+            found.append(self.stop.schedule.for_trials)
         if self.stop.trials is not None and self.done > self.before:
             found.append(spent / (self.done - self.before) * (self.stop.trials - self.done))
         if not found:
@@ -156,6 +156,8 @@ class ConsoleReporter:
         out.print(f"study {result.study}: {trials}; {result.seconds:.1f} s on {result.device}")
         if result.done is not None:
             out.print(result.done, markup=False)
+        for what in result.skipped:
+            out.print(f"skipped for --timeout: {what}", markup=False)
         if result.fidelity is not None:
             f = result.fidelity
             how = f"gradients on {f.samples} samples" if f.samples else "damage at the layers"

@@ -18,7 +18,12 @@ from autoquant.cli.options import Trials, json_option, memory_option, seconds, s
     metavar="N|auto",
     help="Trials in all, instead of what the study was given; auto: until more gain too little.",
 )
-@click.option("--timeout", metavar="TIME", help="Stop after this long (90s, 10m, 2h).")
+@click.option(
+    "--timeout",
+    metavar="TIME",
+    help="Be done after this long (90s, 10m, 2h), counted from the start of the command, with the "
+    "profile and the confirmation; what there was no time for is said.",
+)
 @memory_option
 @click.option(
     "--accept-changes",
@@ -69,6 +74,7 @@ def command(
             accept_changes=accept_changes,
             reporter=reporter,
             worker=worker,
+            began=click.get_current_context().find_root().obj,
         )
     reporter.finish(result)
     return verdict_status(result.verdict)

@@ -70,7 +70,12 @@ if TYPE_CHECKING:
     help="Trials in all; auto: until more would gain too little. Default: 60, or as --timeout "
     "allows.",
 )
-@click.option("--timeout", metavar="TIME", help="Stop after this long (90s, 10m, 2h).")
+@click.option(
+    "--timeout",
+    metavar="TIME",
+    help="Be done after this long (90s, 10m, 2h), counted from the start of the command, with the "
+    "profile and the confirmation; what there was no time for is said.",
+)
 @click.option(
     "--sampler",
     metavar="NAME",
@@ -203,6 +208,7 @@ def run(
             Path(out),
             None,
             reporter,
+            click.get_current_context().find_root().obj,
         )
     reporter.finish(result)
     return result

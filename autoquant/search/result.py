@@ -46,6 +46,7 @@ class SearchResult:
     ``max_latency`` is in seconds; ``latency_checks`` compare predictions with whole models.
     ``done`` says why a search ended of itself. ``verdict`` is on the maximum drop that was asked
     for (``verdict.outcome``: PASS, FAIL or NOT PROVEN), None for a search by a budget alone.
+    ``skipped`` says what the timeout left no time for.
     """
 
     study: str
@@ -63,6 +64,7 @@ class SearchResult:
     done: str | None = None
     fidelity: Fidelity | None = None
     verdict: Verdict | None = None
+    skipped: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Return the result as the JSON object of ``autoquant search --json``."""
@@ -104,6 +106,8 @@ class SearchResult:
         found: dict[str, Any] = {}
         if self.done is not None:
             found["done"] = self.done
+        if self.skipped:
+            found["skipped"] = list(self.skipped)
         if self.fidelity is not None:
             found["profile"] = dataclasses.asdict(self.fidelity)
         return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +28,7 @@ from autoquant.measure.reuse import Reuse
 from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
-from autoquant.models.data import Splits, make_splits
+from autoquant.models.data import Splits, batch_size, make_splits
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.models.usercode import guarded
@@ -151,6 +153,21 @@ class Session:
         self.evaluator.reuse = found if fine else None
         return self.evaluator.reuse
 
+    def exact_seconds(self, sites: Mapping[str, SiteRecipe]) -> float | None:
+        """Return what a pass of the reference over the search split takes, told by one batch.
+
+        None for a task that only has ``evaluate(model)``. Raises TrialError like ``measure``.
+        """
+        if not self.splits.search:
+            return None
+        inputs, _ = self.splits.search[0]
+        with self.prepared.engine.reference(), torch.no_grad():
+            self._apply(sites)
+            start = time.perf_counter()
+            self.evaluator.outputs(self.model, inputs)
+            seconds = time.perf_counter() - start
+        return seconds * self.splits.samples["search"] / batch_size(inputs)
+
     @contextlib.contextmanager
     def without_reuse(self) -> Iterator[None]:
         """Keep nothing of what is measured inside: where no later candidate is like it."""
@@ -158,8 +175,13 @@ class Session:
         with contextlib.nullcontext() if reuse is None else reuse.paused():
             yield
 
-    def sensitivity(self, candidates: Mapping[str, Candidates]) -> Sensitivity | str:
-        """Return what each candidate does to the outputs on calibration data, or why not."""
+    def sensitivity(
+        self, candidates: Mapping[str, Candidates], seconds: float = math.inf
+    ) -> Sensitivity | str:
+        """Return what each candidate does to the outputs on calibration data, or why not.
+
+        On fewer samples where not all fit into ``seconds``.
+        """
         if self.task.evaluate is not None and not self.splits.calibrate:
             return "the task gives no calibration data"
         return measure_sensitivity(
@@ -168,6 +190,7 @@ class Session:
             [b for b in self.splits.calibrate if b is not None],
             candidates,
             classes=self.evaluator.by_classes,
+            seconds=seconds,
         )
 
     def quantized(self, site: Site, scheme: WeightScheme, corrected: bool) -> QuantizedWeight:

@@ -21,7 +21,7 @@ from autoquant.nn.archive import SUFFIX, save_archive
 from autoquant.nn.convert import prepare
 from autoquant.search.session import open_session
 from autoquant.search.source import state_hash
-from autoquant.spec.calibration import DATA_CALIBRATIONS
+from autoquant.spec.needs import needs_of
 from autoquant.spec.recipe import Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -53,15 +53,9 @@ def check_model(recipe: Recipe, loaded: LoadedModel, *, accept: bool) -> None:
 def needs_data(recipe: Recipe) -> str | None:
     """Return why ``recipe`` can't be applied without the task, or None."""
     for name, site in recipe.sites.items():
-        if site.learning_rate is not None and site.weight is not None:
-            return f"{name}: learning_rate: learned rounding needs the task's calibration data"
-        if site.bias_correction and site.weight is not None:
-            return f"{name}: bias_correction: it needs the task's calibration data"
-        if site.weight is not None and site.weight.calibration in DATA_CALIBRATIONS:
-            return f"{name}: calibration {site.weight.calibration}: needs the task's data"
-        a = site.activation
-        if a is not None and a.scale is None and not a.dynamic:
-            return f"{name}: activation: it has no scale, so it must be calibrated"
+        needs = sorted(need.value for need in needs_of(site.canonical()))
+        if needs:
+            return f"{name}: it needs the task's calibration data: {', '.join(needs)}"
     return None
 
 
@@ -71,7 +65,7 @@ def quantize(loaded: LoadedModel, recipe: Recipe, task: Task | None) -> tuple[nn
     Raises SpecError where the recipe does not fit, or needs a task that is not given.
     """
     if task is not None:
-        session = open_session(loaded, task, torch.device("cpu"), folded=recipe.folded)
+        session = open_session(loaded, task, torch.device("cpu"), recipe=recipe)
         return _deployed(session.realizer, recipe)
     reason = needs_data(recipe)
     if reason is not None:

@@ -35,6 +35,7 @@ class SiteStatistics:
     of x·xᵀ over rows of the input as the weight sees it: float32 [groups, n, n], or its diagonal
     [groups, n], where n is the number of weights of an output channel; None without activation.
     ``means`` are those of x, [groups, n], where the layer has (or could have) a bias to correct.
+    Tensors are on the device of the site's weight, where whatever they are multiplied with is.
     """
 
     inputs: TensorStatistics | None
@@ -105,8 +106,8 @@ class _Recorder:
             raise TrialError(f"{self.site.name}: its input holds NaN or Inf on calibration data")
         if self.collector.empty:
             return SiteStatistics(None, None)
-        moments = None if self.total is None else (self.total / max(self.rows, 1)).cpu()
-        means = None if self.sum is None else (self.sum / max(self.windows, 1)).float().cpu()
+        moments = None if self.total is None else self.total / max(self.rows, 1)
+        means = None if self.sum is None else (self.sum / max(self.windows, 1)).float()
         return SiteStatistics(inputs, moments, means)
 
 

@@ -135,7 +135,7 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
         if example is None:
             return
-        found = _run(session, loaded.to(session.device), example)
+        found = _run(session, loaded, example)
     except TrialError as error:
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
     except OSError as error:

@@ -27,6 +27,7 @@ from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
 from autoquant.models.data import Splits, make_splits
+from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.nn.calibrate import SiteStatistics, calibrate
@@ -225,7 +226,7 @@ def open_session(
     say("reading the data")
     splits = make_splits(task)
     evaluator = Evaluator(task, splits, device)
-    model = loaded.module.to(device)
+    model = move(loaded.module, device)
     example = evaluator.example()
 
     def run(m: nn.Module, inputs: Any = None) -> Any:

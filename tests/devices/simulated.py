@@ -12,6 +12,7 @@ memory from outside of torch is refused: NumPy, and pointers that are given to C
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import traceback
@@ -44,13 +45,18 @@ _FILLING = {"fill", "fill_"}
 
 def device_of(x: Tensor) -> torch.device:
     """Return the device that a tensor says it is on."""
-    if type(x) not in PLAIN or x.layout is not torch.strided:
+    if not _real(x):
         return x.device
     return getattr(x.untyped_storage(), _MARK, CPU)
 
 
+def _real(x: Tensor) -> bool:
+    """Return whether a tensor has memory on the CPU, of which nobody else makes another device."""
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_meta
+
+
 def _mark(x: Tensor, device: torch.device) -> None:
-    if type(x) in PLAIN and x.layout is torch.strided:
+    if _real(x):
         setattr(x.untyped_storage(), _MARK, device)
 
 
@@ -79,7 +85,7 @@ class _Python(TorchFunctionMode):
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if name in ("__get__", "__set__"):
             name = f"{name} {getattr(getattr(func, '__self__', None), '__name__', '')}"
-        if first is not None and type(first) in PLAIN:
+        if first is not None and _real(first):
             if name == "__get__ device":
                 return device_of(first)
             if name in ("__get__ is_cuda", "__get__ is_cpu"):
@@ -90,10 +96,8 @@ class _Python(TorchFunctionMode):
                 return self._move(first, name, args[1:], kwargs)
             if name == "__deepcopy__":
                 return self._copied(first, func(*args, **kwargs))
-            if name == "backward":  # hooks in it run as the caller does, and are looked at, too
-                gradient = args[1] if len(args) > 1 else kwargs.pop("gradient", None)
-                with self, self.gpu.making(device_of(first)):
-                    return torch.autograd.backward(first, gradient, *args[2:], **kwargs)
+            if name in ("new_tensor", "tensor") and kwargs.get("device") is None:
+                kwargs["device"] = device_of(first)
             if device_of(first) == GPU:
                 if name in ("numpy", "__array__"):
                     self.gpu.refuse("can't convert cuda:0 device type tensor to numpy", TypeError)
@@ -127,9 +131,10 @@ class _Python(TorchFunctionMode):
 
     def _move(self, x: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if name == "cpu":
-            return _to(x, CPU, kwargs)
+            return _to(x, CPU, {})
         if name == "cuda":
-            return _to(x, _whole(args[0] if args else kwargs.pop("device", 0) or 0), kwargs)
+            given = args[0] if args else kwargs.pop("device", None)
+            return _to(x, GPU if given is None else _whole(given), {})
         copy = kwargs.pop("copy", False)
         other = args[0] if args else kwargs.get("other")
         if isinstance(other, Tensor):
@@ -180,7 +185,7 @@ class _Operators(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = _tensors(args, kwargs)
-        if any(type(x) not in PLAIN for x in given):
+        if not all(map(_real, given)):
             return func(*args, **kwargs)
         devices = {device_of(x) for x in given}
         if len(devices) > 1 and not allowed(func, args, kwargs):
@@ -236,6 +241,11 @@ def _elementwise(tensors: Iterable[Any], *, mutable: bool) -> bool:
     )
 
 
+def _in_mode(mode: TorchFunctionMode, func: Any, *args: Any, **kwargs: Any) -> Any:
+    with mode:
+        return func(*args, **kwargs)
+
+
 class _Event:
     """Stands for a CUDA event, by the wall clock."""
 
@@ -288,8 +298,15 @@ class SimulatedGPU:
             }
             for name, found in there.items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, found))
+            python = _Python(self)
+            # Hooks run while torch is asked for gradients, as whoever wrote them does: looked at.
+            engine = torch.autograd._engine_run_backward
+            with_hooks = functools.partial(_in_mode, python, engine)
+            stack.enter_context(
+                mock.patch.object(torch.autograd, "_engine_run_backward", with_hooks)
+            )
             stack.enter_context(_Operators(self))
-            stack.enter_context(_Python(self))
+            stack.enter_context(python)
             self._stack = stack.pop_all()
         return self
 

@@ -1,0 +1,171 @@
+"""Every way through the package on a GPU: tensors of the model and the CPU's never meet."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autoquant
+from autoquant.export.model import write
+from autoquant.models.files import load
+from autoquant.nn.archive import save_archive
+from autoquant.search.remeasure import measure_recipe
+from autoquant.search.source import of_module
+from tests.devices.models import KINDS, Case, make
+
+SMALL = autoquant.SearchSpace.parse(
+    """
+autoquant_space: 1
+name: small
+rules:
+  - weight_bits: [8, 4]
+    weight_calibration: [output_mse, max]
+    weight_scheme: [symmetric, asymmetric]
+    bias_correction: [true]
+    activation_bits: [8]
+    activation_granularity: [per_tensor, per_token]
+    activation_calibration: [mse]
+""",
+    "small",
+)
+
+
+def search(case: Case, **options: Any) -> Any:
+    return autoquant.search(
+        case.model, case.task, device="cuda", **{"trials": 3, "space": SMALL} | options
+    )
+
+
+def on_gpu(module: nn.Module) -> bool:
+    return {t.device.type for t in module.state_dict().values()} == {"cuda"}
+
+
+def outputs(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = module(x)
+    return y
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", KINDS)
+def test_from_the_search_to_files(name, tmp_path):
+    case = make(name)
+    result = search(case)
+    evidence = result.recipe.evidence
+    assert all(p.device.type == "cpu" for p in case.model.parameters())
+
+    again = measure_recipe(of_module(case.model), case.task, result.recipe, "cuda")
+    assert again.splits["search"].quantized == evidence.search.quantized
+    assert again.splits["confirm"].quantized == evidence.confirm.quantized
+
+    there = copy.deepcopy(case.model).to("cuda")
+    applied = autoquant.apply(result.recipe, there, case.task)
+    assert on_gpu(applied)
+    assert on_gpu(there)
+    expected = outputs(applied, case.example.cuda())
+    assert expected.device.type == "cuda"
+
+    archive = tmp_path / "quantized.safetensors"
+    save_archive(applied, result.recipe, archive)
+    loaded = autoquant.load(archive, make(name).model.cuda())
+    assert on_gpu(loaded)
+    assert torch.equal(outputs(loaded, case.example.cuda()), expected)
+
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    loaded = autoquant.load(archive, make(name).model)
+    torch.testing.assert_close(outputs(loaded, case.example), expected.cpu(), **close)
+    written = write(applied, result.recipe, case.task, tmp_path / "quantized.pt2")
+    assert written.kind == "pt2", written.reason
+    program = torch.export.load(written.path).module()
+    torch.testing.assert_close(outputs(program, case.example), expected.cpu(), **close)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", ["convolutional", "plain"])
+def test_everything_that_can_be_chosen(name):
+    search(make(name), space=autoquant.SearchSpace.load("full"), trials=4, sampler="random")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_learned_rounding():
+    case = make("convolutional")
+    result = search(case, trials=1)
+    sites = {n: replace(s, learning_rate=0.02) for n, s in result.recipe.sites.items()}
+    learned = result.recipe.with_sites(sites)
+    assert on_gpu(autoquant.apply(learned, case.model.cuda(), case.task))
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("options", [{"objective": "latency"}, {"objective": "bitops"}])
+def test_costs_that_are_measured(options):
+    search(make("plain"), **options)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_results_that_are_kept():
+    plain, kept = (
+        search(make("convolutional"), memory=memory, study=f"memory-{memory}", trials=5)
+        for memory in ("0", "64MB")
+    )
+    assert kept.recipe == plain.recipe
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_search_is_resumed():
+    case = make("plain")
+    first = search(case, trials=2, study="s")
+    result = autoquant.resume("s", model=case.model, task=case.task, trials=4)
+    assert sum(result.trials.values()) > sum(first.trials.values())
+    assert result.device == "cuda"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_model_and_data_that_are_on_the_gpu_already():
+    case = make("plain")
+    model = case.model.cuda()
+    batches = [x.cuda() for x in (case.example, case.example + 1, case.example - 1)]
+    task = autoquant.Task(evaluation_data=lambda: batches)
+    result = autoquant.search(model, task, device="cuda", trials=2)
+    assert on_gpu(model)
+    assert on_gpu(autoquant.apply(result.recipe, model, task))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_program_makes_its_tensors_where_it_was_moved(tmp_path: Path):
+    """An exported program says "on the CPU" wherever it makes a tensor, an LSTM's state say."""
+    case = make("recurrent")
+    path = tmp_path / "model.pt2"
+    batch = torch.export.Dim("batch", min=2)
+    with torch.no_grad():
+        program = torch.export.export(
+            case.model, (case.example,), dynamic_shapes={"ids": {0: batch}}, strict=False
+        )
+    torch.export.save(program, path)
+    loaded = load(path)
+    assert "device" in loaded.module.code
+    result = search(replace(case, model=loaded.module), trials=1)
+    assert result.recipe.evidence.confirm.drop < 0.3
+    written = write(
+        autoquant.apply(result.recipe, loaded, case.task), result.recipe, case.task, path
+    )
+    assert written.kind == "pt2", written.reason
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+def test_the_demo():
+    from autoquant.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "d", "--device", "cuda", "--json"])
+    assert ended.value.code == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["apply", "d/recipe.yaml", "d/model.pt", "--task", "d/task.py", "--device", "cuda"])
+    assert ended.value.code == 0
+    assert torch.export.load("quantized.pt2")

@@ -54,7 +54,7 @@ def search(case: Case, device: str) -> bool:
     """Search; return whether what it found is as good as what the CPU did, of the same layers."""
     words = [sys.executable, "-m", "autoquant", "search", str(case.model), "--task", str(case.task)]
     words += ["--device", device, "--trials", str(TRIALS[case.name]), "--out", case.name, "--json"]
-    words += ["--study", case.name, "--debug"]
+    words += ["--study", case.name, "--timeout", "90s", "--debug"]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     plain = json.loads(done.stdout)
     found = load_recipe(Path(case.name) / "recipe.yaml")

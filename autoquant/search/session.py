@@ -13,6 +13,7 @@ from torch import nn
 
 from autoquant.errors import OutOfMemory, UserError
 from autoquant.kernels.engine import make_engine
+from autoquant.kernels.reference import full_float32
 from autoquant.measure.cost import CostModel
 from autoquant.measure.evaluator import (
     OUT_OF_MEMORY,
@@ -234,7 +235,8 @@ def open_session(
         try:
             if inputs is None:
                 assert task.evaluate is not None
-                return task.evaluate(m)
+                with full_float32(device):
+                    return task.evaluate(m)
             return evaluator.run(m, inputs)
         except UserError:
             raise

@@ -163,6 +163,29 @@ def test_a_program_makes_its_tensors_where_it_was_moved(tmp_path: Path):
     assert written.kind == "pt2", written.reason
 
 
+class Noting(nn.Linear):
+    """Notes what it may be multiplied in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.add(torch.backends.cudnn.allow_tf32)
+        return super().forward(x)
+
+
+SEEN: set[bool] = set()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_convolutions_are_float32_while_a_model_is_measured():
+    case = make("plain")
+    model = nn.Sequential(Noting(10, 3), *case.model[1:2], nn.Linear(3, 3))
+    before = torch.backends.cudnn.allow_tf32
+    SEEN.clear()
+    search(replace(case, model=model))
+    assert True not in SEEN
+    assert SEEN
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_the_demo():

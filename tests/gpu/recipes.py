@@ -24,8 +24,9 @@ from autoquant.spec.recipe_file import load as load_recipe
 from tests.zoo.conftest import HERE, task_module
 
 TRIALS = {"demo": 20, "mobilenet_v2": 16}
-FLIPS = 0.005
-"""Share of samples that rounding may decide the other way: TF32's included, which cuDNN takes."""
+FLIPS = 0.01
+"""Share of samples that the rounding of sums may decide the other way: cuDNN adds in another order,
+and an activation next to the middle of two integers goes to either."""
 
 
 @dataclass(frozen=True)

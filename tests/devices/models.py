@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import autoquant
 
@@ -74,7 +75,7 @@ class Recurrent(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decodes greedily: what it returns are tokens, which have no gradient."""
+    """Decodes greedily from packed sequences: what it returns are tokens, without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +85,9 @@ class Decoder(nn.Module):
         self.head = nn.Linear(8, 12)
 
     def forward(self, ids: Tensor) -> Tensor:
-        h = self.encoder(self.words(ids))[1][0]
+        lengths = (ids != 0).sum(1).cpu()
+        packed = pack_padded_sequence(self.words(ids), lengths, True, enforce_sorted=False)
+        h = self.encoder(packed)[1][0]
         token = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
         found = []
         for _ in range(4):
@@ -103,11 +106,12 @@ def plain() -> nn.Module:
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, its inputs, and its metric."""
+    """A model, its inputs, its metric, and what becomes of it: no program packs sequences."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.Generator], Tensor]
     metric: str | None
+    written: str = "pt2"
 
 
 def _ids(draw: torch.Generator) -> Tensor:
@@ -122,7 +126,7 @@ KINDS = {
     ),
     "transformer": Kind(Transformer, _ids, "accuracy"),
     "recurrent": Kind(Recurrent, _ids, "accuracy"),
-    "decoder": Kind(Decoder, _ids, "token_error_rate"),
+    "decoder": Kind(Decoder, _ids, "token_error_rate", "archive"),
     "plain": Kind(plain, lambda draw: torch.randn(SAMPLES, 10, generator=draw), None),
 }
 
@@ -134,6 +138,7 @@ class Case:
     model: nn.Module
     task: autoquant.Task
     example: Tensor
+    written: str
 
 
 def _targets(outputs: Tensor) -> Any:
@@ -159,4 +164,4 @@ def make(name: str) -> Case:
     task = autoquant.Task(
         calibration_data=lambda: calibrate, evaluation_data=lambda: pairs, metric=kind.metric
     )
-    return Case(model, task, batches[0])
+    return Case(model, task, batches[0], kind.written)

@@ -41,6 +41,12 @@ _INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index
 _INDEXING |= {"_index_put_impl_", "_unsafe_masked_index"}
 _CROSSING = {"copy_", "_copy_from", "_to_copy", "set_"}
 _FILLING = {"fill", "fill_"}
+_LENGTHS = {
+    "_pack_padded_sequence": 1,
+    "_pack_padded_sequence_backward": 2,
+    "_pad_packed_sequence": 1,
+}
+"""Operators on sequences, and which of their arguments, lengths, is on the CPU always."""
 
 
 def device_of(x: Tensor) -> torch.device:
@@ -188,6 +194,9 @@ class _Operators(TorchDispatchMode):
         if not all(map(_real, given)):
             return func(*args, **kwargs)
         devices = {device_of(x) for x in given}
+        lengths = _LENGTHS.get(func.overloadpacket.__name__)
+        if lengths is not None and device_of(args[lengths]) == GPU:
+            self.gpu.refuse(f"lengths should be on the CPU ({func})")
         if len(devices) > 1 and not allowed(func, args, kwargs):
             self.gpu.refuse(f"{MIXED} ({func})")
         generator = kwargs.get("generator")
@@ -197,7 +206,7 @@ class _Operators(TorchDispatchMode):
         target = GPU if GPU in devices or (not devices and self.gpu.device == GPU) else CPU
         if target == GPU:
             known = {x.untyped_storage()._cdata for x in given}
-            for x in _tensors(made):
+            for x in _tensors(made if lengths is None else made[:1]):
                 if x.untyped_storage()._cdata not in known:
                     _mark(x, GPU)
         return made
@@ -206,7 +215,7 @@ class _Operators(TorchDispatchMode):
 def allowed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a GPU takes this operator's tensors, which are on both devices."""
     name = func.overloadpacket.__name__
-    if name in _CROSSING:
+    if name in _CROSSING or name in _LENGTHS:
         return True
     if name in _FILLING:
         return all(x.dim() == 0 for x in _tensors(args[1:], kwargs))

@@ -87,9 +87,10 @@ def test_from_the_search_to_files(name, tmp_path):
     loaded = autoquant.load(archive, make(name).model)
     assert alike(outputs(loaded, case.example), expected.cpu())
     written = write(applied, result.recipe, case.task, tmp_path / "quantized.pt2")
-    assert written.kind == "pt2", written.reason
-    program = torch.export.load(written.path).module()
-    assert alike(outputs(program, case.example), expected.cpu())
+    assert written.kind == case.written, written.reason
+    if written.kind == "pt2":
+        program = torch.export.load(written.path).module()
+        assert alike(outputs(program, case.example), expected.cpu())
 
 
 @pytest.mark.usefixtures("gpu")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from autoquant.kernels.cpu import native
 from tests.devices.simulated import SimulatedGPU
@@ -116,6 +117,7 @@ ALLOWED = {
     "written to an index on the CPU": lambda: gpu(3).index_put_((torch.tensor([0]),), cpu()),
     "a list of each": lambda: torch._foreach_add([gpu(3), cpu(3)], [gpu(3), cpu(3)]),
     "Adam's steps": lambda: _step(),
+    "lengths of sequences": lambda: _packed(torch.tensor([2, 1])),
     "what a number is": lambda: gpu().item() + gpu(2).tolist()[0],
     "a CPU's generator for the CPU": lambda: torch.randn(2, generator=torch.Generator()).cuda(),
 }
@@ -139,6 +141,7 @@ REFUSED = {
     "gathered": lambda: gpu(3).gather(0, torch.tensor([0])),
     "compared": lambda: torch.equal(gpu(3), cpu(3)),
     "a loss": lambda: F.cross_entropy(gpu(2, 3), torch.tensor([0, 1])),
+    "lengths of sequences": lambda: _packed(torch.tensor([2, 1], device="cuda")),
     "a list": lambda: torch._foreach_add([gpu(3), cpu(3)], [cpu(3), gpu(3)]),
     "a CPU's generator": lambda: torch.randn(2, device="cuda", generator=torch.Generator()),
     "drawn by a CPU's generator": lambda: gpu(3).multinomial(1, generator=torch.Generator()),
@@ -148,6 +151,13 @@ REFUSED = {
     "in a hook": lambda: _hooked(),
     "C code": lambda: native.quantize_rows(gpu(2, 2), SCHEME, "linear"),
 }
+
+
+def _packed(lengths: Tensor) -> None:
+    packed = pack_padded_sequence(gpu(2, 3, 4), lengths, batch_first=True)
+    assert packed.data.is_cuda
+    assert not packed.batch_sizes.is_cuda
+    assert pad_packed_sequence(nn.GRU(4, 2).cuda()(packed)[0])[0].is_cuda
 
 
 def _step() -> None:

@@ -302,6 +302,7 @@ class SimulatedGPU:
                 "is_available": lambda: True,
                 "mem_get_info": lambda device=None: (8 << 30, 16 << 30),
                 "get_device_name": lambda device=None: "simulated GPU",
+                "get_rng_state": lambda device=None: torch.get_rng_state(),
                 "synchronize": lambda device=None: None,
                 "Event": _Event,
             }

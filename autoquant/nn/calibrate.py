@@ -39,6 +39,7 @@ class SiteStatistics:
     of x·xᵀ over rows of the input as the weight sees it: float32 [groups, n, n], or its diagonal
     [groups, n], where n is the number of weights of an output channel; None without activation.
     ``means`` are those of x, [groups, n], where the layer has (or could have) a bias to correct.
+    Tensors are on the device of the site's weight, where whatever they are multiplied with is.
 
     ``has`` says what of it was collected and kept: asking for anything else raises
     MissingStatistics. ``errors`` are what was made of the moments, by whether they are about the
@@ -153,8 +154,8 @@ class _Recorder:
         inputs = self.collector.finish()
         moments = None
         if self.total is not None:
-            moments = apart(self.total / max(self.rows, 1), self.site).cpu()
-        means = None if self.sum is None else (self.sum / max(self.windows, 1)).float().cpu()
+            moments = apart(self.total / max(self.rows, 1), self.site)
+        means = None if self.sum is None else (self.sum / max(self.windows, 1)).float()
         numbers = [t for t in (moments, means) if t is not None]
         if not (inputs.finite and all(bool(t.isfinite().all()) for t in numbers)):
             raise TrialError(f"{self.site.name}: its input holds NaN or Inf on calibration data")

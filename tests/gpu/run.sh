@@ -36,11 +36,22 @@ cp -r "$root/autoquant" "$root/tests" "$root/pyproject.toml" "$work/tree"
 find "$work/tree" -name __pycache__ -prune -exec rm -rf {} +
 find "$work/tree" -name '*.so' -delete # built for another Python or processor
 cp -r "$root/search_spaces" "$work/tree/autoquant/search_spaces"
-native="$work/tree/autoquant/kernels/cpu"
-flags=(-O3 -std=c11 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=off -shared -fPIC)
-if ! cc "${flags[@]}" "$native/native.c" -o "$native/_native.so" -lm 2>"$logs/native.log"; then
-    echo "no C library (see native.log): eager operators stand in for it"
-fi
+# The C library, as pyproject.toml would have it built.
+mapfile -t build < <("$python" - "$root/pyproject.toml" <<'PYTHON'
+import sys, tomllib
+from pathlib import Path
+
+for module in tomllib.loads(Path(sys.argv[1]).read_text())["tool"]["setuptools"]["ext-modules"]:
+    target = module["name"].replace(".", "/") + ".so"
+    print(*module["extra-compile-args"], "-shared", "-fPIC", *module["sources"],
+          "-o", target, *module["extra-link-args"], "-lm")
+PYTHON
+)
+for line in "${build[@]}"; do
+    # shellcheck disable=SC2086
+    (cd "$work/tree" && cc $line) 2>>"$logs/native.log" ||
+        echo "no C library (see native.log): eager operators stand in for it"
+done
 install=("$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site")
 if ! "${install[@]}" "$folder"/wheels/*.whl >"$logs/wheels.log" 2>&1; then
     echo "not all wheels fit this Python: those that do are taken one by one"

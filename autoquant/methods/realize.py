@@ -136,7 +136,7 @@ class Realizer:
             raise SpecError(f"{site.name}: bias_correction: the calibration data have no input")
         parameter = self.prepared.slots[site.name].parameter.detach()
         matrix = to_matrix(parameter.to(torch.float32), site.channel_axis)
-        return bias_shift(made.matrix() - matrix, means.to(matrix.device))
+        return bias_shift(made.matrix() - matrix, means)
 
     def _known(self, name: str, what: str) -> SiteStatistics:
         """Return what calibration saw at a site; SpecError, for ``what`` needs it, without."""

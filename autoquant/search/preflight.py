@@ -20,7 +20,7 @@ from autoquant.models.metrics import drop
 from autoquant.models.sample_statistics import class_count
 from autoquant.models.usercode import guarded
 from autoquant.nn.archive import load_archive, save_archive
-from autoquant.nn.convert import deploy
+from autoquant.nn.convert import deploy, use_channels_last, uses_channels_last
 from autoquant.nn.fold import same_outputs
 from autoquant.nn.sites import FloatPart, Site
 from autoquant.search.pricing import LatencyReport
@@ -163,7 +163,9 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
         if example is None:
             return
-        found = _run(session, loaded.to(session.device), example)
+        # In another memory format sums would be rounded otherwise, and with them activations.
+        use_channels_last(loaded, on=uses_channels_last(session.model))
+        found = _run(session, loaded, example)
     except TrialError as error:
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
     except OSError as error:

@@ -239,7 +239,7 @@ def divergence(outputs: Any, reference: Any) -> Array:
 def noise_and_signal(outputs: Any, reference: Any) -> Array:
     """Return [n, 2]: Σ(q − f)², Σf² over all floating-point tensors of a sample's outputs."""
     stats = np.zeros((0, 2))
-    pairs = list(_float_leaves(outputs, reference))
+    pairs = float_leaves(outputs, reference)
     if not pairs:
         raise TrialError(
             f"outputs of type {type(outputs).__name__} hold no floating-point tensors to compare"
@@ -249,14 +249,17 @@ def noise_and_signal(outputs: Any, reference: Any) -> Array:
         y = as_tensor(f, "the float model's outputs", x.device)
         if x.shape != y.shape or not x.ndim:
             raise _misfit(x, y, "outputs of one shape from both models, samples first")
-        part = _rows(_per_sample((x.double() - y).square()), _per_sample(y.double().square()))
+        # What both mask by the same infinity is neither noise nor signal.
+        noise = torch.where(x == y, 0.0, x.double() - y.double())
+        signal = torch.where(y.isinf(), 0.0, y.double())
+        part = _rows(_per_sample(noise.square()), _per_sample(signal.square()))
         if number and len(part) != len(stats):
             raise TrialError("the tensors of one output differ in their number of samples")
         stats = stats + part if number else part
     return stats
 
 
-def _float_leaves(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
+def float_leaves(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
     """Return the floating-point tensors of two outputs of one form, paired."""
     if isinstance(outputs, Tensor) and isinstance(reference, Tensor):
         return [(outputs, reference)] if reference.is_floating_point() else []
@@ -268,7 +271,7 @@ def _float_leaves(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
         shared = list(zip(outputs, reference, strict=False))
     else:
         return []
-    return [pair for q, f in shared for pair in _float_leaves(q, f)]
+    return [pair for q, f in shared for pair in float_leaves(q, f)]
 
 
 def _ragged(outputs: list[Any], reference: list[Any]) -> list[tuple[Tensor, Tensor]]:

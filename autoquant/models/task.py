@@ -11,13 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from autoquant.errors import TaskError
 from autoquant.models.datafile import read_data_file
 from autoquant.models.direction import name_of, sounds_smaller
 from autoquant.models.metrics import METRICS
-from autoquant.models.trees import batch_size, take
+from autoquant.models.trees import CONSTANTS, batch_size, take
 from autoquant.models.usercode import guarded
 from autoquant.registry import unknown
 
@@ -229,16 +230,38 @@ def outputs_of(raw: Any) -> Any:
     """Return the part of a model's output that metrics take.
 
     ``logits`` where the output has it (Hugging Face), the first entry of a tuple, the fields of
-    any other dataclass as a dict; a list is one item a sample and is kept, as is the rest.
+    any other dataclass or mapping as a dict, also within each other, without those that hold
+    neither tensors nor numbers (a cache of keys and values is state, not output); a list is one
+    item a sample and is kept, as is the rest.
     """
     if isinstance(raw, Mapping):
-        return raw.get("logits", raw)
+        return raw["logits"] if "logits" in raw else _plain(raw)
     logits = getattr(raw, "logits", None)
     if isinstance(logits, Tensor):
         return logits
     if isinstance(raw, tuple) and raw:
         return outputs_of(raw[0])
     if dataclasses.is_dataclass(raw) and not isinstance(raw, type):
-        fields = {field.name: getattr(raw, field.name) for field in dataclasses.fields(raw)}
-        return {name: value for name, value in fields.items() if value is not None}
+        return _plain(raw)
     return raw
+
+
+PARTS = (Tensor, np.ndarray, np.generic, list, *CONSTANTS)
+"""What a part of an output is, beside tuples, mappings and dataclasses of such."""
+
+
+def _plain(value: Any) -> Any:
+    """Return mappings and dataclasses as dicts, and tuples, of nothing but PARTS."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        value = {name: part for name, part in fields if part is not None}
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items() if _is_part(part)}
+    if isinstance(value, tuple):
+        parts = [_plain(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, (*PARTS, tuple, Mapping)) or dataclasses.is_dataclass(value)

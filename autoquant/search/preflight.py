@@ -21,11 +21,13 @@ from autoquant.models.sample_statistics import class_count
 from autoquant.models.usercode import guarded
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.convert import deploy, use_channels_last, uses_channels_last
-from autoquant.nn.fold import same_outputs
+from autoquant.nn.leaves import difference
 from autoquant.nn.sites import FloatPart, Site
 from autoquant.search.pricing import LatencyReport
+from autoquant.search.repeats import first_to_differ
 from autoquant.search.session import Session
 from autoquant.search.uniform import uniform
+from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SiteSpace
 
 REPEATS = 1e-4
@@ -137,11 +139,14 @@ def _check_repeats(session: Session, value: float) -> None:
                 "outputs and targets; seed what it draws at random"
             )
     first = _run(session, session.model, example)
-    second = _run(session, session.model, example)
-    if not same_outputs(first, second, REPEATS):
+    what = difference(first, _run(session, session.model, example), REPEATS)
+    if what is not None:
+        where = first_to_differ(
+            session.model, lambda: _run(session, session.model, example), REPEATS
+        )
         raise TaskError(
-            f"{source}: the float model gives different outputs for the same inputs; is something "
-            "drawn at random in forward, or left in training mode?"
+            f"{source}: the float model gives different outputs for the same inputs: {what}; "
+            f"{where}"
         )
 
 
@@ -170,11 +175,28 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
     except OSError as error:
         raise UserError(f"a uniform 8-bit recipe can't be written: {error}") from error
-    if not same_outputs(expected, found, REPEATS):
+    what = difference(expected, found, REPEATS)
+    if what is not None:
         raise UserError(
-            "a uniform 8-bit recipe gives other outputs after it was written and loaded back; "
-            "does the model keep state between calls?"
+            "a uniform 8-bit recipe gives other outputs after it was written and loaded back: "
+            f"{what}{_state(session, sites, example, expected)}"
         )
+
+
+def _state(session: Session, sites: Mapping[str, SiteRecipe], example: Any, expected: Any) -> str:
+    """Return in words whether the model that was not written gives the same outputs again."""
+    session.realizer.apply(sites)
+    try:
+        with session.prepared.engine.reference():
+            again = difference(expected, _run(session, session.model, example), REPEATS)
+            if again is None:
+                return ""
+            where = first_to_differ(
+                session.model, lambda: _run(session, session.model, example), REPEATS
+            )
+    finally:
+        session.realizer.to_float()
+    return f"; the model itself gives other outputs when it is called again ({again}; {where})"
 
 
 def _unfolded(model: torch.nn.Module, folded: Mapping[str, str]) -> torch.nn.Module:

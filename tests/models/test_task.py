@@ -22,7 +22,7 @@ def _restore_imports():
     yield
     sys.path[:] = path
     for name in set(sys.modules) - modules:
-        if name.startswith(("autoquant_task_", "helper_")):
+        if name.startswith(("autoquant.models.taskfiles.", "helper_")):
             del sys.modules[name]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task, run_forward
 from autoquant.nn.archive import SUFFIX, save_archive
 from autoquant.nn.convert import prepare
+from autoquant.nn.intake import copied
 from autoquant.search.session import open_session
-from autoquant.search.source import state_hash
+from autoquant.search.source import of_module
 from autoquant.spec.calibration import DATA_CALIBRATIONS
 from autoquant.spec.recipe import Recipe
 
@@ -95,8 +95,10 @@ def apply(recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = No
     ``task`` is needed where the recipe has an activation without a scale, or learns.
     """
     if isinstance(model, nn.Module):
-        model = LoadedModel(model, "module", type(model).__name__, state_hash(model))
-    mine = replace(model, module=copy.deepcopy(model.module).eval())
+        mine = of_module(model)
+    else:
+        mine = replace(model, module=copied(model.module))
+        mine.module.eval()
     return quantize(mine, recipe, task)[0]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from autoquant.nn.convert import Prepared
 from autoquant.nn.sites import Site
@@ -26,7 +27,15 @@ def weight_bytes(site: Site, scheme: WeightScheme) -> int:
 def float_bytes(model: nn.Module) -> int:
     """Return the bytes of all parameters and buffers, shared ones once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(_bytes(t) for t in tensors.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the bytes of what a tensor holds; of a sparse one those of indices and values."""
+    if tensor.layout is not torch.strided:
+        coordinates = tensor.detach().to_sparse_coo().coalesce()
+        return coordinates.indices().nbytes + coordinates.values().nbytes
+    return tensor.numel() * tensor.element_size()
 
 
 class SizeModel:

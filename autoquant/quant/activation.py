@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from autoquant.quant.affine import (
@@ -10,6 +11,7 @@ from autoquant.quant.affine import (
     fake_quantize,
     fake_quantize_scalar,
 )
+from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
 
 
@@ -27,8 +29,32 @@ class ActivationQuantizer:
         return fake_quantize_activation(x, self.scheme, self.kind)
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Return whether what is computed of ``tensors`` must have a gradient by one of them.
+
+    Some models differentiate in forward: forces are the gradient of an energy by positions.
+    """
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def fake_quantize_activation(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
-    """Return ``x``, which a layer of ``kind`` multiplies, quantized and dequantized."""
+    """Return ``x``, which a layer of ``kind`` multiplies, quantized and dequantized.
+
+    Where a gradient is wanted it is the straight-through one: that of the identity, 0 where ``x``
+    is clipped (Bengio et al. 2013, arXiv 1308.3432; Jacob et al. 2018, arXiv 1712.05877).
+    """
+    if not wants_gradient(x):
+        return _fake_quantize(x, scheme, kind)
+    within = x
+    if scheme.scale is not None:
+        grid, zero_point = FORMATS[scheme.bits], scheme.zero_point or 0
+        ends = ((end - zero_point) * scheme.scale for end in (grid.qmin, grid.qmax))
+        within = x.clamp(*ends)
+    # The difference is 0: it adds a gradient and no number.
+    return _fake_quantize(x.detach(), scheme, kind) + (within - within.detach())
+
+
+def _fake_quantize(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
     if scheme.scale is not None:
         return fake_quantize_scalar(x, scheme.scale, scheme.zero_point or 0, scheme.bits)
     if x.numel() == 0:

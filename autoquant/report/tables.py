@@ -16,7 +16,7 @@ from autoquant.spec.costs import LatencyEvidence, describe_seconds
 from autoquant.spec.recipe import Recipe, SiteRecipe
 
 if TYPE_CHECKING:
-    from autoquant.nn.sites import FloatPart
+    from autoquant.nn.float_parts import FloatPart
     from autoquant.search.preflight import Preflight
     from autoquant.search.pricing import LatencyCheck
     from autoquant.search.why import Why

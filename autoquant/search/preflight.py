@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from autoquant.models.evidence import FunctionEvidence
 from autoquant.models.usercode import describe
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.convert import deploy
+from autoquant.nn.float_parts import FloatPart
 from autoquant.nn.fold import same_outputs
-from autoquant.nn.sites import FloatPart, Site
+from autoquant.nn.intake import copied
+from autoquant.nn.sites import Site
 from autoquant.search.pricing import LatencyReport
 from autoquant.search.session import Session
 from autoquant.search.uniform import uniform
@@ -149,7 +150,7 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
 
 def _unfolded(model: torch.nn.Module, folded: Mapping[str, str]) -> torch.nn.Module:
     """Return a folded model with its BatchNorms put back as neutral ones: the architecture."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     for norm, layer in folded.items():
         target = model.get_submodule(layer)
         weight = target.weight

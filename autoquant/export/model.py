@@ -139,10 +139,9 @@ def _try_program(module: nn.Module, task: Task | None, path: Path) -> str | None
     if isinstance(calls, str):
         return calls
     try:
-        program = export_program(module, *calls[0], calls[1:])
+        save_program(export_program(module, *calls[0], calls[1:]), path)
     except NotExportable as error:
         return f"torch.export can't follow the model: {error}"
-    save_program(program, path)
     return None
 
 

@@ -32,7 +32,10 @@ REPEATS = 1e-4
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found: the float metric, the layers, and what stays in float with its share."""
+    """What was found: the float metric, the layers, and what stays in float with its share.
+
+    ``parameters`` counts buffers that are weights too.
+    """
 
     metric: str
     value: float
@@ -65,7 +68,8 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     _check_round_trip(session, spaces)
     _check_memory(session, max(process.memory_info().rss - before, 0))
     assert session.evaluator.metric is not None
-    parameters = sum(p.numel() for p in session.model.parameters())
+    held = session.prepared
+    parameters = sum(s.numel for s in held.sites) + sum(p.parameters for p in held.float_parts)
     return Preflight(
         session.evaluator.metric.name,
         reading.value,

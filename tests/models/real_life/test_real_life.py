@@ -73,7 +73,7 @@ def search(case: Case, model: nn.Module, folder: Path) -> tuple[SearchResult, He
         model,
         case.task(),
         space=autoquant.SearchSpace.parse(SPACE, "real_life"),
-        bits=8,
+        bits=16,
         trials=TRIALS,
         study=case.name,
         storage=str(folder / "study.journal"),
@@ -113,6 +113,7 @@ def test_it_works(case: Case, tmp_path: Path) -> None:
 
     assert_equal([case.run(model, inputs) for inputs in confirm], expected)  # left as it was
     assert_named(case, heard.found)
+    assert_counted(result, heard.found)
     assert_reported(case, result, ours, expected)
     assert_measured(result, heard)
     for mine, theirs in zip(ours, expected, strict=True):
@@ -162,6 +163,17 @@ def assert_equal(ours: list[Any], theirs: list[Any]) -> None:
 def _bits(x: Tensor) -> Tensor:
     """Return a tensor in which NaN equals NaN."""
     return torch.nan_to_num(x.detach()) if x.is_floating_point() else x
+
+
+def assert_counted(result: SearchResult, found: Preflight) -> None:
+    """Assert that the average width is of all weights, and that of the layers is 8."""
+    evidence = result.recipe.evidence
+    assert evidence is not None
+    layers = sum(site.numel for site in found.sites)
+    floats = sum(part.weights for part in found.float_parts)
+    assert evidence.of_layers == 8
+    average = (8 * layers + 16 * floats) / (layers + floats)
+    assert evidence.average_weight_bits == pytest.approx(average)
 
 
 def assert_named(case: Case, found: Preflight) -> None:

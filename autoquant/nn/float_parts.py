@@ -107,7 +107,7 @@ _HOOKS: dict[type, str] = {
         "its weight is computed by spectral_norm: nn.utils.remove_spectral_norm(layer) first"
     ),
     BasePruningMethod: (
-        "its weight is masked by nn.utils.prune: prune.remove(layer, 'weight') makes it plain"
+        "masked by nn.utils.prune: prune.remove(layer, 'weight') or 'bias' makes the mask permanent"
     ),
 }
 

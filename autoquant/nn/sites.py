@@ -136,6 +136,9 @@ def _obstacle(module: nn.Module, parameter: Tensor, layout: Layout | None) -> st
         return f"holds {parameter.dtype} numbers"
     if parameter.numel() == 0:
         return "empty"
+    if layout.kind in ("linear", "conv", "conv_transpose") and "bias" not in module._parameters:
+        # A quantized layer has its bias, which may be corrected, from its parameters.
+        return computed_weight(module) or "its bias is not a parameter"
     if getattr(module, "max_norm", None) is not None:
         return "max_norm rewrites the weight at run time"
     return None

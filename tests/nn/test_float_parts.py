@@ -31,12 +31,28 @@ def test_a_weight_that_is_computed_is_named_with_what_undoes_it(compute, words, 
     assert set(found) == {"0", "1"}
 
 
-def test_a_pruned_bias_is_no_reason_to_leave_the_weight():
-    layer = nn.Linear(4, 3)
-    prune.l1_unstructured(layer, "bias", amount=0.5)
-    sites, found = find_sites(nn.Sequential(layer))
-    assert [site.name for site in sites] == ["0"]
-    assert found[0].reason == "biases are added in float"
+def buffered_bias(layer):
+    bias = layer.bias.detach().clone()
+    del layer.bias
+    layer.register_buffer("bias", bias)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda layer: prune.random_unstructured(layer, "bias", 0.5), "'bias' makes the mask"),
+        (buffered_bias, "its bias is not a parameter"),
+        (lambda layer: layer, None),
+        (lambda layer: nn.Linear(4, 3, bias=False), None),
+    ],
+    ids=["pruned", "buffer", "plain", "none"],
+)
+def test_a_layer_whose_bias_is_no_plain_parameter_is_left(change, words):
+    sites, _ = find_sites(model := nn.Sequential(change(nn.Linear(4, 3))))
+    assert [site.name for site in sites] == ([] if words else ["0"])
+    if words:
+        assert words in parts(model)["0.weight"].reason
 
 
 def test_matrices_in_buffers_are_named_and_counted():

@@ -91,6 +91,16 @@ class Buffered(nn.Module):
         return self.head(F.relu(self.frozen(x)))
 
 
+def buffered_bias() -> nn.Module:
+    """Return a network one layer of which keeps its bias as a buffer, and one has it pruned."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+    bias = model[0].bias.detach().clone()
+    del model[0].bias
+    model[0].register_buffer("bias", bias)
+    prune.l1_unstructured(model[2], "bias", amount=0.5)
+    return model.append(nn.Linear(16, 5))
+
+
 class RandomFeatures(nn.Module):
     """A matrix of random features, a buffer of the model itself (Performer, Fourier features)."""
 
@@ -290,6 +300,14 @@ CASES = (
         vectors,
         "what is no parameter is neither quantized nor reported",
         floats={"frozen": "buffer"},
+        quick=True,
+    ),
+    Case(
+        "biases_as_buffers",
+        buffered_bias,
+        vectors,
+        "KeyError: 'bias'",
+        floats={"0.weight": "its bias is not a parameter", "2.weight": "prune.remove"},
         quick=True,
     ),
     Case(

@@ -41,15 +41,16 @@ def fake_quantize_activation(x: Tensor, scheme: ActivationScheme, kind: str) -> 
     """Return ``x``, which a layer of ``kind`` multiplies, quantized and dequantized.
 
     Where a gradient is wanted it is the straight-through one: that of the identity, 0 where ``x``
-    is clipped (Bengio et al. 2013, arXiv 1308.3432; Jacob et al. 2018, arXiv 1712.05877).
+    is clipped (Bengio et al. 2013, arXiv 1308.3432), as torch.fake_quantize_per_tensor_affine has
+    it: what rounds to an end of the grid is not clipped.
     """
     if not wants_gradient(x):
         return _fake_quantize(x, scheme, kind)
     within = x
     if scheme.scale is not None:
         grid, zero_point = FORMATS[scheme.bits], scheme.zero_point or 0
-        ends = ((end - zero_point) * scheme.scale for end in (grid.qmin, grid.qmax))
-        within = x.clamp(*ends)
+        ends = (grid.qmin - zero_point - 0.5, grid.qmax - zero_point + 0.5)
+        within = x.clamp(*(end * scheme.scale for end in ends))
     # The difference is 0: it adds a gradient and no number.
     return _fake_quantize(x.detach(), scheme, kind) + (within - within.detach())
 

@@ -21,9 +21,19 @@ def test_a_wanted_gradient_changes_no_number(scheme, engine):
     again = compute(x, scheme, "linear")
     assert torch.equal(y, again)
     again.backward(torch.arange(41.0)[None])
-    ends = (-8 + 3) * 0.25, (7 + 3) * 0.25
+    ends = (-8.5 + 3) * 0.25, (7.5 + 3) * 0.25
     inside = (ends[0] <= X) & (ends[1] >= X) if scheme is STATIC else torch.ones_like(X).bool()
     assert torch.equal(x.grad, torch.arange(41.0)[None] * inside)
+
+
+def test_the_gradient_is_that_of_torchs_own_fake_quantization():
+    grid = torch.linspace(-4, 6, 1001).requires_grad_()
+    ours = fake_quantize_activation(grid, STATIC, "linear")
+    (found,) = torch.autograd.grad(ours.sum(), grid)
+    theirs = torch.fake_quantize_per_tensor_affine(grid, 0.25, -3, -8, 7)
+    (expected,) = torch.autograd.grad(theirs.sum(), grid)
+    assert torch.equal(ours, theirs)
+    assert (found != expected).sum() <= 2  # the very ends
 
 
 def test_infinite_numbers_stay_at_the_ends_of_the_grid():

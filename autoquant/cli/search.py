@@ -42,7 +42,10 @@ from autoquant.cli.options import (
     "the float value of any other metric; a plain number is in the metric's unit.",
 )
 @click.option(
-    "--bits", type=float, metavar="B", help="Budget: average weight bits; best metric within it."
+    "--bits",
+    type=float,
+    metavar="B",
+    help="Budget: average bits of all weights (16 in float); best metric within it.",
 )
 @click.option(
     "--size", metavar="N%", help="Budget: model size, as a share of the float one (25%) or 4MB."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from autoquant.methods.realize import CACHE_BYTES
 from autoquant.models.evidence import FunctionEvidence
 from autoquant.models.usercode import describe
 from autoquant.nn.archive import load_archive, save_archive
-from autoquant.nn.convert import deploy, use_channels_last, uses_channels_last
+from autoquant.nn.convert import deploy
+from autoquant.nn.float_parts import FloatPart
 from autoquant.nn.fold import same_outputs
-from autoquant.nn.sites import FloatPart, Site
+from autoquant.nn.intake import copied
+from autoquant.nn.sites import Site
 from autoquant.search.pricing import LatencyReport
 from autoquant.search.session import Session
 from autoquant.search.uniform import uniform
@@ -31,7 +32,10 @@ REPEATS = 1e-4
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found: the float metric, the layers, and what stays in float with its share."""
+    """What was found: the float metric, the layers, and what stays in float with its share.
+
+    ``parameters`` counts buffers that are weights too.
+    """
 
     metric: str
     value: float
@@ -64,7 +68,8 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     _check_round_trip(session, spaces)
     _check_memory(session, max(process.memory_info().rss - before, 0))
     assert session.evaluator.metric is not None
-    parameters = sum(p.numel() for p in session.model.parameters())
+    held = session.prepared
+    parameters = sum(s.numel for s in held.sites) + sum(p.parameters for p in held.float_parts)
     return Preflight(
         session.evaluator.metric.name,
         reading.value,
@@ -135,8 +140,6 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
         if example is None:
             return
-        # In another memory format sums would be rounded otherwise, and with them activations.
-        use_channels_last(loaded, on=uses_channels_last(session.model))
         found = _run(session, loaded, example)
     except TrialError as error:
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
@@ -151,7 +154,7 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
 
 def _unfolded(model: torch.nn.Module, folded: Mapping[str, str]) -> torch.nn.Module:
     """Return a folded model with its BatchNorms put back as neutral ones: the architecture."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     for norm, layer in folded.items():
         target = model.get_submodule(layer)
         weight = target.weight

@@ -245,9 +245,13 @@ def open_session(
         except Exception as error:
             from autoquant.models.usercode import describe
 
-            raise UserError(
-                f"the float model fails on the task's data: {describe(error, task.source)}"
-            ) from error
+            said = describe(error, task.source)
+            if "does not require grad" in said:
+                said += (
+                    "; models are run without gradients: give the task a forward(model, inputs) "
+                    "that calls the model under torch.enable_grad()"
+                )
+            raise UserError(f"the float model fails on the task's data: {said}") from error
 
     size = float_bytes(model)
     say("finding the layers")

@@ -18,6 +18,7 @@ from autoquant.models.data import make_splits
 from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task, run_forward
+from autoquant.models.usercode import guarded, interruptible
 from autoquant.nn.archive import SUFFIX, save_archive
 from autoquant.nn.convert import prepare
 from autoquant.nn.intake import copied
@@ -95,6 +96,7 @@ def device_of(module: nn.Module) -> torch.device:
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
+@interruptible()
 def apply(recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = None) -> nn.Module:
     """Return a quantized copy of ``model``, on its device; the model itself is left as it is.
 
@@ -167,9 +169,14 @@ def _calls(module: nn.Module, task: Task) -> list[Call] | str:
         if len(seen) < MOST_SHAPES:
             seen.setdefault(_shapes((args, kwargs)), (args, dict(kwargs)))
 
+    what = "forward" if task.evaluate is None else "evaluate"
+
+    def failed(reason: str) -> UserError:
+        return UserError(f"{what} failed on the quantized model: {reason}")
+
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with guarded(failed, task.source), torch.no_grad():
             if task.evaluate is not None:
                 task.evaluate(module)
             else:

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from autoquant.models.direction import in_words
 from autoquant.search.ledger import REASON
 from autoquant.search.trials import measured
 from autoquant.spec.costs import LatencyEvidence, describe_seconds
@@ -218,7 +219,11 @@ def best_columns(trial: FrozenTrial | None) -> dict[str, str]:
 def preflight_lines(found: Preflight) -> Iterator[str]:
     """Yield what the preflight found: the float metric, the layers, and what stays in float."""
     samples = ", ".join(f"{n} to {what}" for what, n in found.samples.items() if n)
-    yield f"float {found.metric} {plain_number(found.value)} ({samples or 'measured by the task'})"
+    yield (
+        f"float {found.metric} {plain_number(found.value)}, {in_words(found.higher_is_better)} "
+        f"({samples or 'measured by the task'})"
+    )
+    yield from (f"warning: {warning}" for warning in found.warnings)
     kinds: dict[str, int] = {}
     for site in found.sites:
         kinds[site.layer] = kinds.get(site.layer, 0) + 1

@@ -14,6 +14,8 @@ from autoquant.spec.costs import OBJECTIVES, average_bits
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.space import SiteSpace
 
+MAX_DROP = "1%"
+"""The maximum drop of a search that is told none."""
 AUTO = "auto"
 """As many trials as it takes; see ``enough``."""
 TRIALS = 60
@@ -25,10 +27,11 @@ class Options:
     """The options of one search; ``trials`` None means as many as ``timeout`` seconds allow, and
     AUTO as many as it takes.
 
-    ``memory`` is the size that results of layers may take, "0" for none, None for the default.
+    ``max_drop`` None is MAX_DROP, which nobody asked for where there is a budget. ``memory`` is the
+    size that results of layers may take, "0" for none, None for the default.
     """
 
-    max_drop: str = "1%"
+    max_drop: str | None = None
     bits: float | None = None
     size: str | None = None
     trials: int | str | None = None
@@ -41,6 +44,11 @@ class Options:
     backend: str = "auto"
     prune: bool = True
     memory: str | None = None
+
+    @property
+    def most_drop(self) -> str:
+        """The maximum drop, asked for or not."""
+        return MAX_DROP if self.max_drop is None else self.max_drop
 
     @property
     def asks_latency(self) -> bool:

@@ -13,8 +13,11 @@ import torch
 
 from autoquant.errors import TaskError, TrialError, UserError
 from autoquant.methods.realize import CACHE_BYTES
+from autoquant.models.chance import chance_level
 from autoquant.models.evidence import FunctionEvidence
-from autoquant.models.usercode import describe
+from autoquant.models.metrics import drop
+from autoquant.models.sample_statistics import class_count
+from autoquant.models.usercode import guarded
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.convert import deploy
 from autoquant.nn.float_parts import FloatPart
@@ -34,7 +37,8 @@ REPEATS = 1e-4
 class Preflight:
     """What was found: the float metric, the layers, and what stays in float with its share.
 
-    ``parameters`` counts buffers that are weights too.
+    ``parameters`` counts buffers that are weights too. ``warnings`` are lines on what makes a
+    search pointless, though nothing fails.
     """
 
     metric: str
@@ -46,6 +50,8 @@ class Preflight:
     seconds: float
     notes: tuple[str, ...]
     latency: LatencyReport | None = None
+    higher_is_better: bool = True
+    warnings: tuple[str, ...] = ()
 
     def share(self, part: FloatPart) -> float:
         """Return the share of the model's parameters that ``part`` holds."""
@@ -79,18 +85,38 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
         parameters,
         reading.seconds,
         (*session.splits.notes, *session.prepared.engine.notes),
+        higher_is_better=session.evaluator.metric.higher_is_better,
+        warnings=_no_better_than_chance(session, reading.value),
+    )
+
+
+def _no_better_than_chance(session: Session, value: float) -> tuple[str, ...]:
+    """Return a warning where the float model knows no more than a constant answer does."""
+    metric, pairs = session.evaluator.metric, session.splits.search
+    if metric is None or not pairs or not isinstance(session.task.metric, str):
+        return ()
+    classes = None
+    if metric.name == "perplexity":
+        with torch.no_grad():
+            classes = class_count(
+                session.evaluator.outputs(session.model, pairs[0][0]), pairs[0][1]
+            )
+    chance = chance_level(metric.name, [targets for _, targets in pairs], classes)
+    if chance is None or drop(metric, value, chance.value) > 0:
+        return ()
+    return (
+        f"the float model's {metric.name} is {value:.4g}, no better than {chance.answer} "
+        f"({chance.value:.4g}): is it trained, and are its inputs prepared as it was trained on?",
     )
 
 
 def _run(session: Session, model: torch.nn.Module, inputs: Any) -> Any:
     """Return the outputs of one batch; TrialError where the user's code fails."""
-    try:
-        with torch.no_grad():
-            return session.evaluator.run(model, inputs)
-    except UserError:
-        raise
-    except Exception as error:
-        raise TrialError(f"forward failed: {describe(error, session.task.source)}") from error
+    with (
+        guarded(lambda reason: TrialError(f"forward failed: {reason}"), session.task.source),
+        torch.no_grad(),
+    ):
+        return session.evaluator.run(model, inputs)
 
 
 def _check_repeats(session: Session, value: float) -> None:

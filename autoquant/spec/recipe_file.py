@@ -145,11 +145,19 @@ def _activation(fields: Fields) -> ActivationScheme | None:
     kind = fields.choice("scheme", SCHEMES, "asymmetric")
     calibration = _calibration(fields, ACTIVATION_CALIBRATIONS)
     scheme = ActivationScheme(bits, granularity, kind, calibration, *_static(fields, bits))
+    made_for = fields.take("calibrated_for", None)
     fields.close()
     if scheme.dynamic and scheme.scale is not None:
         raise fields.fail("scale", scheme.scale, "none: a per_token scale is found at run time")
     if scheme.symmetric and scheme.zero_point:
         raise fields.fail("zero_point", scheme.zero_point, "0, as the scheme is symmetric")
+    # A file without a word on what its scales are for, as the first ones were, is taken as it is.
+    now = _calibrated_for(scheme)
+    if scheme.scale is not None and made_for not in (None, now):
+        raise SpecError(
+            f"{fields.where}: scale {scheme.scale:g} was calibrated for {show(made_for)}, and now "
+            f"it stands beside {now}: delete scale and zero_point, to have them calibrated anew"
+        )
     return scheme
 
 
@@ -168,6 +176,11 @@ def _static(fields: Fields, bits: int) -> tuple[float | None, int | None]:
     if type(zero_point) is not int or not grid.qmin <= zero_point <= grid.qmax:
         raise fields.fail("zero_point", zero_point, f"an integer, {grid.qmin} … {grid.qmax}")
     return scale, zero_point
+
+
+def _calibrated_for(scheme: ActivationScheme) -> str:
+    """Return all that a static scale and its zero point depend on, besides the data."""
+    return f"{scheme.bits} bits {scheme.scheme} {scheme.calibration}"
 
 
 def _calibration(fields: Fields, names: tuple[str, ...]) -> str:
@@ -282,6 +295,7 @@ def site_to_plain(site: SiteRecipe) -> dict[str, Any]:
         }
         if a.scale is not None:
             activation |= {"scale": a.scale, "zero_point": a.zero_point or 0}
+            activation["calibrated_for"] = _calibrated_for(a)
     plain = {"weight": weight, "activation": activation, "learning_rate": site.learning_rate}
     return plain | {"bias_correction": True} if site.bias_correction else plain
 

@@ -53,7 +53,7 @@ def command(
         raise UserError("--max-drop judges a recipe; give --recipe, too")
     loaded_recipe = None if recipe is None else load(Path(recipe))
     from autoquant.export.model import check_model
-    from autoquant.report.tables import megabytes, plain_number
+    from autoquant.report.tables import describe_bits, megabytes, plain_number
     from autoquant.report.verdicts import verdict_line
     from autoquant.search.remeasure import measure_recipe
     from autoquant.search.source import Source
@@ -82,7 +82,7 @@ def command(
         print(verdict_line(found.verdict, found.metric))
     if loaded_recipe is not None:
         print(
-            f"{found.average_weight_bits:.3f} average weight bits, {megabytes(found.size_bytes)} "
-            f"of {megabytes(found.float_size_bytes)}"
+            f"{describe_bits(found.average_weight_bits, found.layer_weight_bits)}, "
+            f"{megabytes(found.size_bytes)} of {megabytes(found.float_size_bytes)}"
         )
     return status

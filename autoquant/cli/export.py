@@ -38,6 +38,7 @@ def command(
     Their numbers are those of the search's data; `autoquant evaluate` measures the rest.
     """
     from autoquant.errors import UserError
+    from autoquant.report.tables import describe_bits
     from autoquant.search.extract import extract
     from autoquant.search.ledger import Ledger
     from autoquant.spec.recipe_file import save
@@ -51,5 +52,5 @@ def command(
     assert evidence is not None
     print(
         f"{output}: trial {chosen}, drop {evidence.reported.drop:.4g}, "
-        f"{evidence.average_weight_bits:.3f} bits"
+        f"{describe_bits(evidence.average_weight_bits, evidence.of_layers)}"
     )

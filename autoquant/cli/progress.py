@@ -19,6 +19,7 @@ from autoquant.cli.output import emit
 from autoquant.models.usercode import interruptible
 from autoquant.report.tables import (
     console,
+    describe_bits,
     latency_lines,
     layers_table,
     megabytes,
@@ -131,7 +132,7 @@ class ConsoleReporter:
         if evidence.verdict is not None:
             out.print(verdict_line(evidence.verdict, evidence.metric), markup=False)
         out.print(
-            f"{evidence.average_weight_bits:.3f} average weight bits, "
+            f"{describe_bits(evidence.average_weight_bits, evidence.of_layers)}, "
             f"{megabytes(evidence.size_bytes)} of {megabytes(evidence.float_size_bytes)} "
             f"({evidence.size_bytes / evidence.float_size_bytes:.1%})",
             markup=False,

@@ -46,7 +46,10 @@ if TYPE_CHECKING:
     "or none with a budget.",
 )
 @click.option(
-    "--bits", type=float, metavar="B", help="Budget: average weight bits; best metric within it."
+    "--bits",
+    type=float,
+    metavar="B",
+    help="Budget: average bits of all weights (16 in float); best metric within it.",
 )
 @click.option(
     "--size", metavar="N%", help="Budget: model size, as a share of the float one (25%) or 4MB."

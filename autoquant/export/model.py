@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,9 @@ from autoquant.models.task import Task, run_forward
 from autoquant.models.usercode import guarded, interruptible
 from autoquant.nn.archive import SUFFIX, save_archive
 from autoquant.nn.convert import prepare
+from autoquant.nn.intake import copied
 from autoquant.search.session import open_session
-from autoquant.search.source import state_hash
+from autoquant.search.source import of_module
 from autoquant.spec.needs import needs_of
 from autoquant.spec.recipe import Recipe
 
@@ -103,8 +103,10 @@ def apply(recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = No
     ``task`` is needed where the recipe has an activation without a scale, or learns.
     """
     if isinstance(model, nn.Module):
-        model = LoadedModel(model, "module", type(model).__name__, state_hash(model))
-    mine = replace(model, module=copy.deepcopy(model.module).eval())
+        mine = of_module(model)
+    else:
+        mine = replace(model, module=copied(model.module))
+        mine.module.eval()
     return quantize(mine, recipe, task)[0]
 
 
@@ -146,10 +148,9 @@ def _try_program(module: nn.Module, task: Task | None, path: Path) -> str | None
     if isinstance(calls, str):
         return calls
     try:
-        program = export_program(module, *calls[0], calls[1:])
+        save_program(export_program(module, *calls[0], calls[1:]), path)
     except NotExportable as error:
         return f"torch.export can't follow the model: {error}"
-    save_program(program, path)
     return None
 
 

@@ -120,13 +120,19 @@ def _dims(
 
 
 def save_program(program: Any, path: Path) -> None:
-    """Write an exported program, whole or not at all; ModelFileError where it fails."""
+    """Write an exported program, whole or not at all; ModelFileError where it fails.
+
+    Raises NotExportable where torch can't write down what the program holds or returns.
+    """
     whole, small = path.with_name(f".{path.stem}.part.pt2"), path.with_name(f".{path.stem}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _strip(program)
-        with _quiet():
-            torch.export.save(program, whole)
+        try:
+            with _quiet():
+                torch.export.save(program, whole)
+        except NotImplementedError as error:  # a type of output that nobody has registered
+            raise NotExportable(_one_line(error)) from error
         _compress(whole, small, path.stem)
         small.replace(path)
     except (OSError, RuntimeError) as error:

@@ -29,6 +29,7 @@ from autoquant.models.archive import read_program
 from autoquant.models.exported import lift
 from autoquant.models.file_kinds import EXPORT, pickled_classes, read_safely, sniff
 from autoquant.models.usercode import describe, file_of, guarded
+from autoquant.nn.intake import take
 
 LoadModel = Callable[[Path], nn.Module]
 
@@ -73,7 +74,12 @@ def load(
         module = _load_torchscript(path, trust_pickle, example_inputs)
     else:
         module, kind = _call_load_model(path, load_model, _contents(kind)), "load_model"
-    return LoadedModel(module.to("cpu").eval(), kind, path.stem, sha256_of(path))
+    try:
+        module = take(module).to("cpu")
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    module.eval()
+    return LoadedModel(module, kind, path.stem, sha256_of(path))
 
 
 def sha256_of(path: Path) -> str:

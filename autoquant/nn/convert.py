@@ -6,8 +6,7 @@ its weight and activation. ``deploy`` returns a copy that carries packed integer
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +16,16 @@ from torch import Tensor, nn
 from autoquant.errors import ModelFileError
 from autoquant.kernels.engine import Engine
 from autoquant.nn.attention import disable_fast_path
+from autoquant.nn.float_parts import FloatPart
 from autoquant.nn.fold import fold, fold_checked
 from autoquant.nn.follow import unfollow, watching
 from autoquant.nn.held import HeldWeight
+from autoquant.nn.intake import copied
+from autoquant.nn.layouts import layout_of
 from autoquant.nn.modules import QUANTIZED, QuantizedConv2d, quantized_class
 from autoquant.nn.operations import operation_of
 from autoquant.nn.packed import PackedSite
-from autoquant.nn.sites import FloatPart, Site, find_sites, layout_of
+from autoquant.nn.sites import Site, find_sites
 from autoquant.nn.slots import SiteSlot
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme
@@ -87,7 +89,7 @@ def prepare(
         folded = fold_checked(model, run, quick)
     sites, float_parts = find_sites(model)
     if not sites:
-        raise ModelFileError(nothing_to_quantize(model))
+        raise ModelFileError(nothing_to_quantize(model, float_parts))
     slots = {}
     for site in sites:
         path, name = site.users[0]
@@ -141,14 +143,24 @@ def _trace(
     by_name = {site.name: site for site in sites}
     used = tuple(replace(by_name[n], activation=n in observed) for n in order)
     reason = "never used on the calibration data"
-    unused = tuple(FloatPart(s.name, reason, s.numel) for s in sites if s.name not in order)
+    unused = tuple(
+        FloatPart(s.name, reason, s.numel, s.numel) for s in sites if s.name not in order
+    )
     if not used:
         raise ModelFileError(f"none of the {len(sites)} quantizable layers is used by the task")
     return used, unused
 
 
-def nothing_to_quantize(model: nn.Module) -> str:
-    """Return one line that says what a model without sites holds instead."""
+def nothing_to_quantize(model: nn.Module, float_parts: Sequence[FloatPart]) -> str:
+    """Return one line that says what a model without sites holds instead, and why that is none."""
+    reasons: dict[str, list[str]] = {}
+    for part in float_parts:
+        if part.weights:
+            reasons.setdefault(part.reason, []).append(part.name)
+    if reasons:
+        reason, names = max(reasons.items(), key=lambda found: len(found[1]))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"nothing to quantize: {', '.join(names[:3])}{more}: {reason}"
     kinds: dict[str, int] = {}
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -169,7 +181,7 @@ def deploy(
     A module all of whose sites stay in float is again the original layer.
     """
     prepared.reset()
-    model = copy.deepcopy(prepared.model)
+    model = copied(prepared.model)
     by_name = {site.name: site for site in find_converted(prepared)}
     for site in by_name.values():
         weight, activation = choices.get(site.name, (None, None))

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.errors import SpecError
+from autoquant.nn.layouts import layout_of
 from autoquant.nn.leaves import difference
-from autoquant.nn.sites import layout_of
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -85,6 +85,13 @@ class QuantizedLinear(_QuantizedCall, nn.Linear):
     """A linear layer with a quantized weight and input."""
 
 
+class QuantizedTransposedLinear(_QuantizedCall):
+    """A linear layer whose weight is [in, out], with a quantized weight and input.
+
+    It is mixed with the layer's own class (see ``layouts.transposed_linear``).
+    """
+
+
 class QuantizedConv1d(_QuantizedCall, nn.Conv1d):
     """A 1-d convolution with a quantized weight and input."""
 
@@ -180,7 +187,7 @@ def quantized_class(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Mod
 
     A subclass keeps its own methods, and stays an instance of itself.
     """
-    quantized = QUANTIZED[base]
-    if kind is base:
+    quantized: type = QUANTIZED.get(base, QuantizedTransposedLinear)
+    if kind in QUANTIZED:
         return quantized
     return type(f"Quantized{kind.__name__}", (quantized, kind), {"__module__": kind.__module__})

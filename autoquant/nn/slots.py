@@ -20,6 +20,7 @@ from autoquant.nn.held import HeldWeight
 from autoquant.nn.quantized_output import QuantizedOutput, as_real
 from autoquant.nn.runtime import Multiply, Reader, Rows
 from autoquant.nn.sites import Site
+from autoquant.quant.activation import wants_gradient
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
 
 Listen = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], Rows], Tensor]
@@ -119,7 +120,9 @@ class SiteSlot:
     ) -> Tensor:
         """Return a layer's output on ``x``, by a kernel or by ``compute``, clamped and marked."""
         start = time.perf_counter()
-        product = None if operation is None else self._product(operation, None)
+        product = None
+        if operation is not None and not wants_gradient(x):
+            product = self._product(operation, None)
         if product is not None:
             self._tell()
             y = _run(product, x, bias, clamp, reader, gelu)
@@ -158,7 +161,7 @@ class SiteSlot:
         self, product: Product | None, rows: Rows, x: Tensor, bias: Tensor | None
     ) -> Tensor:
         start = time.perf_counter()
-        if product is not None:
+        if product is not None and not wants_gradient(x):
             y = product(x, bias)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from autoquant.spec.costs import LatencyEvidence, describe_seconds
 from autoquant.spec.recipe import Recipe, SiteRecipe
 
 if TYPE_CHECKING:
-    from autoquant.nn.sites import FloatPart
+    from autoquant.nn.float_parts import FloatPart
     from autoquant.search.preflight import Preflight
     from autoquant.search.pricing import LatencyCheck
     from autoquant.search.why import Why
@@ -54,6 +55,14 @@ def megabytes(size: float) -> str:
 def plain_number(value: float) -> str:
     """Return a metric's number, short."""
     return f"{value:.4f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.4g}"
+
+
+def describe_bits(average: float, layers: float) -> str:
+    """Return the average width of all weights, and that of the layers alone where it differs."""
+    said = f"{average:.3f} average weight bits"
+    if math.isclose(average, layers):
+        return said
+    return f"{said} ({layers:.3f} in the recipe's layers; other weights stay in float)"
 
 
 def describe_weight(site: SiteRecipe) -> str:

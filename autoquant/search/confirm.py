@@ -327,6 +327,7 @@ def confirm_one(
         session.sizes.float_size_bytes,
         *_costs(session, m),
         verdict,
+        session.sizes.layer_bits(done) if session.sizes.rest_weights else None,
     )
     recipe = Recipe(done, session.identity, evidence, session.prepared.folded, seed)
     holds = evidence.reported.drop <= goal.max_drop + 1e-12

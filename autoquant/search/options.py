@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant.errors import UserError
-from autoquant.spec.costs import OBJECTIVES
+from autoquant.spec.costs import OBJECTIVES, average_bits
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.space import SiteSpace
 
@@ -153,17 +153,23 @@ def check(options: Options) -> None:
 
 
 def check_budget(
-    bits: float | None, spaces: Mapping[str, SiteSpace], numel: Mapping[str, int]
+    bits: float | None, spaces: Mapping[str, SiteSpace], numel: Mapping[str, int], rest: int = 0
 ) -> None:
-    """Raise UserError where the narrowest recipe of the space is wider than ``bits``."""
+    """Raise UserError where the narrowest recipe of the space is wider than ``bits``.
+
+    ``rest`` weights stay in float, beside those of ``spaces``.
+    """
     if bits is None:
         return
-    total = sum(numel.values())
-    least = sum(numel[name] * narrowest(space) for name, space in spaces.items()) / total
+    widths = [(numel[name], narrowest(space)) for name, space in spaces.items()]
+    least = average_bits(widths, rest)
     if least > bits + 1e-9:
+        share = rest / (rest + sum(numel.values()))
+        floats = f", for {share:.0%} of the weights stay in float" if rest else ""
         raise UserError(
-            f"--bits {bits:g}: the space's narrowest recipe has {least:.4g} average weight bits; "
-            f"give --bits {math.ceil(least * 100) / 100:g} or more, or a space with fewer bits"
+            f"--bits {bits:g}: the space's narrowest recipe has {least:.4g} average weight bits"
+            f"{floats}; give --bits {math.ceil(least * 100) / 100:g} or more, or a space with "
+            "fewer bits"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ from autoquant.models.metrics import drop
 from autoquant.models.sample_statistics import class_count
 from autoquant.models.usercode import guarded
 from autoquant.nn.archive import load_archive, save_archive
-from autoquant.nn.convert import deploy, use_channels_last, uses_channels_last
-from autoquant.nn.leaves import difference
-from autoquant.nn.sites import FloatPart, Site
+from autoquant.nn.convert import deploy
+from autoquant.nn.float_parts import FloatPart
+from autoquant.nn.intake import copied
+from autoquant.nn.leaves import difference, frozen, leaves, leaves_differ
+from autoquant.nn.sites import Site
 from autoquant.search.pricing import LatencyReport
 from autoquant.search.repeats import first_to_differ
 from autoquant.search.session import Session
@@ -38,7 +39,8 @@ REPEATS = 1e-4
 class Preflight:
     """What was found: the float metric, the layers, and what stays in float with its share.
 
-    ``warnings`` are lines on what makes a search pointless, though nothing fails.
+    ``parameters`` counts buffers that are weights too. ``warnings`` are lines on what makes a
+    search pointless, though nothing fails.
     """
 
     metric: str
@@ -74,7 +76,8 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     _check_round_trip(session, spaces)
     _check_memory(session, max(process.memory_info().rss - before, 0))
     assert session.evaluator.metric is not None
-    parameters = sum(p.numel() for p in session.model.parameters())
+    held = session.prepared
+    parameters = sum(s.numel for s in held.sites) + sum(p.parameters for p in held.float_parts)
     return Preflight(
         session.evaluator.metric.name,
         reading.value,
@@ -138,8 +141,10 @@ def _check_repeats(session: Session, value: float) -> None:
                 f"{source}: metric {metric.name} returned {value:g} and then {again:g} on the same "
                 "outputs and targets; seed what it draws at random"
             )
-    first = _run(session, session.model, example)
-    what = difference(first, _run(session, session.model, example), REPEATS)
+    # A model may write into what it returned before.
+    first = frozen(_run(session, session.model, example))
+    second = leaves(_run(session, session.model, example))
+    what = leaves_differ(first, second, REPEATS)
     if what is not None:
         where = first_to_differ(
             session.model, lambda: _run(session, session.model, example), REPEATS
@@ -168,8 +173,6 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
         if example is None:
             return
-        # In another memory format sums would be rounded otherwise, and with them activations.
-        use_channels_last(loaded, on=uses_channels_last(session.model))
         found = _run(session, loaded, example)
     except TrialError as error:
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
@@ -201,7 +204,7 @@ def _state(session: Session, sites: Mapping[str, SiteRecipe], example: Any, expe
 
 def _unfolded(model: torch.nn.Module, folded: Mapping[str, str]) -> torch.nn.Module:
     """Return a folded model with its BatchNorms put back as neutral ones: the architecture."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     for norm, layer in folded.items():
         target = model.get_submodule(layer)
         weight = target.weight

@@ -22,7 +22,7 @@ from autoquant.search.budgets import solve_within
 from autoquant.search.options import Options, parse_latency, parse_size
 from autoquant.search.session import Session
 from autoquant.search.uniform import uniform, widths
-from autoquant.spec.costs import describe_seconds
+from autoquant.spec.costs import describe_seconds, layer_budget
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SiteSpace
 
@@ -158,7 +158,8 @@ def _fastest(
         for s, row in zip(sites, rows, strict=True)
     ]
     if options.bits is not None:
-        limit = options.bits * sum(s.numel for s in sites)
+        weights = sum(s.numel for s in sites)
+        limit = layer_budget(options.bits, weights, session.sizes.rest_weights)
         cost = [
             np.array([float(s.numel * r.weight_bits) for r in row])
             for s, row in zip(sites, rows, strict=True)

@@ -54,8 +54,16 @@ def make_proposer(
             reporter.say(f"profiled on what {table.layer} gives: the outputs have no gradient")
         if FIELD not in ledger.header:
             ledger.note(**{FIELD: plain_profile(table)})
-        rest = session.sizes.rest
-        sampler = KnapsackSampler(mapping, table, goal, rest, options.seed, session.costs, worker)
+        sampler = KnapsackSampler(
+            mapping,
+            table,
+            goal,
+            session.sizes.rest,
+            options.seed,
+            session.costs,
+            worker,
+            session.sizes.rest_weights,
+        )
         then: samplers.Proposer = samplers.KnapsackProposer(sampler, ledger.trials)
     else:
         seed = samplers.of_worker(options.seed, worker)

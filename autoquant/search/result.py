@@ -90,6 +90,7 @@ class SearchResult:
             },
             "verdict": None if evidence.verdict is None else evidence.verdict.plain(),
             "average_weight_bits": evidence.average_weight_bits,
+            "layer_weight_bits": evidence.of_layers,
             "size_bytes": evidence.size_bytes,
             "float_size_bytes": evidence.float_size_bytes,
             "trials": dict(self.trials),

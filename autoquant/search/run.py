@@ -175,7 +175,8 @@ def start(
         loaded, task, choose_device(options.device), backend=options.backend, say=reporter.say
     )
     spaces = space.resolve(session.prepared.sites)
-    check_budget(options.bits, spaces, {s.name: s.numel for s in session.prepared.sites})
+    numel = {s.name: s.numel for s in session.prepared.sites}
+    check_budget(options.bits, spaces, numel, session.sizes.rest_weights)
     check_size(options.size, session, spaces)
     reporter.say("preflight")
     found = preflight(session, spaces)

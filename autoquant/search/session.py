@@ -266,6 +266,11 @@ def open_session(
             return evaluator.run(m, inputs)
 
     def failed(reason: str) -> UserError:
+        if "does not require grad" in reason:
+            reason += (
+                "; models are run without gradients: give the task a forward(model, inputs) "
+                "that calls the model under torch.enable_grad()"
+            )
         return UserError(f"the float model fails on the task's data: {reason}")
 
     size = float_bytes(model)

@@ -63,6 +63,7 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     model = fields.take("model", None)
     metric = fields.take("metric", None)
     bits = fields.number("average_weight_bits", 0.0, low=0)
+    layer_bits = _optional(fields, "layer_weight_bits")
     size = fields.integer("size_bytes", 0, low=0)
     float_size = fields.integer("float_size_bytes", 0, low=0)
     latency = _latency(fields.take("latency", None), f"{where}: latency")
@@ -90,6 +91,7 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
             latency=latency,
             bit_operations=operations,
             float_bit_operations=float_operations,
+            layer_weight_bits=layer_bits,
         )
     return Recipe(sites, _model(model, where), evidence, folded, seed)
 
@@ -317,6 +319,8 @@ def dumps(recipe: Recipe) -> str:
         if evidence.verdict is not None:
             head["metric"]["verdict"] = evidence.verdict.plain()
         head["average_weight_bits"] = evidence.average_weight_bits
+        if evidence.layer_weight_bits is not None:
+            head["layer_weight_bits"] = evidence.layer_weight_bits
         head["size_bytes"] = evidence.size_bytes
         head["float_size_bytes"] = evidence.float_size_bytes
         if evidence.latency is not None:

@@ -19,6 +19,7 @@ KEYS = {
     "recipe",
     "metric",
     "average_weight_bits",
+    "layer_weight_bits",
     "size_bytes",
     "float_size_bytes",
     "trials",

@@ -103,6 +103,7 @@ class Wrapped(nn.Module):
         self.net = net()
         self.change = change
         self.calls = 0
+        self.kept: dict[Any, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -115,8 +116,9 @@ class Wrapped(nn.Module):
         lambda m, y: y + 0.01 * torch.randn_like(y),
         lambda m, y: y * (1 + 0.01 * m.calls),
         lambda m, y: nn.functional.dropout(y, 0.5, training=True),
+        lambda m, y: m.kept.setdefault(y.shape, torch.zeros_like(y)).add_(y),
     ],
-    ids=["random", "stateful", "dropout"],
+    ids=["random", "stateful", "dropout", "written again"],
 )
 def test_outputs_that_do_not_repeat(change):
     with pytest.raises(

@@ -426,6 +426,24 @@ def test_state_hash():
     assert state_hash(scalar) == state_hash(scalar)
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_state_hash_of_sparse_and_complex_tensors(layout):
+    def made(value: complex, row: int) -> nn.Module:
+        model = nn.Linear(2, 2)
+        nn.init.ones_(model.weight)
+        nn.init.ones_(model.bias)
+        dense = torch.zeros(3, 3)
+        dense[row, 1] = 2.0
+        model.register_buffer("edges", dense.to_sparse(layout=layout))
+        model.register_buffer("turn", torch.tensor([value]).conj())
+        return model
+
+    digest = state_hash(made(1 + 2j, 0))
+    assert digest == state_hash(made(1 + 2j, 0))
+    assert digest != state_hash(made(1 - 2j, 0))
+    assert digest != state_hash(made(1 + 2j, 1))
+
+
 def test_source_needs_data():
     with pytest.raises(UserError, match=r"give a task: --task TASK\.py, or --data FILE"):
         Source("model.pt").load_task()

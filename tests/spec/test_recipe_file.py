@@ -83,6 +83,16 @@ def test_a_recipe_survives_yaml(layers, seed):
     assert again.key() == first.key()
 
 
+def test_the_layers_own_width_is_written_where_it_differs():
+    result = SplitResult(4, 0.5, 0.4, 0.1)
+    plain = Evidence("evaluate", True, result, None, 8.0, 1, 4)
+    assert "layer_weight_bits" not in dumps(Recipe({"fc": SiteRecipe()}, None, plain))
+    mixed = replace(plain, average_weight_bits=12.5, layer_weight_bits=8.0)
+    text = dumps(Recipe({"fc": SiteRecipe()}, None, mixed))
+    assert "average_weight_bits: 12.5\nlayer_weight_bits: 8.0\n" in text
+    assert loads(text).evidence == mixed
+
+
 def test_a_recipe_without_a_second_split_says_so(tmp_path):
     result = SplitResult(0, 0.5, 0.4, 0.1)
     evidence = Evidence("evaluate", True, result, None, 8.0, 1, 4)

@@ -152,7 +152,7 @@ def test_evaluate_reproduces_the_recipe(searched, cli, source):
     for name in ("average_weight_bits", "size_bytes", "float_size_bytes"):
         assert found[name] == recipe[name]
     text = cli("evaluate", *words).out
-    assert "search (160 samples): float accuracy" in text
+    assert "search (160 samples): float accuracy (higher is better) 0." in text
     assert "average weight bits" in text
     if source == "best":
         assert found["verdict"] == recipe["metric"]["verdict"]

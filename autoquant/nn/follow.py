@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autoquant.kernels.operation import Clamp
+from autoquant.nn.converted import Converted, converted_of
 from autoquant.nn.quantized_output import gelu_of, leaves_alone
 
 _MARK = "_autoquant_clamp"
@@ -216,11 +217,11 @@ def watching(layers: Iterable[nn.Module], model: nn.Module) -> Iterator[Callable
         for relu, led in leaders.items():
             relu.__class__ = _FOLLOWING[type(relu)]
             for layer in led:
-                vars(layer)["clamp"] = relu.clamp
+                _converted(layer).clamp = _FOLLOWING[relu.float_type].clamp  # type: ignore
         for layer, value in watch.readers().items():
             if value.relu is None or layer in leaders.get(value.relu, ()):
-                vars(layer)["reader"] = value.readers[0]
-                vars(layer)["gelu"] = value.gelu
+                _converted(layer).reader = _converted(value.readers[0])
+                _converted(layer).gelu = value.gelu
 
     try:
         with watch:
@@ -228,6 +229,12 @@ def watching(layers: Iterable[nn.Module], model: nn.Module) -> Iterator[Callable
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _converted(layer: nn.Module) -> Converted:
+    found = converted_of(layer)
+    assert found is not None
+    return found
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -239,9 +246,9 @@ def unfollow(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FollowingReLU | FollowingReLU6):
             module.__class__ = module.float_type  # type: ignore[assignment]
-        vars(module).pop("clamp", None)
-        vars(module).pop("reader", None)
-        vars(module).pop("gelu", None)
+        converted = converted_of(module)
+        if converted is not None:
+            converted.clamp = converted.reader = converted.gelu = None
 
 
 def clamp_(y: Tensor, clamp: Clamp) -> Tensor:

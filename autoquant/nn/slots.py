@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoquant.kernels.engine import FLOAT, Engine
+from autoquant.kernels.engine import FLOAT, Engine, recorded
 from autoquant.kernels.layout import contiguous_stride, is_channels_last
-from autoquant.kernels.operation import LINEAR, Clamp, Operation, Product, is_chainable
+from autoquant.kernels.operation import LINEAR, Operation, Product, is_chainable
 from autoquant.nn.follow import clamp_, mark
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.quantized_output import QuantizedOutput, as_real
-from autoquant.nn.runtime import Multiply, Reader, Rows
+from autoquant.nn.runtime import Layer, Multiply, Rows
 from autoquant.nn.sites import Site
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
 
@@ -53,6 +53,7 @@ class SiteSlot:
         self.read: Callable[[], None] | None = None
         self.choice: SiteRecipe | None = FLOAT_SITE
         self.used: Callable[[], None] | None = None
+        self.refused: str | None = None
 
     def use(self) -> None:
         """Say that what follows depends on ``choice``; every way to compute calls this first."""
@@ -69,6 +70,11 @@ class SiteSlot:
         self.held = held
         self.activation = activation
         self.choice = None
+
+    def is_float(self, reason: str) -> bool:
+        """Return whether nothing is quantized here, and note why nothing can be."""
+        self.refused = reason
+        return self.held is None and self.activation is None
 
     @property
     def weight(self) -> Tensor:
@@ -100,6 +106,9 @@ class SiteSlot:
         """Return the activation to compute with."""
         self.use()
         if self.observe is not None:
+            if recorded():
+                self.refused = "runs inside a transform of torch.func or a trace of torch.jit"
+                return x
             self.observe(x)
         if self.probe is not None:
             x = self.probe(x)
@@ -109,20 +118,18 @@ class SiteSlot:
 
     def layer(
         self,
-        operation: Operation | None,
+        layer: Layer,
         x: Tensor,
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
-        clamp: Clamp | None = None,
-        reader: Reader | None = None,
-        gelu: str | None = None,
     ) -> Tensor:
         """Return a layer's output on ``x``, by a kernel or by ``compute``, clamped and marked."""
         start = time.perf_counter()
-        product = None if operation is None else self._product(operation, None)
+        clamp = layer.clamp
+        product = None if layer.operation is None else self._product(layer.operation, None)
         if product is not None:
             self._tell()
-            y = _run(product, x, bias, clamp, reader, gelu)
+            y = _run(product, x, bias, layer)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y if clamp is None else mark(y, clamp)
@@ -176,21 +183,15 @@ class SiteSlot:
 
     def _product(self, operation: Operation, rows: Rows) -> Product | None:
         """Return the kernel for one use of the weight; whoever observes needs the input itself."""
-        if self.held is None or self.observe is not None or not self.engine.fast:
+        if self.held is None or self.observe is not None or not self.engine.fast or recorded():
             return None
         return self.held.product(operation, self.activation, rows, self.parameter.device)
 
 
-def _run(
-    product: Product,
-    x: Tensor,
-    bias: Tensor | None,
-    clamp: Clamp | None,
-    reader: Reader | None,
-    gelu: str | None,
-) -> Tensor | None:
+def _run(product: Product, x: Tensor, bias: Tensor | None, layer: Layer) -> Tensor | None:
     """Return the output of ``product``, as integers where its reader takes these; or None."""
-    wanted = None if reader is None else reader.reads()
+    clamp, gelu = layer.clamp, layer.gelu
+    wanted = None if layer.reader is None else layer.reader.reads()
     q: Tensor | None = None
     if isinstance(x, QuantizedOutput):
         fits = x.gelu is None and not x.written

@@ -23,6 +23,7 @@ from autoquant.measure.reuse_check import check, same_bits
 from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import deploy, prepare
+from autoquant.nn.converted import converted_of
 from autoquant.nn.quantized_output import QuantizedOutput
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 
@@ -583,7 +584,7 @@ def test_the_model_is_its_own_outside_and_its_copies_are_theirs():
         twin.head.double()
         pickled = pickle.loads(pickle.dumps(model))
         assert torch.equal(pickled(x), expected)
-    assert "forward" not in vars(model.head)
+    assert model.head.forward is converted_of(model.head)
     assert all(slot.used is None for slot in bench.ours.prepared.slots.values())
     assert deploy(bench.ours.prepared, {}) is not None
 

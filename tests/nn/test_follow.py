@@ -12,6 +12,7 @@ from autoquant.kernels.engine import make_engine
 from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import deploy, prepare
+from autoquant.nn.converted import converted_of
 from autoquant.nn.follow import FollowingReLU, FollowingReLU6
 from autoquant.nn.quantized_output import QuantizedOutput
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
@@ -67,7 +68,7 @@ def made(case, inplace=False):
 
 
 def clamps(prepared):
-    return {n: vars(m).get("clamp") for n, m in prepared.model.named_modules() if n in ("a", "b")}
+    return {n: converted_of(getattr(prepared.model, n)).clamp for n in ("a", "b")}
 
 
 def test_relus_are_computed_with_their_layers_and_the_numbers_stay():
@@ -122,16 +123,14 @@ def test_a_saved_model_has_its_own_relus_again():
     model = deploy(prepared, {})
     assert type(model.relu) is nn.ReLU
     assert type(model.relu6) is nn.ReLU6
-    assert "clamp" not in vars(model.a)
+    assert "_autoquant" not in vars(model.a)
     assert torch.equal(model(X), expected)
     assert isinstance(prepared.model.relu, FollowingReLU)  # the prepared one goes on as it was
 
 
 def readers(prepared):
-    model = prepared.model
-    names = {id(m): n for n, m in model.named_modules()}
-    found = {n: vars(m).get("reader") for n, m in model.named_modules() if n in ("a", "b")}
-    return {n: None if m is None else names[id(m)] for n, m in found.items()}
+    found = {n: converted_of(getattr(prepared.model, n)).reader for n in ("a", "b")}
+    return {n: None if reader is None else reader.path for n, reader in found.items()}
 
 
 def straight(m, x):
@@ -265,7 +264,7 @@ def test_what_is_written_into_a_handed_output_reaches_its_reader():
 
 def test_a_saved_model_hands_on_nothing():
     prepared, _ = made(plain)
-    assert "reader" not in vars(deploy(prepared, {}).a)
+    assert "_autoquant" not in vars(deploy(prepared, {}).a)
     assert readers(prepared)["a"] == "b"
 
 
@@ -357,8 +356,8 @@ def test_what_is_between_linear_layers_is_part_of_the_first(case, handed, bits):
         prepared = prepare(model, lambda m: m(data), engine=make_engine(CPU))
         model = prepared.model
         if handed is not None:
-            reader = vars(model.a).get("reader")
-            assert (None if reader is None else "b", vars(model.a).get("gelu")) == handed
+            found = converted_of(model.a)
+            assert (None if found.reader is None else "b", found.gelu) == handed
         assert torch.equal(model(data), expected)
         realizer = Realizer(prepared, calibrate(prepared, [data], lambda m, x: m(x)))
         site = SiteRecipe(WeightScheme(8), ActivationScheme(bits, scheme="asymmetric"))
@@ -374,4 +373,3 @@ def test_what_is_between_linear_layers_is_part_of_the_first(case, handed, bits):
             far = (fast - exact).abs() > 1e-4 * exact.abs().max()
             assert far.float().mean() < 0.01
         assert prepared.engine.shares()["int8"].seconds > 0
-        assert "gelu" not in vars(deploy(prepared, {}).a)

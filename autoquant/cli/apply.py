@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from autoquant.cli.options import json_option, task_options
+from autoquant.cli.options import device_option, json_option, task_options
 
 
 @click.command(
@@ -27,6 +27,7 @@ from autoquant.cli.options import json_option, task_options
 @click.option(
     "--accept-changes", is_flag=True, help="Apply the recipe although it is for another model file."
 )
+@device_option
 @json_option
 def command(
     recipe: str,
@@ -37,12 +38,14 @@ def command(
     trust_pickle: bool,
     output: str,
     accept_changes: bool,
+    device: str,
     as_json: bool,
 ) -> None:
     """Write the quantized model that RECIPE makes of MODEL.
 
     Where the model can be exported it becomes a .pt2 of plain aten operators, with the weights as
-    packed integers; otherwise a safe archive, and the reason is printed.
+    packed integers; otherwise a safe archive, and the reason is printed. On whichever device it is
+    calibrated, the file is for the CPU.
     """
     import json
 
@@ -51,14 +54,16 @@ def command(
     loaded_recipe = load(Path(recipe))
     from autoquant.export.model import check_model, quantize, write
     from autoquant.search.opening import check_folder
+    from autoquant.search.session import choose_device
     from autoquant.search.source import Source
 
     check_folder(Path(output).parent)
+    chosen = choose_device(device)
     source = Source(model, task, data, metric, trust_pickle)
     loaded_task = source.load_task() if task or data else None
     loaded = source.load(loaded_task)
     check_model(loaded_recipe, loaded, accept=accept_changes)
-    module, calibrated = quantize(loaded, loaded_recipe, loaded_task)
+    module, calibrated = quantize(loaded, loaded_recipe, loaded_task, chosen)
     written = write(module, calibrated, loaded_task, Path(output))
     if as_json:
         row = {"path": str(written.path), "kind": written.kind, "reason": written.reason}

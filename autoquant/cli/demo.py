@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from autoquant.cli.options import json_option
+from autoquant.cli.options import device_option, json_option
 
 TRIALS = 40
 
@@ -72,22 +72,25 @@ metric = "accuracy"
 
 @click.command(epilog="Example: autoquant demo /tmp/demo")
 @click.argument("directory", metavar="[DIR]", default="autoquant-demo", type=click.Path())
+@device_option
 @json_option
-def command(directory: str, as_json: bool) -> None:
+def command(directory: str, device: str, as_json: bool) -> None:
     """Train a small CNN on handwritten digits in DIR (default: autoquant-demo) and search it.
 
     Writes DIR/model.pt and DIR/task.py, prints the search command that you would type, and runs
-    it. Needs no network and no GPU.
+    it. Needs no network, and no GPU unless --device says so.
     """
     from autoquant.cli.search import run
     from autoquant.errors import UserError
     from autoquant.search.ledger import names
     from autoquant.search.options import Options
+    from autoquant.search.session import choose_device
     from autoquant.spec.recipe_file import write_text
 
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder")
+    choose_device(device)
     task, model = folder / "task.py", folder / "model.pt"
     write_text(task, TASK)
     click.echo(f"training a digit classifier: {model}, {task}", err=True)
@@ -97,8 +100,9 @@ def command(directory: str, as_json: bool) -> None:
     )
     line = ["autoquant", "search", str(model), "--task", str(task), "--trials", str(TRIALS)]
     line += ["--study", study, "--out", str(folder)]
+    line += [] if device == "auto" else ["--device", device]
     click.echo(f"$ {shlex.join(line)}", err=True)
-    options = Options(trials=TRIALS)
+    options = Options(trials=TRIALS, device=device)
     run(
         str(model),
         str(task),

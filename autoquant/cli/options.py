@@ -63,7 +63,7 @@ def device_option(command: F) -> F:
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
-        help="Where candidates are evaluated.",
+        help="Where the model runs.",
     )(command)
 
 

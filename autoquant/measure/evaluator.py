@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import OutOfMemory, TrialError, UserError
+from autoquant.kernels.reference import full_float32
 from autoquant.measure.decoding import scoring
 from autoquant.measure.divergence import Distance, FloatOutputs
 from autoquant.measure.outputs import fingerprint
@@ -112,7 +113,8 @@ class Evaluator:
 
     def run(self, model: nn.Module, inputs: Any) -> Any:
         """Return the raw outputs of ``model`` on one batch of inputs."""
-        return run_forward(self.task, model, to_device(inputs, self.device))
+        with full_float32(self.device):
+            return run_forward(self.task, model, to_device(inputs, self.device))
 
     def outputs(self, model: nn.Module, inputs: Any) -> Any:
         """Return the outputs that metrics take, of one batch; TrialError where the code fails."""
@@ -269,7 +271,7 @@ class Evaluator:
 
     def _call(self, function: Callable[[nn.Module], float], model: nn.Module) -> float:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), full_float32(self.device):
                 value = as_float("evaluate", function(model))
         except (UserError, TrialError):
             raise

@@ -68,8 +68,8 @@ def read_recipe(path: Path) -> Recipe:
 def load_archive(path: Path, model: nn.Module) -> nn.Module:
     """Return the quantized model in ``path``; ``model`` is the float architecture, changed.
 
-    Its weights may be anything: all that the archive holds replaces them. Raises ModelFileError
-    where it is another architecture.
+    Its weights may be anything: all that the archive holds replaces them, on the device that they
+    are on. Raises ModelFileError where it is another architecture.
     """
     recipe = read_recipe(path)
     other = f"{path}: is of another architecture"
@@ -79,14 +79,15 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
         missing = [name for name in recipe.sites if name not in known]
         if missing:
             raise ModelFileError(f"no layer {missing[0]!r} here")
+        devices = {name: prepared.slots[name].parameter.device for name in recipe.sites}
         choices = {
-            name: (_empty(known[name], site), site.activation)
+            name: (_empty(known[name], site, devices[name]), site.activation)
             for name, site in recipe.sites.items()
         }
     except (ModelFileError, SpecError) as error:
         raise ModelFileError(f"{other}: {error}") from error
     shifts = {
-        name: torch.zeros(known[name].matrix[0])
+        name: torch.zeros(known[name].matrix[0], device=devices[name])
         for name, site in recipe.sites.items()
         if site.bias_correction
     }
@@ -106,17 +107,24 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
     absent = [key for key, value in expected.items() if id(value) not in stored]
     if absent:
         raise ModelFileError(f"{other}: {absent[0]!r} is not in it")
+    empty = next((key for key, value in expected.items() if value.is_meta), None)
+    if empty is not None:
+        raise ModelFileError(
+            f"{path}: the given model has no memory for {empty!r}: it is on the device meta; give "
+            "model.to_empty(device='cpu')"
+        )
     deployed.load_state_dict(tensors, strict=False)
     return deployed
 
 
-def _empty(site: Site, recipe: SiteRecipe) -> QuantizedWeight | None:
-    """Return a quantized weight of the right shapes, to be filled."""
+def _empty(site: Site, recipe: SiteRecipe, device: torch.device) -> QuantizedWeight | None:
+    """Return a quantized weight of the right shapes on ``device``, to be filled."""
     scheme = recipe.weight
     if scheme is None:
         return None
     rows, columns = site.matrix
     blocks = rows * columns // math.prod(block_size(scheme.granularity, site.matrix))
-    qparams = QParams(torch.ones(blocks, 1), torch.zeros(blocks, 1), scheme.bits, scheme.symmetric)
-    q = torch.zeros(rows, columns, dtype=torch.int8)
+    scale, zero_point = torch.ones(blocks, 1, device=device), torch.zeros(blocks, 1, device=device)
+    qparams = QParams(scale, zero_point, scheme.bits, scheme.symmetric)
+    q = torch.zeros(rows, columns, dtype=torch.int8, device=device)
     return QuantizedWeight(q, qparams, scheme, site.shape, site.channel_axis)

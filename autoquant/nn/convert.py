@@ -228,6 +228,11 @@ def _settle(module: nn.Module, packed: dict[str, PackedSite] | None) -> None:
         carry(module, converted.path, packed or {}, converted.compute)
 
 
+def uses_channels_last(model: nn.Module) -> bool:
+    """Return whether ``use_channels_last`` is on."""
+    return any(isinstance(m, QuantizedConv2d) and m.channels_last for m in model.modules())
+
+
 def use_channels_last(model: nn.Module, *, on: bool = True) -> None:
     """Make every 2-d convolution that was converted compute in channels-last memory format."""
     for converted in converted_modules(model):

@@ -17,7 +17,7 @@ from autoquant.methods.realize import CACHE_BYTES
 from autoquant.models.evidence import FunctionEvidence
 from autoquant.models.usercode import describe
 from autoquant.nn.archive import load_archive, save_archive
-from autoquant.nn.convert import deploy
+from autoquant.nn.convert import deploy, use_channels_last, uses_channels_last
 from autoquant.nn.fold import same_outputs
 from autoquant.nn.sites import FloatPart, Site
 from autoquant.search.pricing import LatencyReport
@@ -135,7 +135,9 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
         if example is None:
             return
-        found = _run(session, loaded.to(session.device), example)
+        # In another memory format sums would be rounded otherwise, and with them activations.
+        use_channels_last(loaded, on=uses_channels_last(session.model))
+        found = _run(session, loaded, example)
     except TrialError as error:
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
     except OSError as error:

@@ -63,6 +63,5 @@ def make_proposer(
             ledger.note(**{samplers.SAMPLER_STATE: new})
 
         then = samplers.StockProposer(make, mapping, ledger.trials(), state, keep, goal.limits)
-    if not any(space.learns for space in mapping.spaces.values()):
-        session.forget_moments()
+    session.keep({name: space.needs for name, space in mapping.spaces.items()})
     return then, sampler

@@ -65,8 +65,9 @@ def measure_recipe(
     ``backend`` is ``reference``, which computes what a saved model does, or ``auto``. The verdict
     is on ``max_drop``, or else on the maximum that the recipe itself was judged by.
     """
-    folded = None if recipe is None else recipe.folded
-    session = open_session(loaded, task, choose_device(device), folded=folded, backend=backend)
+    session = open_session(
+        loaded, task, choose_device(device), recipe=recipe or Recipe({}), backend=backend
+    )
     try:
         base = session.baseline("search")
         if session.evaluator.confirms:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -13,6 +13,7 @@ from torch import nn
 
 from autoquant.errors import OutOfMemory, UserError
 from autoquant.kernels.engine import make_engine
+from autoquant.kernels.reference import full_float32
 from autoquant.measure.cost import CostModel
 from autoquant.measure.evaluator import (
     OUT_OF_MEMORY,
@@ -27,6 +28,7 @@ from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
 from autoquant.models.data import Splits, make_splits
+from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.nn.calibrate import SiteStatistics, calibrate
@@ -36,6 +38,7 @@ from autoquant.nn.sites import Site
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.search.goal import Measurement
 from autoquant.search.sensitivity import Candidates, Sensitivity, measure_sensitivity
+from autoquant.spec.needs import Need, needs_of
 from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe, WeightScheme
 
 REUSE_BYTES = 2 << 30
@@ -175,10 +178,10 @@ class Session:
         assert held is not None
         return held.quantized
 
-    def forget_moments(self) -> None:
-        """Free the second moments of all inputs, which only profiles and learned rounding need."""
-        rest = {name: replace(s, moments=None) for name, s in self.statistics.items()}
-        self.statistics = self.realizer.statistics = rest
+    def keep(self, needs: Mapping[str, frozenset[Need]]) -> None:
+        """Keep of what calibration saw what recipes may still need, and free the rest."""
+        kept = {name: s.keep(needs[name]) for name, s in self.statistics.items()}
+        self.statistics = self.realizer.statistics = kept
 
     def baseline(self, split: str) -> Reading:
         """Return the float model's reading on ``split``, measured once."""
@@ -214,18 +217,19 @@ def open_session(
     task: Task,
     device: torch.device,
     *,
-    folded: Mapping[str, str] | None = None,
+    recipe: Recipe | None = None,
     backend: str = "auto",
     say: Say = lambda _: None,
 ) -> Session:
     """Prepare a model for its task: read the data, fold, find the sites, calibrate.
 
-    ``folded`` repeats the folds of a recipe instead of looking for them.
+    A session of one ``recipe`` repeats its folds instead of looking for them, and calibrates what
+    it needs alone; without one, all that any recipe may need.
     """
     say("reading the data")
     splits = make_splits(task)
     evaluator = Evaluator(task, splits, device)
-    model = loaded.module.to(device)
+    model = move(loaded.module, device)
     example = evaluator.example()
 
     def run(m: nn.Module, inputs: Any = None) -> Any:
@@ -233,7 +237,8 @@ def open_session(
         try:
             if inputs is None:
                 assert task.evaluate is not None
-                return task.evaluate(m)
+                with full_float32(device):
+                    return task.evaluate(m)
             return evaluator.run(m, inputs)
         except UserError:
             raise
@@ -251,12 +256,14 @@ def open_session(
         return run(m, few)
 
     few = evaluator.few(model)
+    folded = None if recipe is None else recipe.folded
     prepared = prepare(model, run, folded, make_engine(device, backend), quick)
     _choose_layout(prepared, quick)
     if prepared.sites:
         evaluator.scorer = model.get_submodule(prepared.sites[-1].users[0][0])
     say("calibrating")
-    statistics = calibrate(prepared, splits.calibrate or (None,), run)
+    needs = None if recipe is None else {n: needs_of(site) for n, site in recipe.sites.items()}
+    statistics = calibrate(prepared, splits.calibrate or (None,), run, needs)
     sizes = SizeModel(prepared, size)
     return Session(
         ModelIdentity(loaded.name, loaded.sha256),

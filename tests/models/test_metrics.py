@@ -446,7 +446,8 @@ def test_max_drop_round_trips_through_its_text(value, percent):
     assert isinstance(again, MaxDrop)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", METRICS.names())
 def test_cuda_outputs_score_as_cpu_outputs(name):
     batches = example(name)

@@ -191,6 +191,15 @@ def test_a_recipe_inside_that_was_changed_is_checked_like_any_other(archive):
         load_archive(archive, net(32, 32, 4))
 
 
+def test_a_model_without_memory_is_refused(archive):
+    with torch.device("meta"):
+        model = net(32, 32, 4)
+    with pytest.raises(ModelFileError, match=r"no memory for '.*': .*to_empty\(device='cpu'\)"):
+        load_archive(archive, model)
+    load_archive(archive, model_on_cpu := net(32, 32, 4).to("meta").to_empty(device="cpu"))
+    assert not any(t.is_meta for t in model_on_cpu.state_dict().values())
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")

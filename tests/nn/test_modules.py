@@ -19,9 +19,9 @@ from autoquant.observers.calibration import activation_range
 from autoquant.observers.weights import weight_range
 from autoquant.spec.calibration import (
     ACTIVATION_CALIBRATIONS,
-    DATA_CALIBRATIONS,
     WEIGHT_CALIBRATIONS,
 )
+from autoquant.spec.needs import WEIGHT_NEEDS
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 
 Array = np.ndarray
@@ -141,7 +141,7 @@ SCHEMES = ["symmetric", "asymmetric"]
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_layer_computes_with_its_quantized_weight(kind, granularity, scheme):
     bench = Bench(kind)
-    for calibration in sorted(set(WEIGHT_CALIBRATIONS) - set(DATA_CALIBRATIONS)):
+    for calibration in sorted(set(WEIGHT_CALIBRATIONS) - set(WEIGHT_NEEDS)):
         for bits in range(2, 9):
             bench.check(WeightScheme(bits, granularity, scheme, calibration), None)
 

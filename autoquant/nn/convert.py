@@ -19,6 +19,7 @@ from autoquant.kernels.engine import Engine
 from autoquant.nn.attention import disable_fast_path
 from autoquant.nn.converted import (
     carry,
+    computed_modules,
     converted_modules,
     converted_of,
     install,
@@ -225,16 +226,20 @@ def _settle(module: nn.Module, packed: dict[str, PackedSite] | None) -> None:
     # Attention in float would read the weight of its out_proj instead of calling it.
     calls = isinstance(module, nn.MultiheadAttention) and is_carrying(module.out_proj)
     if packed is not None or calls:
-        carry(module, converted.path, packed or {}, converted.compute)
+        carried = carry(module, converted.path, packed or {}, converted.compute)
+        carried.channels_last = converted.channels_last
 
 
 def uses_channels_last(model: nn.Module) -> bool:
     """Return whether ``use_channels_last`` is on."""
-    return any(isinstance(m, QuantizedConv2d) and m.channels_last for m in model.modules())
+    return any(computed.channels_last for computed in computed_modules(model))
 
 
 def use_channels_last(model: nn.Module, *, on: bool = True) -> None:
-    """Make every 2-d convolution that was converted compute in channels-last memory format."""
-    for converted in converted_modules(model):
-        if isinstance(converted.module, nn.Conv2d):
-            converted.channels_last = on
+    """Make every 2-d convolution that was converted compute in channels-last memory format.
+
+    In a model that carries packed sites too.
+    """
+    for computed in computed_modules(model):
+        if isinstance(computed.module, nn.Conv2d):
+            computed.channels_last = on

@@ -191,13 +191,14 @@ def carry(module: nn.Module, path: str, packed: Mapping[str, nn.Module], compute
     sites: Any = nn.ModuleDict(packed)
     module.add_module(NAME, sites)
     held = vars(module)
-    held["forward"] = Converted(module, path, sites, compute)
+    held["forward"] = converted = Converted(module, path, sites, compute)
     held["_buffers"] = Lent(held["_buffers"], sites)
     if isinstance(module, nn.RNNBase):
         # The list of weights for the fused kernel would keep real ones alive; by this name there
         # is none.
         module._flat_weights, module._flat_weights_names = [None], [""]
         module._flat_weight_refs = [None]
+    return converted
 
 
 def is_carrying(module: nn.Module) -> bool:
@@ -209,6 +210,14 @@ def converted_of(module: nn.Module) -> Converted | None:
     """Return what a module that takes recipes computes by, None for any other."""
     found = vars(module).get(NAME)
     return found if isinstance(found, Converted) else None
+
+
+def computed_modules(model: nn.Module) -> Iterator[Converted]:
+    """Yield what every module computes by that takes recipes, or carries packed sites."""
+    for module in model.modules():
+        found = vars(module).get("forward")
+        if isinstance(found, Converted):
+            yield found
 
 
 def converted_modules(model: nn.Module) -> Iterator[Converted]:

@@ -178,12 +178,10 @@ class _Timer:
         backends = [b.name for b in engine.backends] if engine.fast else []
         own = [] if _ours(unit.module) else [unit.name]
         parts = [f"{kind.__module__}.{kind.__qualname__}", repr(unit.module), weights, dtype]
-        clamp: tuple[float, float] | None = None
-        chained: list[Any] = [False, unit.module in self._read, None]
+        chained: list[Any] = [unit.module in self._read]
         if converted is not None:
-            clamp = converted.clamp
-            chained = [converted.reader is not None, unit.module in self._read, converted.gelu]
-        where = [layout, clamp, chained, backends]
+            chained += [converted.after, converted.reader is not None]
+        where = [layout, chained, backends]
         return json.dumps([machine_key(self.device), *parts, *where, text, *own])
 
     def total(self, unit: Unit, wanted: Mapping[str, int]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from autoquant.nn.converted import (
     remove,
 )
 from autoquant.nn.fold import fold, fold_checked
-from autoquant.nn.follow import unfollow, watching
+from autoquant.nn.follow import watching
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.modules import QUANTIZED
 from autoquant.nn.operations import operation_of
@@ -131,7 +131,7 @@ def _trace(
 ) -> tuple[tuple[Site, ...], tuple[FloatPart, ...]]:
     """Return the sites that ``run`` uses, in order of use, and the unused ones as float parts.
 
-    With ``follow``, ReLUs that follow a layer become a part of it.
+    With ``follow``, layers are told what is expected to follow them.
     """
     order: dict[str, None] = {}
     observed: set[str] = set()
@@ -139,11 +139,11 @@ def _trace(
         slot.read = lambda name=name: order.setdefault(name)
         slot.observe = lambda _, name=name: observed.add(name)
     try:
-        layers = [c.module for c in converted_modules(model) if c.operation is not None]
-        with torch.no_grad(), watching(layers, model) as lead:
+        layers = [c for c in converted_modules(model) if c.operation is not None]
+        with torch.no_grad(), watching(layers) as followers:
             run(model)
         if follow:
-            lead()
+            followers.settle()
     finally:
         for slot in slots.values():
             slot.read = slot.observe = None
@@ -198,7 +198,6 @@ def deploy(
                 packed_sites.setdefault(id(module), {})[name] = packed
             if shifts and site.name in shifts:
                 _shift(module, shifts[site.name])
-    unfollow(model)
     # A module's children come first: attention asks whether its own are packed.
     for module in reversed(list(model.modules())):
         _settle(module, packed_sites.get(id(module)))

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.errors import UserError
-from autoquant.kernels.operation import Clamp, Operation
+from autoquant.kernels.operation import Operation
+from autoquant.nn.layer_output import After
 from autoquant.nn.runtime import SiteRuntime
 from autoquant.spec.recipe import ActivationScheme
 
@@ -38,8 +39,9 @@ class Converted:
 
     ``path`` is the module's in the model. ``operation`` says what the layer does, None where no
     kernel can stand in for it; ``channels_last`` makes a 2-d convolution compute in that memory
-    format. ``clamp`` is a ReLU that follows, ``gelu`` the approximation of a GELU that does, and
-    ``reader`` the layer that alone reads what comes out then.
+    format. ``after`` is the ReLU or GELU that is expected to follow, and ``reader`` the layer that
+    alone is expected to read what comes out then: both were seen, and nothing but speed depends on
+    them.
     """
 
     def __init__(
@@ -56,8 +58,7 @@ class Converted:
         self.compute = compute
         self.operation = operation
         self.channels_last = False
-        self.clamp: Clamp | None = None
-        self.gelu: str | None = None
+        self.after: After = None
         self.reader: Converted | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +185,9 @@ def remove(module: nn.Module) -> None:
         module._init_flat_weights()
 
 
-def carry(module: nn.Module, path: str, packed: Mapping[str, nn.Module], compute: Compute) -> None:
+def carry(
+    module: nn.Module, path: str, packed: Mapping[str, nn.Module], compute: Compute
+) -> Converted:
     """Put packed sites in the place of a module's parameters of these names, as submodules."""
     for name in packed:
         del module._parameters[name]

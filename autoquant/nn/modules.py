@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from autoquant.nn.attention import QuantizedMultiheadAttention
 from autoquant.nn.converted import Converted
-from autoquant.nn.quantized_output import QuantizedOutput
+from autoquant.nn.layer_output import LayerOutput
 from autoquant.nn.recurrent import (
     QuantizedGRU,
     QuantizedGRUCell,
@@ -44,7 +44,7 @@ class QuantizedConv2d(QuantizedLayer):
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output on its quantized input."""
         last = self.converted.channels_last
-        if last and input.dim() == 4 and not isinstance(input, QuantizedOutput):
+        if last and input.dim() == 4 and not isinstance(input, LayerOutput):
             input = _to_channels_last(input)
         return super().__call__(input, *args, **kwargs)
 

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from autoquant.kernels.operation import Clamp, Operation
+from autoquant.kernels.operation import Operation
+from autoquant.nn.layer_output import After
 from autoquant.spec.recipe import ActivationScheme
 
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
@@ -30,18 +31,13 @@ class Layer(Protocol):
         ...
 
     @property
-    def clamp(self) -> Clamp | None:
-        """A ReLU that follows."""
-        ...
-
-    @property
-    def gelu(self) -> str | None:
-        """The approximation of a GELU that follows."""
+    def after(self) -> After:
+        """The ReLU or GELU that is expected to follow."""
         ...
 
     @property
     def reader(self) -> Layer | None:
-        """The layer that alone reads the output after that."""
+        """The layer that alone is expected to read the output after that."""
         ...
 
     def reads(self) -> ActivationScheme | None:

@@ -24,7 +24,7 @@ from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import deploy, prepare
 from autoquant.nn.converted import converted_of
-from autoquant.nn.quantized_output import QuantizedOutput
+from autoquant.nn.layer_output import LayerOutput
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 
 MIB = 1 << 20
@@ -373,7 +373,7 @@ def test_what_was_handed_on_depends_on_its_reader():
         whole = 2 if "stem" in expected else 1  # the model itself, and the stem's sequential
         ran = bench.reuse.statistics().misses - before
         assert ran == (len(expected.split()) + whole) * len(bench.batches), choice
-    assert handed[:2] == [QuantizedOutput] * 2
+    assert handed[:2] == [LayerOutput] * 2
     assert handed[4:6] == [Tensor] * 2  # as two computes with a scale of each token then
 
 

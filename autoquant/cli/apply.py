@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from autoquant.cli.options import device_option, json_option, task_options
+from autoquant.cli.options import OutputFile, device_option, json_option, task_options
+from autoquant.cli.output import emit
 
 
 @click.command(
@@ -21,7 +22,7 @@ from autoquant.cli.options import device_option, json_option, task_options
     metavar="FILE",
     default="quantized.pt2",
     show_default=True,
-    type=click.Path(),
+    type=OutputFile(".pt2", ".safetensors"),
     help="A .pt2 that plain torch loads; .safetensors for an archive that autoquant.load restores.",
 )
 @click.option(
@@ -47,8 +48,6 @@ def command(
     packed integers; otherwise a safe archive, and the reason is printed. On whichever device it is
     calibrated, the file is for the CPU.
     """
-    import json
-
     from autoquant.spec.recipe_file import load
 
     loaded_recipe = load(Path(recipe))
@@ -67,7 +66,7 @@ def command(
     written = write(module, calibrated, loaded_task, Path(output))
     if as_json:
         row = {"path": str(written.path), "kind": written.kind, "reason": written.reason}
-        print(json.dumps(row | {"size_bytes": written.path.stat().st_size}))
+        emit(row | {"size_bytes": written.path.stat().st_size})
         return
     size = written.path.stat().st_size
     if written.kind == "pt2":

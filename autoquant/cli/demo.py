@@ -78,7 +78,8 @@ def command(directory: str, device: str, as_json: bool) -> None:
     """Train a small CNN on handwritten digits in DIR (default: autoquant-demo) and search it.
 
     Writes DIR/model.pt and DIR/task.py, prints the search command that you would type, and runs
-    it. Needs no network, and no GPU unless --device says so.
+    it. Needs no network, and no GPU unless --device says so. The exit status is 0 whatever the
+    verdict is: it only shows how a search goes.
     """
     from autoquant.cli.search import run
     from autoquant.errors import UserError

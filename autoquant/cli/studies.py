@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from autoquant.cli.options import json_option, storage_option
+from autoquant.cli.output import emit
 
 
 @click.command(epilog="Example: autoquant studies")
@@ -12,8 +13,6 @@ from autoquant.cli.options import json_option, storage_option
 @json_option
 def command(storage: str | None, as_json: bool) -> None:
     """List the studies, the newest first."""
-    import json
-
     from autoquant.errors import StudyError
     from autoquant.report.tables import best_columns, console, studies_table
     from autoquant.search.ledger import FOLDER, Ledger, names
@@ -37,7 +36,7 @@ def command(storage: str | None, as_json: bool) -> None:
         }
         rows.append(row | best_columns(best_trial(trials)))
     if as_json:
-        print(json.dumps(rows))
+        emit(rows)
     elif not rows:
         print(f"no study in {storage or FOLDER}; start one: autoquant search")
     else:

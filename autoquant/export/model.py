@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,12 @@ from autoquant.models.data import make_splits
 from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task, run_forward
+from autoquant.models.usercode import guarded, interruptible
 from autoquant.nn.archive import SUFFIX, save_archive
 from autoquant.nn.convert import prepare
+from autoquant.nn.intake import copied
 from autoquant.search.session import open_session
-from autoquant.search.source import state_hash
+from autoquant.search.source import of_module
 from autoquant.spec.needs import needs_of
 from autoquant.spec.recipe import Recipe
 
@@ -95,14 +96,17 @@ def device_of(module: nn.Module) -> torch.device:
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
+@interruptible()
 def apply(recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = None) -> nn.Module:
     """Return a quantized copy of ``model``, on its device; the model itself is left as it is.
 
     ``task`` is needed where the recipe has an activation without a scale, or learns.
     """
     if isinstance(model, nn.Module):
-        model = LoadedModel(model, "module", type(model).__name__, state_hash(model))
-    mine = replace(model, module=copy.deepcopy(model.module).eval())
+        mine = of_module(model)
+    else:
+        mine = replace(model, module=copied(model.module))
+        mine.module.eval()
     return quantize(mine, recipe, task)[0]
 
 
@@ -144,10 +148,9 @@ def _try_program(module: nn.Module, task: Task | None, path: Path) -> str | None
     if isinstance(calls, str):
         return calls
     try:
-        program = export_program(module, *calls[0], calls[1:])
+        save_program(export_program(module, *calls[0], calls[1:]), path)
     except NotExportable as error:
         return f"torch.export can't follow the model: {error}"
-    save_program(program, path)
     return None
 
 
@@ -166,9 +169,14 @@ def _calls(module: nn.Module, task: Task) -> list[Call] | str:
         if len(seen) < MOST_SHAPES:
             seen.setdefault(_shapes((args, kwargs)), (args, dict(kwargs)))
 
+    what = "forward" if task.evaluate is None else "evaluate"
+
+    def failed(reason: str) -> UserError:
+        return UserError(f"{what} failed on the quantized model: {reason}")
+
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with guarded(failed, task.source), torch.no_grad():
             if task.evaluate is not None:
                 task.evaluate(module)
             else:

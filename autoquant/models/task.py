@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from autoquant.errors import TaskError
 from autoquant.models.datafile import read_data_file
+from autoquant.models.direction import name_of, sounds_smaller
 from autoquant.models.metrics import METRICS
 from autoquant.models.trees import batch_size, take
-from autoquant.models.usercode import describe
+from autoquant.models.usercode import guarded
 from autoquant.registry import unknown
 
 DATA_BATCH = 64
@@ -39,7 +40,8 @@ class Task:
       inputs that are not themselves two things in a tuple or list.
     - ``forward(model, inputs)``: calls the model; see ``run_forward`` for what happens without.
     - ``metric``: a name in METRICS, or a function of all outputs and all targets.
-    - ``higher_is_better``: for a function and for ``evaluate``; true where it is not given.
+    - ``higher_is_better``: for a function and for ``evaluate``; true where it is not given, which
+      it must be where the function's name says loss, error or the like.
     - ``evaluate(model)``, ``evaluate_confirm(model)``: a number, for everything that is no
       function of outputs and targets; the second one on data that the first does not use.
     - ``load_model(path)``: makes the model of a state_dict file.
@@ -68,6 +70,7 @@ class Task:
             self._fail(f"higher_is_better is {self.higher_is_better!r}: expected True or False")
         self._check_metric()
         self._check_parts()
+        self._check_direction()
 
     def _fail(self, message: str) -> None:
         raise TaskError(f"{self.source}: {message}")
@@ -109,6 +112,18 @@ class Task:
         if self.higher_is_better is not None and self.metric is None and self.evaluate is None:
             self._fail("has higher_is_better but no metric: define metric too, or leave it out")
 
+    def _check_direction(self) -> None:
+        """Ask which way a function goes whose name says that a smaller value is the better one."""
+        function = self.evaluate if self.metric is None else self.metric
+        if self.higher_is_better is not None or function is None or isinstance(function, str):
+            return
+        name = name_of(function)
+        if sounds_smaller(name):
+            self._fail(
+                f"is a smaller {name} better, as its name says? add the line "
+                "`higher_is_better = False`, or `higher_is_better = True` if a larger one is"
+            )
+
 
 FIELDS = tuple(
     field.name for field in dataclasses.fields(Task) if field.name not in ("source", "sha256")
@@ -147,12 +162,13 @@ def _execute(path: Path, content: bytes, name: str) -> ModuleType:
     sys.modules[name] = module
     sys.path.insert(0, folder)
     try:
-        exec(compile(content, file, "exec", dont_inherit=True), module.__dict__)
+        with guarded(
+            lambda reason: TaskError(f"{path}: failed to load: {reason}"), file, (SyntaxError,)
+        ):
+            exec(compile(content, file, "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
         where = f"{error.filename}:{error.lineno}"
         raise TaskError(f"{path}: syntax error: {error.msg} ({where})") from error
-    except (Exception, SystemExit) as error:
-        raise TaskError(f"{path}: failed to load: {describe(error, file)}") from error
     finally:
         sys.path.remove(folder)
         if folder not in sys.path:

@@ -6,8 +6,7 @@ its weight and activation. ``deploy`` returns a copy that carries packed integer
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,13 +25,16 @@ from autoquant.nn.converted import (
     is_carrying,
     remove,
 )
+from autoquant.nn.float_parts import FloatPart
 from autoquant.nn.fold import fold, fold_checked
 from autoquant.nn.follow import watching
 from autoquant.nn.held import HeldWeight
-from autoquant.nn.modules import QUANTIZED
+from autoquant.nn.intake import copied
+from autoquant.nn.layouts import layout_of
+from autoquant.nn.modules import QUANTIZED, computing
 from autoquant.nn.operations import operation_of
 from autoquant.nn.packed import PackedSite
-from autoquant.nn.sites import FloatPart, Site, find_sites, layout_of
+from autoquant.nn.sites import Site, find_sites
 from autoquant.nn.slots import SiteSlot
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme
@@ -96,7 +98,7 @@ def prepare(
         folded = fold_checked(model, run, quick)
     sites, float_parts = find_sites(model)
     if not sites:
-        raise ModelFileError(nothing_to_quantize(model))
+        raise ModelFileError(nothing_to_quantize(model, float_parts))
     slots = {}
     for site in sites:
         path, name = site.users[0]
@@ -116,7 +118,7 @@ def _convert(module: nn.Module, path: str, name: str, slot: SiteSlot) -> None:
     if known is None:
         layout = layout_of(module)
         assert layout is not None
-        install(module, path, {name: slot}, QUANTIZED[layout.base], operation_of(module))
+        install(module, path, {name: slot}, computing(layout.base), operation_of(module))
     else:
         known.sites[name] = slot
 
@@ -151,7 +153,9 @@ def _trace(
     refused = {name: slot.refused for name, slot in slots.items() if slot.refused is not None}
     used = tuple(replace(by_name[n], activation=n in observed) for n in order if n not in refused)
     unused = tuple(
-        FloatPart(s.name, refused.get(s.name, "never used on the calibration data"), s.numel)
+        FloatPart(
+            s.name, refused.get(s.name, "never used on the calibration data"), s.numel, s.numel
+        )
         for s in sites
         if s.name not in order or s.name in refused
     )
@@ -160,8 +164,16 @@ def _trace(
     return used, unused
 
 
-def nothing_to_quantize(model: nn.Module) -> str:
-    """Return one line that says what a model without sites holds instead."""
+def nothing_to_quantize(model: nn.Module, float_parts: Sequence[FloatPart]) -> str:
+    """Return one line that says what a model without sites holds instead, and why that is none."""
+    reasons: dict[str, list[str]] = {}
+    for part in float_parts:
+        if part.weights:
+            reasons.setdefault(part.reason, []).append(part.name)
+    if reasons:
+        reason, names = max(reasons.items(), key=lambda found: len(found[1]))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"nothing to quantize: {', '.join(names[:3])}{more}: {reason}"
     kinds: dict[str, int] = {}
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -182,7 +194,7 @@ def deploy(
     A module all of whose sites stay in float is again the original layer.
     """
     prepared.reset()
-    model = copy.deepcopy(prepared.model)
+    model = copied(prepared.model)
     by_name = {site.name: site for site in find_converted(prepared)}
     packed_sites: dict[int, dict[str, PackedSite]] = {}
     for site in by_name.values():

@@ -97,3 +97,11 @@ QUANTIZED: dict[type[nn.Module], Callable[[Converted], Callable[..., Any]]] = {
     nn.MultiheadAttention: QuantizedMultiheadAttention,
 }
 """What one call of every supported layer type is computed by."""
+
+
+def computing(base: type[nn.Module]) -> Callable[[Converted], Callable[..., Any]]:
+    """Return what one call of a layer of the type ``base`` is computed by.
+
+    A type of another library is a linear layer whose weight is [in, out] (``layouts``).
+    """
+    return QUANTIZED.get(base, QuantizedLayer)

@@ -19,6 +19,7 @@ from autoquant.nn.held import HeldWeight
 from autoquant.nn.layer_output import After, LayerOutput, as_real
 from autoquant.nn.runtime import Layer, Multiply, Rows
 from autoquant.nn.sites import Site
+from autoquant.quant.activation import wants_gradient
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
 
 Listen = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], Rows], Tensor]
@@ -124,7 +125,9 @@ class SiteSlot:
     ) -> Tensor:
         """Return a layer's output on ``x``, by a kernel or by ``compute``."""
         start = time.perf_counter()
-        product = None if layer.operation is None else self._product(layer.operation, None)
+        product = None
+        if layer.operation is not None and not wants_gradient(x):
+            product = self._product(layer.operation, None)
         if product is not None:
             self._tell()
             y = _run(product, x, bias, layer)
@@ -161,7 +164,7 @@ class SiteSlot:
         self, product: Product | None, rows: Rows, x: Tensor, bias: Tensor | None
     ) -> Tensor:
         start = time.perf_counter()
-        if product is not None:
+        if product is not None and not wants_gradient(x):
             y = product(x, bias)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)

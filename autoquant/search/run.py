@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -14,11 +15,12 @@ from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 from torch import nn
 
-from autoquant.errors import StudyError, TaskError, TrialError
+from autoquant.errors import StudyError, TaskError, TrialError, UserError
 from autoquant.measure.evaluator import Bar, Watch
 from autoquant.models.files import LoadedModel, sha256_of
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task, load_task
+from autoquant.models.usercode import interruptible
 from autoquant.search import samplers
 from autoquant.search.confirm import confirm
 from autoquant.search.enough import Enough
@@ -48,6 +50,7 @@ from autoquant.search.pricing import (
 from autoquant.search.proposing import make_proposer
 from autoquant.search.reporter import Reporter, Silent
 from autoquant.search.result import SearchResult, Speed
+from autoquant.search.schedule import Schedule
 from autoquant.search.session import Session, choose_device, open_session
 from autoquant.search.source import (
     Source,
@@ -76,7 +79,7 @@ def search(
     task: Task | str | os.PathLike[str],
     *,
     space: SearchSpace | str | Path = "default",
-    max_drop: str | float = "1%",
+    max_drop: str | float | None = None,
     bits: float | None = None,
     size: str | None = None,
     trials: int | str | None = None,
@@ -99,18 +102,18 @@ def search(
 
     ``model`` is a module, which is left as it is, or a model file; ``task`` a Task or a task file;
     ``space`` a search space, the name of one, or its file. Without a budget the answer is the
-    smallest model that loses at most ``max_drop``; with ``bits`` or ``size``, the best metric
-    within it. ``max_latency`` ("20ms", or "60%" of the float model's) limits the time for one batch
-    of the task's data, and ``objective`` (size, bits, latency, bitops) says what is made small
-    under ``max_drop``. ``trials`` is a number, or "auto" for as many as it takes; ``timeout`` is in
-    seconds; ``memory`` ("512MB", "0") is what results of
-    layers may take so that they are not computed again, None for 2 GiB or a quarter of what is
-    free. Raises UserError, in one line, on anything the user can mend.
+    smallest model that loses at most ``max_drop`` (None: "1%"); with ``bits`` or ``size``, the best
+    metric within it. ``max_latency`` ("20ms", or "60%" of the float model's) limits the time for
+    one batch of the task's data, and ``objective`` (size, bits, latency, bitops) says what is made
+    small under ``max_drop``. ``trials`` is a number, or "auto" for as many as it takes; ``timeout``
+    is in seconds, from now on, and covers everything, the confirmation too; ``memory`` ("512MB",
+    "0") is what results of layers may take so that they are not computed again, None for 2 GiB or a
+    quarter of what is free. Raises UserError, in one line, on anything the user can mend.
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
     options = Options(
-        str(max_drop),
+        None if max_drop is None else str(max_drop),
         bits,
         size,
         trials,
@@ -140,6 +143,7 @@ def search(
     )
 
 
+@interruptible()
 def start(
     loaded: LoadedModel,
     task: Task,
@@ -151,11 +155,15 @@ def start(
     out: Path,
     own: BaseSampler | None,
     reporter: Reporter,
+    began: float | None = None,
 ) -> SearchResult:
-    """Check everything, create the study, and run it; nothing is written before all is checked."""
-    began = time.monotonic()
+    """Check everything, create the study, and run it; nothing is written before all is checked.
+
+    ``began`` is when the command did, on the clock of ``time.monotonic``: now, unless given.
+    """
+    began = time.monotonic() if began is None else began
     check(options)
-    parse_max_drop(options.max_drop)
+    parse_max_drop(options.most_drop)
     if options.size is not None:
         parse_size(options.size, 1)
     if own is None:
@@ -167,7 +175,8 @@ def start(
         loaded, task, choose_device(options.device), backend=options.backend, say=reporter.say
     )
     spaces = space.resolve(session.prepared.sites)
-    check_budget(options.bits, spaces, {s.name: s.numel for s in session.prepared.sites})
+    numel = {s.name: s.numel for s in session.prepared.sites}
+    check_budget(options.bits, spaces, numel, session.sizes.rest_weights)
     check_size(options.size, session, spaces)
     reporter.say("preflight")
     found = preflight(session, spaces)
@@ -175,11 +184,29 @@ def start(
     found = replace(found, latency=check_latency(session, spaces, options))
     reporter.preflight(found)
     goal = make_goal(session, options, found)
+    schedule = _schedule(session, options, began)
+    if schedule is not None and schedule.left < schedule.least:
+        needed = time.monotonic() - began + schedule.least
+        raise UserError(
+            f"--timeout {options.timeout:g}s: loading and checking took "
+            f"{time.monotonic() - began:.1f} s, a trial and its confirmation take about "
+            f"{schedule.least:.1f} s more; give {math.ceil(1.5 * needed)}s or more"
+        )
     header = header_of_study(session, loaded, task, source, space, options, found, goal, out)
     ledger = Ledger.create(study, storage, header)
-    return _run(ledger, session, spaces, goal, options, out, own, reporter, began)
+    return _run(ledger, session, spaces, goal, options, out, own, reporter, began, schedule)
 
 
+def _schedule(
+    session: Session, options: Options, began: float, *, again: bool = False
+) -> Schedule | None:
+    """Return the schedule of a search with a --timeout, None without."""
+    if options.timeout is None:
+        return None
+    return Schedule(session, began + options.timeout, again=again)
+
+
+@interruptible()
 def resume(
     study: str | None = None,
     *,
@@ -193,15 +220,17 @@ def resume(
     sampler: BaseSampler | None = None,
     reporter: Reporter | None = None,
     worker: int = 0,
+    began: float | None = None,
 ) -> SearchResult:
     """Go on with a study from its storage alone.
 
     Several processes may work on one study at a time, each with another ``worker`` number from 0
     on: it makes their proposals differ. ``trials``, ``timeout`` and ``memory`` replace the study's
-    own. A study of a module or Task in Python needs them again. Raises StudyError where the model,
+    own; ``timeout`` counts from ``began``, on the clock of ``time.monotonic``: now, unless given.
+    A study of a module or Task in Python needs them again. Raises StudyError where the model,
     the task or the space is not what the study began with, unless ``accept_changes``.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     reporter = reporter or Silent()
     ledger = Ledger.open(study, storage)
     header = ledger.header
@@ -253,7 +282,10 @@ def resume(
     reporter.preflight(flight)
     goal = make_goal(session, options, flight)
     out = Path(header["out"])
-    return _run(ledger, session, spaces, goal, options, out, sampler, reporter, began, worker)
+    schedule = _schedule(session, options, began, again=True)
+    return _run(
+        ledger, session, spaces, goal, options, out, sampler, reporter, began, schedule, worker
+    )
 
 
 def _run(
@@ -266,6 +298,7 @@ def _run(
     own: BaseSampler | None,
     reporter: Reporter,
     began: float,
+    schedule: Schedule | None,
     worker: int = 0,
 ) -> SearchResult:
     mapping = ParameterMap(spaces)
@@ -278,10 +311,12 @@ def _run(
             session.reuse(options.memory_bytes, reporter.say)
     except TrialError as error:
         raise TaskError(f"{session.task.source}: on the float model: {error}") from error
-    stop = Stop(most, options.timeout)
+    stop = Stop(most, schedule)
     # From here on whoever interrupts the search is told which study to resume.
     reporter.begin(ledger.name, goal, ledger.trials(), stop)
-    then, sampler = make_proposer(ledger, session, mapping, goal, options, own, reporter, worker)
+    then, sampler = make_proposer(
+        ledger, session, mapping, goal, options, own, reporter, worker, schedule
+    )
     proposer = samplers.Baselines(plain, mapping, then, worker)
     if options.trials == AUTO and most is None:
         gain = None if sampler is None else sampler.expected_gain
@@ -314,13 +349,19 @@ def _run(
             # of losses from: nothing of them is kept, and each is measured to its end.
             with session.without_reuse():
                 m, reading, done = session.measure(sites, "search", watch=watch)
+            if schedule is not None:
+                schedule.candidate(reading.seconds)
         else:
             m, reading, done = session.measure(sites, "search", bar=bar(), watch=watch)
         answered = answered or not reading.stopped
+        if schedule is not None and not schedule.knows_exact:
+            schedule.exact(_exact_seconds(session, done))
         return Outcome(m, done, reading.stopped)
 
     before, started = len(ledger.trials()), time.monotonic()
     session.prepared.engine.reset()
+    if schedule is not None:
+        schedule.begin_trials()
     done = run_trials(ledger, mapping, proposer, goal, measure, stop, reporter, session.costs.of)
     trials = ledger.trials()
     foretold = None if sampler is None else fidelity(sampler.profile, mapping, trials)
@@ -335,6 +376,7 @@ def _run(
             for name, share in session.prepared.engine.shares().items()
         },
     )
+    skipped = [] if schedule is None else _unfinished(options, most, len(trials), done)
     reporter.say("confirming")
     candidates = finalists(trials, mapping, goal, len(plain))
     refused = sum(t.state == TrialState.PRUNED and MEASURED not in t.user_attrs for t in trials)
@@ -351,10 +393,13 @@ def _run(
     try:
         rival = incumbent(trials, goal, len(plain))
         with session.without_reuse():
-            chosen, confirmed = confirm(session, mapping, goal, candidates, options.seed, rival)
+            chosen, confirmed = confirm(
+                session, mapping, goal, candidates, options.seed, rival, schedule
+            )
     except TrialError as error:
         raise StudyError(f"study {ledger.name}: {error}") from error
     recipe, checks = _time_result(session, chosen.recipe, ledger.header)
+    evidence, asked = recipe.evidence, options.max_drop is not None or not goal.budgeted
     path = out / "recipe.yaml"
     # The study first: `autoquant export` then has the recipe even where ``path`` can't be written.
     ledger.note(recipe=dumps(recipe), best=chosen.trial)
@@ -374,7 +419,26 @@ def _run(
         checks,
         done,
         foretold,
+        None if evidence is None or not asked else evidence.verdict,
+        () if schedule is None else (*schedule.skipped, *skipped),
     )
+
+
+def _exact_seconds(session: Session, sites: Mapping[str, SiteRecipe]) -> float | None:
+    """Return what the reference takes on the search split, None where it can't be told."""
+    try:
+        return session.exact_seconds(sites)
+    except TrialError:
+        return None
+
+
+def _unfinished(options: Options, most: int | None, trials: int, done: str | None) -> list[str]:
+    """Return in words which trials a search was asked for that --timeout left no time for."""
+    if done is not None:
+        return []
+    if options.trials == AUTO:
+        return ["trials that might have gained something: --trials auto was not done"]
+    return [] if most is None or trials >= most else [f"{most - trials} of {most} trials"]
 
 
 def _time_result(

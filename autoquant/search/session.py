@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +29,11 @@ from autoquant.measure.reuse import Reuse
 from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
-from autoquant.models.data import Splits, make_splits
+from autoquant.models.data import Splits, batch_size, make_splits
 from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
+from autoquant.models.usercode import guarded
 from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.convert import Prepared, prepare, use_channels_last
 from autoquant.nn.fold import same_outputs
@@ -153,6 +156,21 @@ class Session:
         self.evaluator.reuse = found if fine else None
         return self.evaluator.reuse
 
+    def exact_seconds(self, sites: Mapping[str, SiteRecipe]) -> float | None:
+        """Return what a pass of the reference over the search split takes, told by one batch.
+
+        None for a task that only has ``evaluate(model)``. Raises TrialError like ``measure``.
+        """
+        if not self.splits.search:
+            return None
+        inputs, _ = self.splits.search[0]
+        with self.prepared.engine.reference(), torch.no_grad():
+            self._apply(sites)
+            start = time.perf_counter()
+            self.evaluator.outputs(self.model, inputs)
+            seconds = time.perf_counter() - start
+        return seconds * self.splits.samples["search"] / batch_size(inputs)
+
     @contextlib.contextmanager
     def without_reuse(self) -> Iterator[None]:
         """Keep nothing of what is measured inside: where no later candidate is like it."""
@@ -160,8 +178,13 @@ class Session:
         with contextlib.nullcontext() if reuse is None else reuse.paused():
             yield
 
-    def sensitivity(self, candidates: Mapping[str, Candidates]) -> Sensitivity | str:
-        """Return what each candidate does to the outputs on calibration data, or why not."""
+    def sensitivity(
+        self, candidates: Mapping[str, Candidates], seconds: float = math.inf
+    ) -> Sensitivity | str:
+        """Return what each candidate does to the outputs on calibration data, or why not.
+
+        On fewer samples where not all fit into ``seconds``.
+        """
         if self.task.evaluate is not None and not self.splits.calibrate:
             return "the task gives no calibration data"
         return measure_sensitivity(
@@ -170,6 +193,7 @@ class Session:
             [b for b in self.splits.calibrate if b is not None],
             candidates,
             classes=self.evaluator.by_classes,
+            seconds=seconds,
         )
 
     def quantized(self, site: Site, scheme: WeightScheme, corrected: bool) -> QuantizedWeight:
@@ -234,20 +258,20 @@ def open_session(
 
     def run(m: nn.Module, inputs: Any = None) -> Any:
         inputs = example if inputs is None else inputs
-        try:
+        with guarded(failed, task.source):
             if inputs is None:
                 assert task.evaluate is not None
                 with full_float32(device):
                     return task.evaluate(m)
             return evaluator.run(m, inputs)
-        except UserError:
-            raise
-        except Exception as error:
-            from autoquant.models.usercode import describe
 
-            raise UserError(
-                f"the float model fails on the task's data: {describe(error, task.source)}"
-            ) from error
+    def failed(reason: str) -> UserError:
+        if "does not require grad" in reason:
+            reason += (
+                "; models are run without gradients: give the task a forward(model, inputs) "
+                "that calls the model under torch.enable_grad()"
+            )
+        return UserError(f"the float model fails on the task's data: {reason}")
 
     size = float_bytes(model)
     say("finding the layers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,15 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.search.ledger import MEASURED
-from autoquant.spec.costs import LatencyEvidence
-from autoquant.spec.recipe import Evidence, ModelIdentity, Recipe, SiteRecipe, SplitResult
+from autoquant.spec.costs import LatencyEvidence, average_bits
+from autoquant.spec.recipe import (
+    FLOAT_SITE,
+    Evidence,
+    ModelIdentity,
+    Recipe,
+    SiteRecipe,
+    SplitResult,
+)
 
 SCALES = "scales"
 """User attribute of a trial: site → [scale, zero point] of its static activation quantizer."""
@@ -60,10 +68,23 @@ def trial_recipe(
         _latency(m, header),
         m.get("bit_operations"),
         header.get("float_bit_operations"),
+        layer_weight_bits=_layer_bits(sites, header, m["average_weight_bits"]),
     )
     identity = ModelIdentity(header["model"]["name"], header["model"]["sha256"])
     calibrated = with_scales(sites, trial.user_attrs.get(SCALES, {}))
     return Recipe(calibrated, identity, evidence, header["folded"], header["options"]["seed"])
+
+
+def _layer_bits(
+    sites: Mapping[str, SiteRecipe], header: Mapping[str, Any], average: float
+) -> float | None:
+    """Return the average width in the layers alone, None where all weights have ``average``."""
+    widths = [
+        (math.prod(row["matrix"]), sites.get(row["name"], FLOAT_SITE).weight_bits)
+        for row in header["sites"]
+    ]
+    found = average_bits(widths, 0)
+    return None if math.isclose(found, average) else found
 
 
 def _latency(m: Mapping[str, Any], header: Mapping[str, Any]) -> LatencyEvidence | None:

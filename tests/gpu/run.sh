@@ -64,23 +64,24 @@ export XDG_CACHE_HOME="$work/cache" TRITON_CACHE_DIR="$work/cache/triton"
 export AUTOQUANT_IMAGENET="$folder/photos.zip" CI=true
 cd "$work/run" || exit 1
 
-workers=()
+# Two sets of tests run side by side, most of the cores on that which compiles more.
+few=() many=()
 if "$python" -c 'import xdist' 2>/dev/null; then
     cores=$(nproc)
-    workers=(-n "$((cores < 12 ? cores : 12))")
+    few=(-n "$((cores / 4 + 1))") many=(-n "$((cores * 3 / 4))")
 fi
 tests=("$python" -m pytest --disable-warnings -c "$work/tree/pyproject.toml" --rootdir "$work/tree"
-    -p no:cacheprovider "${workers[@]}")
+    -p no:cacheprovider)
 kernels=$work/tree/tests/kernels/gpu
 if [ "$device" = cuda ]; then
     # Where tests marked gpu are, or the fixture that marks them.
     mapfile -t marked < <(grep -rl 'mark\.gpu' "$work/tree/tests" --include='*.py' |
         xargs -n 1 dirname | sort -u | grep -v "^$kernels$")
-    device_tests=("${tests[@]}" -m gpu "${marked[@]}")
-    kernel_tests=("${tests[@]}" "$kernels")
+    device_tests=("${tests[@]}" "${few[@]}" -m gpu "${marked[@]}")
+    kernel_tests=("${tests[@]}" "${many[@]}" "$kernels")
 else
-    device_tests=("${tests[@]}" -m 'not gpu and not slow' "$work/tree/tests/devices")
-    kernel_tests=("${tests[@]}" "$kernels/test_geometry.py" "$kernels/test_planes.py")
+    device_tests=("${tests[@]}" "${few[@]}" -m 'not gpu and not slow' "$work/tree/tests/devices")
+    kernel_tests=("${tests[@]}" "${many[@]}" "$kernels/test_geometry.py" "$kernels/test_planes.py")
 fi
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -128,17 +129,17 @@ print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torc
       torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
 
 # Tests keep the processor busy, searches the GPU: they run side by side. What is timed runs alone.
-begin devices 120 "${device_tests[@]}"
+begin devices 200 "${device_tests[@]}"
+begin kernels 250 "${kernel_tests[@]}"
 begin demo 100 "$python" -m tests.gpu.recipes search demo "$device" "$folder"
 finish demo
 begin recipes 80 "$python" -m tests.gpu.recipes evaluate "$device" "$folder"
 finish recipes
-finish devices
-begin kernels 170 "${kernel_tests[@]}"
 begin mobilenet 170 "$python" -m tests.gpu.recipes search mobilenet_v2 "$device" "$folder"
+finish devices
 finish mobilenet
 finish kernels
-begin speed 90 "$python" -m tests.gpu.speed "$device"
+begin speed 60 "$python" -m tests.gpu.speed "$device"
 finish speed
 
 # --- what came of it ------------------------------------------------------------------------------

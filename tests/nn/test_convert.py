@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from autoquant.errors import ModelFileError
 from autoquant.methods.realize import Realizer
@@ -145,6 +146,9 @@ def test_nothing_to_quantize_says_what_was_found():
         prepare(nn.Sequential(nn.LayerNorm(3), nn.ReLU()))
     with pytest.raises(ModelFileError, match="no parameters at all"):
         prepare(nn.ReLU())
+    vocoder = nn.Sequential(*(parametrizations.weight_norm(nn.Conv1d(2, 2, 1)) for _ in range(5)))
+    with pytest.raises(ModelFileError, match=r": 0, 1, 2 and 2 more: .*remove_parametrizations"):
+        prepare(vocoder)
     idle = nn.ModuleDict({"a": nn.Linear(2, 2)})
     with pytest.raises(ModelFileError, match="none of the 1 quantizable layers is used"):
         prepare(idle, lambda m: None)

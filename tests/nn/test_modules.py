@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
+from autoquant.nn.layouts import LAYOUTS
 from autoquant.nn.modules import QUANTIZED
-from autoquant.nn.sites import LAYOUTS
 from autoquant.observers.calibration import activation_range
 from autoquant.observers.weights import weight_range
 from autoquant.spec.calibration import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from autoquant.errors import ModelFileError, TaskError, UserError
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
+from autoquant.report.tables import preflight_lines
 from autoquant.search import preflight as module
 from autoquant.search.preflight import Preflight, preflight
 from autoquant.search.session import Session, open_session
@@ -271,3 +273,29 @@ def test_not_enough_memory(monkeypatch):
             UserError, match=r"not enough memory: a search needs about \d.* GiB are free"
         ):
             preflight(session, spaces)
+
+
+def test_a_float_model_at_chance_level_is_warned_of():
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 5)
+            nn.init.zeros_(self.layer.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.flatten(1)) * 0 + torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
+
+    found = check(Constant(), task_of(evaluation_data=[(x, y * 0 + 2) for x, y in batches()]))
+    assert len(found.warnings) == 1
+    assert "the float model's accuracy is 0, no better than the most common" in found.warnings[0]
+    assert "warning: " + found.warnings[0] in list(preflight_lines(found))
+    labelled = [(x, net().eval()(x).argmax(1)) for x, _ in batches()]
+    good = check(net(), task_of(evaluation_data=labelled))
+    assert good.warnings == ()
+    assert "higher is better" in next(preflight_lines(good))
+
+
+def test_the_direction_of_a_loss_is_said():
+    task = task_of(metric=lambda o, t: float((o.argmax(1) != t).float().mean()))
+    found = check(net(), dataclasses.replace(task, higher_is_better=False))
+    assert "lower is better" in next(preflight_lines(found))

@@ -73,10 +73,10 @@ def test_tied_weights_are_stored_once_and_are_tied_again(make_case, uniform, tmp
     case, path = make_case("language"), tmp_path / "model.safetensors"
     saved(case, lambda p: uniform(p, 4), path)
     with safe_open(str(path), "pt") as file:
-        assert "words.sites.weight.packed" in file.keys()  # noqa: SIM118
-        assert "out.sites.weight.packed" not in file.keys()  # noqa: SIM118
+        assert "words._autoquant.weight.packed" in file.keys()  # noqa: SIM118
+        assert "out._autoquant.weight.packed" not in file.keys()  # noqa: SIM118
     restored = autoquant.load(path, blank(case.model))
-    assert restored.words.sites["weight"] is restored.out.sites["weight"]
+    assert restored.words._autoquant["weight"] is restored.out._autoquant["weight"]
 
 
 def test_the_recipe_inside_is_the_one_that_was_written(make_case, uniform, tmp_path):
@@ -134,9 +134,9 @@ def archive(tmp_path):
     ("other", "found"),
     [
         (net(32, 4), "no layer '1' here"),
-        (net(32, 32, 5), r"'1.bias' is \(4,\), here it is \(5,\)"),
+        (net(32, 32, 5), r"'1._autoquant.weight.packed' is \(4, 32\), here it is \(5, 32\)"),
         (net(33, 32, 4), "per_group_32 does not divide the 33 inputs"),
-        (net(64, 32, 4), r"'0.sites.weight.packed' is \(32, 16\), here it is \(32, 32\)"),
+        (net(64, 32, 4), r"'0._autoquant.weight.packed' is \(32, 16\), here it is \(32, 32\)"),
         (net(32, 32, 4, norm=False), "no '2.bias' here"),
         (nn.Sequential(*net(32, 32, 4), nn.LayerNorm(4)), "'3.weight' is not in it"),
         (nn.LayerNorm(3), "nothing to quantize"),
@@ -249,7 +249,7 @@ def test_convolutions_compute_in_the_memory_format_that_they_were_applied_in(las
     deployed = Realizer(prepared, {}).deploy(recipe.sites)
     save_archive(deployed, recipe, path)
     loaded = load_archive(path, architecture)
-    assert [m.channels_last for m in (loaded[0], loaded[2])] == [last, last]
+    assert [m.forward.channels_last for m in (loaded[0], loaded[2])] == [last, last]
     assert torch.equal(loaded(x), deployed(x))
 
 

@@ -14,7 +14,7 @@ from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.nn.layouts import LAYOUTS
-from autoquant.nn.modules import QUANTIZED, quantized_class
+from autoquant.nn.modules import QUANTIZED
 from autoquant.observers.calibration import activation_range
 from autoquant.observers.weights import weight_range
 from autoquant.spec.calibration import (
@@ -180,16 +180,5 @@ def test_an_embedding_looks_rows_up_in_its_quantized_table(granularity, scheme):
         assert torch.equal(table(indices), quantized_weight(weight, 0, choice)[indices])
 
 
-def test_every_layer_type_has_a_quantized_class_and_subclasses_keep_their_methods():
+def test_every_layer_type_has_a_way_to_compute():
     assert {layout.base for layout in LAYOUTS} == set(QUANTIZED)
-
-    class Named(nn.Linear):
-        def name(self):
-            return "mine"
-
-    kind = quantized_class(Named, nn.Linear)
-    assert kind.__name__ == "QuantizedNamed"
-    assert issubclass(kind, Named)
-    assert kind.forward is QUANTIZED[nn.Linear].forward
-    assert kind.name is Named.name
-    assert quantized_class(nn.Linear, nn.Linear) is QUANTIZED[nn.Linear]

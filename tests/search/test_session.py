@@ -176,8 +176,8 @@ def test_a_float_model_that_fails_on_the_data():
 
 def test_channels_last_where_the_model_takes_it():
     free, bound = opened(), opened(Net(contiguous=True))
-    assert free.model.conv.channels_last
-    assert not bound.model.conv.channels_last
+    assert free.model.conv.forward.channels_last
+    assert not bound.model.conv.forward.channels_last
     with torch.no_grad():
         x = batches()[0][0]
         assert torch.allclose(free.model(x), bound.model(x), atol=1e-5)

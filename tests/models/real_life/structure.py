@@ -308,7 +308,6 @@ CASES = (
         SwitchedActivation,
         lambda: vectors("relu", "gelu", "none"),
         "fusing takes the activation of the traced call for that of all",
-        awaits=SURGERY,
         saved="archive",
     ),
     Case(
@@ -316,7 +315,6 @@ CASES = (
         RawForSome,
         lambda: vectors(False, True),
         "a fused ReLU is in an output that was to be raw",
-        awaits=SURGERY,
         saved="archive",
     ),
     Case(
@@ -333,7 +331,6 @@ CASES = (
         SharedTwice,
         vectors,
         "a ReLU that follows in one place is put in both",
-        awaits=SURGERY,
         quick=True,
     ),
     Case("hooks_that_change_outputs", Hooked, images, "hooks are lost when layers are swapped"),
@@ -342,7 +339,6 @@ CASES = (
         Watched,
         vectors,
         "a hook sees the clamped output of a fused layer, or is gone",
-        awaits=SURGERY,
     ),
     Case(
         "unreached_expert",

@@ -5,16 +5,21 @@ Commands are imported when they are called, so that ``--help`` is instant.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+import time
 from typing import Any
 
 import click
 
 from autoquant.cli.failures import report_failure
+from autoquant.cli.output import given_back
+from autoquant.cli.started import process_start
 from autoquant.cli.terminal import set_encoding
 from autoquant.kernels.cpu.heap import keep_freed_memory
+from autoquant.models.usercode import interruptible
 
 COMMANDS = {
     "search": "Find the best recipe for a model.",
@@ -79,15 +84,20 @@ def set_waiting() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 the user's mistake, 130 interrupted, 1 a bug."""
+    """Run the command line and exit with a status; see ``autoquant.cli.failures`` for which.
+
+    Without ``argv`` the process is ours: it began with the command, and ends with it.
+    """
     set_encoding()
     set_waiting()
     keep_freed_memory()  # this process is ours, and evaluates one candidate after another
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
+    began = process_start() if argv is None else time.monotonic()
     try:
-        result: Any = group(words, prog_name="autoquant", standalone_mode=False)
+        with interruptible(), contextlib.nullcontext() if argv is None else given_back():
+            result: Any = group(words, prog_name="autoquant", standalone_mode=False, obj=began)
     except BaseException as error:
         sys.exit(report_failure(error, debug=debug))
     sys.exit(result if isinstance(result, int) else 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from autoquant.cli.options import json_option
+from autoquant.cli.options import device_option, json_option
 
 TRIALS = 40
 
@@ -74,24 +74,28 @@ metric = "accuracy"
 
 @click.command(epilog="Example: autoquant demo /tmp/demo")
 @click.argument("directory", metavar="[DIR]", default="autoquant-demo", type=click.Path())
+@device_option
 @json_option
-def command(directory: str, as_json: bool) -> None:
+def command(directory: str, device: str, as_json: bool) -> None:
     """Train a small CNN on handwritten digits in DIR (default: autoquant-demo) and search it.
 
     Writes DIR/model.pt and DIR/task.py, unless it did so before, prints the search command that you
     would type, and runs it. A file there that is not the demo's is not overwritten. Needs no
-    network and no GPU.
+    network, and no GPU unless --device says so. The exit status is 0 whatever the verdict is: it
+    only shows how a search goes.
     """
     from autoquant.cli.search import run
     from autoquant.errors import UserError
     from autoquant.search.ledger import names
     from autoquant.search.opening import RECIPE_FILE
     from autoquant.search.options import Options
+    from autoquant.search.session import choose_device
     from autoquant.spec.outputs import check_target, is_signed, write_text
 
     folder = Path(os.path.abspath(directory))  # the task may change the working directory
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{directory}: is a file; give a folder")
+    choose_device(device)
     task, model = folder / "task.py", folder / "model.pt"
     check_target(task, lambda path: path.read_text(encoding="utf-8") == TASK)
     check_target(folder / RECIPE_FILE, is_signed)
@@ -108,8 +112,9 @@ def command(directory: str, as_json: bool) -> None:
     )
     line = ["autoquant", "search", str(model), "--task", str(task), "--trials", str(TRIALS)]
     line += ["--study", study, "--out", str(folder)]
+    line += [] if device == "auto" else ["--device", device]
     say(f"$ {shlex.join(line)}")
-    options = Options(trials=TRIALS)
+    options = Options(trials=TRIALS, device=device)
     run(
         str(model),
         str(task),

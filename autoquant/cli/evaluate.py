@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from autoquant.cli.failures import verdict_status
 from autoquant.cli.options import backend_option, device_option, json_option, task_options
+from autoquant.cli.output import emit
 
 
 @click.command(epilog="Example: autoquant evaluate model.pt --task task.py --recipe recipe.yaml")
@@ -37,13 +39,13 @@ def command(
     device: str,
     backend: str,
     as_json: bool,
-) -> None:
+) -> int:
     """Measure MODEL on its task and, with --recipe, the quantized model beside it.
 
     Both splits are measured: the one that a search looks at, and the one that it does not.
-    """
-    import json
 
+    With --max-drop the exit status is the verdict: 0 PASS, 3 FAIL, 4 NOT PROVEN.
+    """
     from autoquant.errors import UserError
     from autoquant.spec.recipe_file import load
 
@@ -51,7 +53,8 @@ def command(
         raise UserError("--max-drop judges a recipe; give --recipe, too")
     loaded_recipe = None if recipe is None else load(Path(recipe))
     from autoquant.export.model import check_model
-    from autoquant.report.tables import megabytes, plain_number
+    from autoquant.models.direction import in_words
+    from autoquant.report.tables import describe_bits, megabytes, plain_number
     from autoquant.report.verdicts import verdict_line
     from autoquant.search.remeasure import measure_recipe
     from autoquant.search.source import Source
@@ -62,13 +65,13 @@ def command(
     if loaded_recipe is not None:
         check_model(loaded_recipe, loaded, accept=accept_changes)
     found = measure_recipe(loaded, loaded_task, loaded_recipe, device, backend, max_drop)
+    status = verdict_status(None if max_drop is None else found.verdict)
     if as_json:
-        print(json.dumps(found.plain()))
-        return
+        emit(found.plain())
+        return status
     for name, split in found.splits.items():
-        line = (
-            f"{name} ({split.samples} samples): float {found.metric} {plain_number(split.baseline)}"
-        )
+        line = f"{name} ({split.samples} samples): float {found.metric} "
+        line += f"({in_words(found.higher_is_better)}) {plain_number(split.baseline)}"
         if loaded_recipe is not None:
             line += f", quantized {plain_number(split.quantized)}, drop {plain_number(split.drop)}"
             if split.interval is not None:
@@ -79,6 +82,7 @@ def command(
         print(verdict_line(found.verdict, found.metric))
     if loaded_recipe is not None:
         print(
-            f"{found.average_weight_bits:.3f} average weight bits, {megabytes(found.size_bytes)} "
-            f"of {megabytes(found.float_size_bytes)}"
+            f"{describe_bits(found.average_weight_bits, found.layer_weight_bits)}, "
+            f"{megabytes(found.size_bytes)} of {megabytes(found.float_size_bytes)}"
         )
+    return status

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from autoquant.cli.options import storage_option
+from autoquant.cli.options import RECIPES, OutputFile, storage_option
 
 
 @click.command(epilog="Example: autoquant export mobilenet --bits 5 -o recipe5.yaml")
@@ -17,8 +17,8 @@ from autoquant.cli.options import storage_option
     metavar="FILE",
     default="recipe.yaml",
     show_default=True,
-    type=click.Path(),
-    help="Where the recipe goes.",
+    type=OutputFile(*RECIPES),
+    help="Where the recipe goes: a .yaml.",
 )
 @click.option("--trial", type=int, metavar="N", help="The recipe of this trial.")
 @click.option("--bits", type=float, metavar="B", help="The best one of at most B average bits.")
@@ -38,6 +38,7 @@ def command(
     Their numbers are those of the search's data; `autoquant evaluate` measures the rest.
     """
     from autoquant.errors import UserError
+    from autoquant.report.tables import describe_bits
     from autoquant.search.extract import extract
     from autoquant.search.ledger import Ledger
     from autoquant.spec.outputs import check_target, is_signed
@@ -53,5 +54,5 @@ def command(
     assert evidence is not None
     print(
         f"{output}: trial {chosen}, drop {evidence.reported.drop:.4g}, "
-        f"{evidence.average_weight_bits:.3f} bits"
+        f"{describe_bits(evidence.average_weight_bits, evidence.of_layers)}"
     )

@@ -1,4 +1,15 @@
-"""One line for everything that goes wrong."""
+"""One line for everything that goes wrong, and the status that a command exits with.
+
+| status | |
+|---|---|
+| 0 | done; where a maximum drop was asked for, it is proven to be kept (PASS) |
+| 1 | a bug of autoquant's |
+| 2 | a mistake that the user can mend |
+| 3 | the maximum drop is proven not to be kept (FAIL) |
+| 4 | whether the maximum drop is kept is not proven (NOT PROVEN) |
+| 130 | interrupted |
+| 141 | whoever read the output has gone |
+"""
 
 from __future__ import annotations
 
@@ -9,6 +20,15 @@ import traceback
 import click
 
 from autoquant.errors import AutoquantError
+from autoquant.spec.verdict import FAIL, NOT_PROVEN, PASS, Verdict
+
+STATUSES = {PASS: 0, FAIL: 3, NOT_PROVEN: 4}
+"""Outcome of a verdict → status."""
+
+
+def verdict_status(verdict: Verdict | None) -> int:
+    """Return the status of a command that judged a maximum drop; None where nobody asked for it."""
+    return 0 if verdict is None else STATUSES[verdict.outcome]
 
 
 class Interrupted(Exception):
@@ -19,8 +39,6 @@ def report_failure(error: BaseException, *, debug: bool) -> int:
     """Print one line about ``error`` on standard error and return the exit status."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
     if debug:
         traceback.print_exception(error)
     if isinstance(error, click.ClickException):

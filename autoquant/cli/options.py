@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from autoquant.cli.output import reserve
+
 F = TypeVar("F", bound=Callable[..., Any])
+RECIPES = (".yaml", ".yml")
+"""Suffixes of a recipe's file."""
 
 
 class Trials(click.ParamType):
@@ -25,6 +30,39 @@ class Trials(click.ParamType):
             return int(value)
         except ValueError:
             self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
+class OutputFile(click.ParamType):
+    """A file to be written, whose name says what is written."""
+
+    name = "file"
+
+    def __init__(self, *suffixes: str) -> None:
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name; fail on a suffix that isn't one of what is written."""
+        path = Path(value)
+        if path.suffix not in self.suffixes:
+            self.fail(
+                f"{value!r}: what is written ends in {' or '.join(self.suffixes)}", param, ctx
+            )
+        return str(value)
+
+
+class OutputFolder(click.ParamType):
+    """A folder to write to, which is made where it is missing."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name; fail on one that was meant for a file."""
+        path = Path(value)
+        if path.suffix in RECIPES and not path.is_dir():
+            self.fail(
+                f"{value!r} is the name of a file: give the folder of recipe.yaml", param, ctx
+            )
+        return str(value)
 
 
 def task_options(command: F) -> F:
@@ -63,7 +101,7 @@ def device_option(command: F) -> F:
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
-        help="Where candidates are evaluated.",
+        help="Where the model runs.",
     )(command)
 
 
@@ -102,8 +140,19 @@ def memory_option(command: F) -> F:
 def json_option(command: F) -> F:
     """Add --json."""
     return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+        "--json",
+        "as_json",
+        is_flag=True,
+        callback=_reserve,
+        help="Print one JSON object on standard output, and nothing else: what the task prints "
+        "goes to standard error.",
     )(command)
+
+
+def _reserve(context: click.Context, _: click.Parameter, as_json: bool) -> bool:
+    if as_json:
+        reserve(context)
+    return as_json
 
 
 def seconds(text: str | None) -> float | None:

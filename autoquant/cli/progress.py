@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import signal
 import time
@@ -13,9 +12,12 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.cli.failures import Interrupted
+from autoquant.cli.output import emit
 from autoquant.libraries import unchanged
+from autoquant.models.usercode import interruptible
 from autoquant.report.tables import (
     console,
+    describe_bits,
     latency_lines,
     layers_table,
     megabytes,
@@ -57,7 +59,7 @@ class ConsoleReporter:
             disable=not self.console.is_terminal,
         )
         self.bar: Any = None
-        self.stop = Stop(None, None)
+        self.stop = Stop(None)
         self.began = 0.0
         self.done = self.before = 0
 
@@ -112,8 +114,8 @@ class ConsoleReporter:
     def _left(self) -> str:
         spent = time.monotonic() - self.began
         found = []
-        if self.stop.seconds is not None:
-            found.append(self.stop.seconds - spent)
+        if self.stop.schedule is not None:
+            found.append(self.stop.schedule.for_trials)
         if self.stop.trials is not None and self.done > self.before:
             found.append(spent / (self.done - self.before) * (self.stop.trials - self.done))
         if not found:
@@ -124,7 +126,7 @@ class ConsoleReporter:
     def finish(self, result: SearchResult) -> None:
         """Print the result: a table for people, or one JSON object."""
         if self.as_json:
-            print(json.dumps(result.plain()))
+            emit(result.plain())
             return
         out = console()
         evidence = result.recipe.evidence
@@ -134,7 +136,7 @@ class ConsoleReporter:
         if evidence.verdict is not None:
             out.print(verdict_line(evidence.verdict, evidence.metric), markup=False)
         out.print(
-            f"{evidence.average_weight_bits:.3f} average weight bits, "
+            f"{describe_bits(evidence.average_weight_bits, evidence.of_layers)}, "
             f"{megabytes(evidence.size_bytes)} of {megabytes(evidence.float_size_bytes)} "
             f"({evidence.size_bytes / evidence.float_size_bytes:.1%})",
             markup=False,
@@ -159,6 +161,8 @@ class ConsoleReporter:
         out.print(f"study {result.study}: {trials}; {result.seconds:.1f} s on {result.device}")
         if result.done is not None:
             out.print(result.done, markup=False)
+        for what in result.skipped:
+            out.print(f"skipped for --timeout: {what}", markup=False)
         if result.fidelity is not None:
             f = result.fidelity
             how = f"gradients on {f.samples} samples" if f.samples else "damage at the layers"
@@ -181,9 +185,9 @@ class ConsoleReporter:
 def searching(as_json: bool, storage: str | None) -> Iterator[ConsoleReporter]:
     """Give a reporter; on Ctrl-C or SIGTERM say how to go on, and exit with status 130."""
     reporter = ConsoleReporter(as_json, storage)
-    old = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield reporter
+        with interruptible(signal.SIGINT, signal.SIGTERM):
+            yield reporter
     except KeyboardInterrupt:
         reporter.progress.stop()
         if reporter.study is None:
@@ -195,8 +199,3 @@ def searching(as_json: bool, storage: str | None) -> Iterator[ConsoleReporter]:
         ) from None
     finally:
         reporter.progress.stop()
-        signal.signal(signal.SIGTERM, old)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt

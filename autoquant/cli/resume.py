@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from autoquant.cli.failures import verdict_status
 from autoquant.cli.loading import loading
 from autoquant.cli.options import Trials, json_option, memory_option, seconds, storage_option
 
@@ -20,7 +21,12 @@ from autoquant.cli.options import Trials, json_option, memory_option, seconds, s
     metavar="N|auto",
     help="Trials in all, instead of what the study was given; auto: until more gain too little.",
 )
-@click.option("--timeout", metavar="TIME", help="Stop after this long (90s, 10m, 2h).")
+@click.option(
+    "--timeout",
+    metavar="TIME",
+    help="Be done after this long (90s, 10m, 2h), counted from the start of the command, with the "
+    "profile and the confirmation; what there was no time for is said.",
+)
 @memory_option
 @click.option(
     "--model", metavar="FILE", type=click.Path(), help="Where the model is now; the study keeps it."
@@ -55,7 +61,7 @@ def command(
     accept_changes: bool,
     worker: int,
     as_json: bool,
-) -> None:
+) -> int:
     """Go on with STUDY (default: the newest) from its storage alone.
 
     The study knows its model, task, space and options. It gives the same trials as a study that
@@ -65,6 +71,8 @@ def command(
     Several processes, on one machine or on several that share a database, may work on a study at
     the same time: `autoquant resume STUDY --worker 1` beside the search that began it, and so on.
     Each profiles the model for itself, learns from the trials of all, and proposes others.
+
+    The exit status is that of a search: 0 PASS, 3 FAIL, 4 NOT PROVEN.
     """
     from autoquant.errors import UserError
 
@@ -89,5 +97,7 @@ def command(
             accept_changes=accept_changes,
             reporter=reporter,
             worker=worker,
+            began=click.get_current_context().find_root().obj,
         )
     reporter.finish(result)
+    return verdict_status(result.verdict)

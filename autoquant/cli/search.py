@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from autoquant.cli.failures import verdict_status
 from autoquant.cli.loading import loading
 from autoquant.cli.options import (
+    OutputFolder,
     Trials,
     backend_option,
     device_option,
@@ -19,6 +21,9 @@ from autoquant.cli.options import (
     storage_option,
     task_options,
 )
+
+if TYPE_CHECKING:
+    from autoquant.search.result import SearchResult
 
 
 @click.command(
@@ -37,13 +42,15 @@ from autoquant.cli.options import (
 @click.option(
     "--max-drop",
     metavar="DROP",
-    default="1%",
-    show_default=True,
     help="Most that the metric may lose. 1% is one point of a fraction such as accuracy, and 1% of "
-    "the float value of any other metric; a plain number is in the metric's unit.",
+    "the float value of any other metric; a plain number is in the metric's unit. Default: 1%, "
+    "or none with a budget.",
 )
 @click.option(
-    "--bits", type=float, metavar="B", help="Budget: average weight bits; best metric within it."
+    "--bits",
+    type=float,
+    metavar="B",
+    help="Budget: average bits of all weights (16 in float); best metric within it.",
 )
 @click.option(
     "--size", metavar="N%", help="Budget: model size, as a share of the float one (25%) or 4MB."
@@ -67,7 +74,12 @@ from autoquant.cli.options import (
     help="Trials in all; auto: until more would gain too little. Default: 60, or as --timeout "
     "allows.",
 )
-@click.option("--timeout", metavar="TIME", help="Stop after this long (90s, 10m, 2h).")
+@click.option(
+    "--timeout",
+    metavar="TIME",
+    help="Be done after this long (90s, 10m, 2h), counted from the start of the command, with the "
+    "profile and the confirmation; what there was no time for is said.",
+)
 @click.option(
     "--sampler",
     metavar="NAME",
@@ -92,8 +104,8 @@ from autoquant.cli.options import (
     metavar="DIR",
     default=".",
     show_default=True,
-    type=click.Path(),
-    help="Where recipe.yaml goes.",
+    type=OutputFolder(),
+    help="Folder that recipe.yaml goes to.",
 )
 @json_option
 def command(
@@ -103,7 +115,7 @@ def command(
     metric: str | None,
     trust_pickle: bool,
     space: str,
-    max_drop: str,
+    max_drop: str | None,
     bits: float | None,
     size: str | None,
     max_latency: str | None,
@@ -120,13 +132,16 @@ def command(
     memory: str | None,
     out: str,
     as_json: bool,
-) -> None:
+) -> int:
     """Find the best recipe for MODEL and write it to DIR/recipe.yaml.
 
     The best recipe is the smallest model whose metric drops no more than --max-drop or, with a
     budget (--bits or --size), the best metric within it. --max-latency keeps either fast enough,
     and --objective makes something else than the size small. The study is kept after every trial:
     Ctrl-C, a crash or a kill lose at most the trial in flight, and `autoquant resume` goes on.
+
+    The exit status says whether the maximum drop is kept: 0 PASS (or a budget and no --max-drop),
+    3 FAIL, 4 NOT PROVEN.
     """
     from autoquant.errors import UserError
     from autoquant.search.options import Options, check
@@ -155,7 +170,9 @@ def command(
         raise UserError("--metric goes with --data; a task file names its own metric")
     if not Path(model).exists():
         raise UserError(f"{model}: no such file")
-    run(model, task, data, metric, trust_pickle, space, options, study, storage, out, as_json)
+    sources = (model, task, data, metric, trust_pickle, space)
+    result = run(*sources, options, study, storage, out, as_json)
+    return verdict_status(result.verdict)
 
 
 def run(
@@ -170,7 +187,7 @@ def run(
     storage: str | None,
     out: str,
     as_json: bool,
-) -> None:
+) -> SearchResult:
     """Search, drawing progress on standard error and the result on standard output."""
     from autoquant.spec.space import SearchSpace
 
@@ -198,5 +215,7 @@ def run(
             folder,
             None,
             reporter,
+            click.get_current_context().find_root().obj,
         )
     reporter.finish(result)
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from autoquant.cli.options import json_option, storage_option
+from autoquant.cli.output import emit
 
 
 @click.command(
@@ -25,8 +26,6 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
     at other budgets, from its profile and all trials, is beside it; a search with --bits makes it
     true.
     """
-    import json
-
     if why is not None:
         _show_why(study, why, storage, as_json)
         return
@@ -57,7 +56,7 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
             "best": None if best is None else best.number,
             "foretold": ledger.header.get(FRONT, []),
         }
-        print(json.dumps(found))
+        emit(found)
         return
     out = console()
     out.print(trials_table(trials, f"study {ledger.name}: {len(trials)} trials"))
@@ -73,7 +72,6 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
 def _show_why(study: str | None, layer: str, storage: str | None, as_json: bool) -> None:
     """Print what is known of one layer."""
     import dataclasses
-    import json
 
     from autoquant.report.tables import console, why_lines, why_table
     from autoquant.search.ledger import Ledger
@@ -82,7 +80,7 @@ def _show_why(study: str | None, layer: str, storage: str | None, as_json: bool)
     ledger = Ledger.open(study, storage, write=False)
     found = why(ledger, layer)
     if as_json:
-        print(json.dumps(dataclasses.asdict(found)))
+        emit(dataclasses.asdict(found))
         return
     out = console()
     out.print(why_table(found))

@@ -7,6 +7,7 @@ import sys
 import click
 
 from autoquant.cli.options import json_option, storage_option
+from autoquant.cli.output import emit
 
 
 @click.command(epilog="Example: autoquant studies")
@@ -14,8 +15,6 @@ from autoquant.cli.options import json_option, storage_option
 @json_option
 def command(storage: str | None, as_json: bool) -> None:
     """List the studies, the newest first."""
-    import json
-
     from autoquant.errors import StudyError
     from autoquant.report.tables import best_columns, console, studies_table
     from autoquant.search.header import Header
@@ -41,7 +40,7 @@ def command(storage: str | None, as_json: bool) -> None:
         }
         rows.append(row | best_columns(best_trial(trials)))
     if as_json:
-        print(json.dumps(rows))
+        emit(rows)
     elif not rows:
         print(f"no study in {place.shown}; start one: autoquant search")
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +16,16 @@ from autoquant.errors import SpecError, TrialError, UserError
 from autoquant.export.pt2 import NotExportable, export_program, is_program, save_program
 from autoquant.methods.realize import Realizer
 from autoquant.models.data import make_splits
+from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task, run_forward
+from autoquant.models.usercode import guarded, interruptible
 from autoquant.nn.archive import SUFFIX, is_archive, save_archive
 from autoquant.nn.convert import prepare
+from autoquant.nn.intake import copied
 from autoquant.search.session import open_session
-from autoquant.search.source import state_hash
-from autoquant.spec.calibration import DATA_CALIBRATIONS
+from autoquant.search.source import of_module
+from autoquant.spec.needs import needs_of
 from autoquant.spec.outputs import check_target
 from autoquant.spec.recipe import Recipe
 
@@ -55,30 +58,28 @@ def check_model(recipe: Recipe, loaded: LoadedModel, *, accept: bool) -> None:
 def needs_data(recipe: Recipe) -> str | None:
     """Return why ``recipe`` can't be applied without the task, or None."""
     for name, site in recipe.sites.items():
-        if site.learning_rate is not None and site.weight is not None:
-            return f"{name}: learning_rate: learned rounding needs the task's calibration data"
-        if site.bias_correction and site.weight is not None:
-            return f"{name}: bias_correction: it needs the task's calibration data"
-        if site.weight is not None and site.weight.calibration in DATA_CALIBRATIONS:
-            return f"{name}: calibration {site.weight.calibration}: needs the task's data"
-        a = site.activation
-        if a is not None and a.scale is None and not a.dynamic:
-            return f"{name}: activation: it has no scale, so it must be calibrated"
+        needs = sorted(need.value for need in needs_of(site.canonical()))
+        if needs:
+            return f"{name}: it needs the task's calibration data: {', '.join(needs)}"
     return None
 
 
-def quantize(loaded: LoadedModel, recipe: Recipe, task: Task | None) -> tuple[nn.Module, Recipe]:
+def quantize(
+    loaded: LoadedModel, recipe: Recipe, task: Task | None, device: torch.device | None = None
+) -> tuple[nn.Module, Recipe]:
     """Return the quantized model, carrying packed integers, and its calibrated recipe.
 
-    Raises SpecError where the recipe does not fit, or needs a task that is not given.
+    It is calibrated, and returned, on ``device``; None is where the float model is. Raises
+    SpecError where the recipe does not fit, or needs a task that is not given.
     """
+    device = device or device_of(loaded.module)
     if task is not None:
-        session = open_session(loaded, task, torch.device("cpu"), folded=recipe.folded)
+        session = open_session(loaded, task, device, recipe=recipe)
         return _deployed(session.realizer, recipe)
     reason = needs_data(recipe)
     if reason is not None:
         raise SpecError(f"{reason}; give --task or --data")
-    prepared = prepare(loaded.module, folded=recipe.folded)
+    prepared = prepare(move(loaded.module, device), folded=recipe.folded)
     return _deployed(Realizer(prepared, {}), recipe)
 
 
@@ -91,14 +92,23 @@ def _deployed(realizer: Realizer, recipe: Recipe) -> tuple[nn.Module, Recipe]:
         raise UserError(f"the recipe can't be applied: {error}") from error
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's first parameter or buffer; the CPU where it has none."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+@interruptible()
 def apply(recipe: Recipe, model: nn.Module | LoadedModel, task: Task | None = None) -> nn.Module:
-    """Return a quantized copy of ``model``; the model itself is left as it is.
+    """Return a quantized copy of ``model``, on its device; the model itself is left as it is.
 
     ``task`` is needed where the recipe has an activation without a scale, or learns.
     """
     if isinstance(model, nn.Module):
-        model = LoadedModel(model, "module", type(model).__name__, state_hash(model))
-    mine = replace(model, module=copy.deepcopy(model.module).eval())
+        mine = of_module(model)
+    else:
+        mine = replace(model, module=copied(model.module))
+        mine.module.eval()
     return quantize(mine, recipe, task)[0]
 
 
@@ -127,11 +137,12 @@ def check_output(path: Path, inputs: Mapping[str, str | Path | None] | None = No
 def write(module: nn.Module, recipe: Recipe, task: Task | None, path: Path) -> Written:
     """Write a quantized model to ``path``: a .pt2 where it can be one, else a safe archive.
 
-    The archive goes beside, with its own suffix, and its reason is returned. Raises UserError where
-    a file is there that no such call wrote.
+    The archive goes beside, with its own suffix, and its reason is returned. Wherever ``module``
+    was, it is moved to the CPU first: a program is loaded where it was exported. Raises UserError
+    where a file is there that no such call wrote.
     """
     check_output(path)
-    reason = None
+    module, reason = move(module, torch.device("cpu")), None
     if path.suffix != SUFFIX:
         reason = _try_program(module, task, path)
         if reason is None:
@@ -150,10 +161,9 @@ def _try_program(module: nn.Module, task: Task | None, path: Path) -> str | None
     if isinstance(calls, str):
         return calls
     try:
-        program = export_program(module, *calls[0], calls[1:])
+        save_program(export_program(module, *calls[0], calls[1:]), path)
     except NotExportable as error:
         return f"torch.export can't follow the model: {error}"
-    save_program(program, path)
     return None
 
 
@@ -172,9 +182,14 @@ def _calls(module: nn.Module, task: Task) -> list[Call] | str:
         if len(seen) < MOST_SHAPES:
             seen.setdefault(_shapes((args, kwargs)), (args, dict(kwargs)))
 
+    what = "forward" if task.evaluate is None else "evaluate"
+
+    def failed(reason: str) -> UserError:
+        return UserError(f"{what} failed on the quantized model: {reason}")
+
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with guarded(failed, task.source), torch.no_grad():
             if task.evaluate is not None:
                 task.evaluate(module)
             else:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autoquant.errors import ModelFileError
+from autoquant.models.usercode import guarded
 from autoquant.nn.fold import same_outputs
 
 MARK = "written_by_autoquant"
@@ -44,7 +45,8 @@ def export_program(
     reason = "no example input"
     for shapes in (_dims(module, wide, tokens=True), _dims(module, wide, tokens=False), None):
         try:
-            with torch.no_grad(), _quiet():
+            # What the model's code does under torch.export, torch wraps in errors of its own.
+            with guarded(NotExportable, passing=(Exception,)), torch.no_grad(), _quiet():
                 program = torch.export.export(
                     module, wide[0], wide[1], dynamic_shapes=shapes, strict=False
                 )
@@ -53,6 +55,9 @@ def export_program(
                     same_outputs(module(*a, **k), answers(*a, **k), TOLERANCE)
                     for a, k in ((args, kwargs), *others)
                 )
+        except NotExportable as error:
+            reason = str(error)
+            continue
         except Exception as error:
             reason = _one_line(error)
             continue
@@ -117,13 +122,19 @@ def _dims(
 
 
 def save_program(program: Any, path: Path) -> None:
-    """Write an exported program, whole or not at all; ModelFileError where it fails."""
+    """Write an exported program, whole or not at all; ModelFileError where it fails.
+
+    Raises NotExportable where torch can't write down what the program holds or returns.
+    """
     whole, small = path.with_name(f".{path.stem}.part.pt2"), path.with_name(f".{path.stem}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _strip(program)
-        with _quiet():
-            torch.export.save(program, whole, extra_files={MARK: "1"})
+        try:
+            with _quiet():
+                torch.export.save(program, whole, extra_files={MARK: "1"})
+        except NotImplementedError as error:  # a type of output that nobody has registered
+            raise NotExportable(_one_line(error)) from error
         _compress(whole, small, path.stem)
         small.replace(path)
     except (OSError, RuntimeError) as error:

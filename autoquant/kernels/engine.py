@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoquant.errors import UserError
 from autoquant.kernels.operation import Backend, Operation, Product
-from autoquant.quant.activation import fake_quantize_activation
+from autoquant.quant.activation import fake_quantize_activation, wants_gradient
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -27,6 +27,18 @@ class Share:
 
     calls: int
     seconds: float
+
+
+def recorded() -> bool:
+    """Return whether torch follows what is computed: then nothing but its own operators may be.
+
+    So it does while it traces or compiles, and in the transforms of torch.func (vmap, jacrev).
+    """
+    return (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+    )
 
 
 class Engine:
@@ -66,7 +78,7 @@ class Engine:
 
     def fake_quantize(self, x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
         """Return ``x`` quantized and dequantized: in one pass or several, the same numbers."""
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not (recorded() or wants_gradient(x)):
             from autoquant.kernels.cpu.native import fake_quantize
 
             return fake_quantize(x, scheme, kind)
@@ -74,7 +86,7 @@ class Engine:
 
     def gru_gates(self, x: Tensor, y: Tensor, h: Tensor) -> Tensor | None:
         """Return a GRU's next state, None where the reference has to compute it."""
-        if not self.fast or x.device.type != "cpu":
+        if not self.fast or x.device.type != "cpu" or recorded() or wants_gradient(x, y, h):
             return None
         from autoquant.kernels.cpu.gates import gru_gates
 
@@ -82,7 +94,7 @@ class Engine:
 
     def lstm_gates(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return an LSTM's next state and cell, None where the reference has to compute them."""
-        if not self.fast or x.device.type != "cpu":
+        if not self.fast or x.device.type != "cpu" or recorded() or wants_gradient(x, y, c):
             return None
         from autoquant.kernels.cpu.gates import lstm_gates
 

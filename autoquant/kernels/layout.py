@@ -20,8 +20,21 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def lies_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Return the same of a tensor's form."""
-    return len(shape) == 4 and stride[1] == 1 and stride[3] >= shape[1]
+    """Return the same of a tensor's form.
+
+    It is the order of the strides that tells, gaps or not: torch's own rule, that of
+    ``is_channels_last_strides_2d_s4`` in c10/core/MemoryFormat.h.
+    """
+    if len(shape) != 4 or stride[1] == 0:
+        return False
+    least = 0
+    for axis in (1, 3, 2, 0):
+        if shape[axis] == 0 or stride[axis] < least:
+            return False
+        if axis == 0 and least == stride[1]:  # one pixel of one channel: either
+            return False
+        least = stride[axis] * shape[axis]
+    return True
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,6 +5,10 @@ Weight and activation are quantized and dequantized in so many words, and the pr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +18,23 @@ from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
 CONVOLUTIONS = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Let convolutions on a GPU be float32 within the context, as they are on a CPU.
+
+    Unless told otherwise, torch has cuDNN round what they multiply to TF32, which keeps 10 bits.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def reference(

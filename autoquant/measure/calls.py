@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autoquant.nn.convert import Prepared
+from autoquant.nn.converted import converted_of
 
 Forward = Callable[..., Any]
 Run = Callable[["Call", tuple[Any, ...], dict[str, Any]], Any]
@@ -108,7 +109,8 @@ def find_calls(prepared: Prepared) -> list[Call]:
     numbers = {id(slot): i for i, (name, slot) in slots if name in reached}
     inside: dict[int, set[int]] = {}
     for path, module in prepared.model.named_modules():
-        held = vars(module).get("sites", {}).values()
+        converted = converted_of(module)
+        held = () if converted is None else converted.sites.values()
         own = {numbers[id(slot)] for slot in held if id(slot) in numbers}
         parts = path.split(".") if path else []
         for depth in range(len(parts) + 1) if own else ():

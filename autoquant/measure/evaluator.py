@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import OutOfMemory, TrialError, UserError
+from autoquant.kernels.reference import full_float32
 from autoquant.measure.decoding import scoring
 from autoquant.measure.divergence import Distance, FloatOutputs
 from autoquant.measure.outputs import fingerprint
@@ -30,7 +31,7 @@ from autoquant.models.metrics import (
     resolve_metric,
 )
 from autoquant.models.task import Task, outputs_of, run_forward
-from autoquant.models.usercode import describe
+from autoquant.models.usercode import guarded
 
 FEWEST_TO_STOP = 64
 """Samples after which a candidate may be stopped."""
@@ -112,7 +113,8 @@ class Evaluator:
 
     def run(self, model: nn.Module, inputs: Any) -> Any:
         """Return the raw outputs of ``model`` on one batch of inputs."""
-        return run_forward(self.task, model, to_device(inputs, self.device))
+        with full_float32(self.device):
+            return run_forward(self.task, model, to_device(inputs, self.device))
 
     def outputs(self, model: nn.Module, inputs: Any) -> Any:
         """Return the outputs that metrics take, of one batch; TrialError where the code fails."""
@@ -138,8 +140,8 @@ class Evaluator:
             self._few = example = self.example()
             if example is not None and batch_size(example) > FEW:
                 part = take(example, range(FEW))
-                with contextlib.suppress(Exception), torch.no_grad():
-                    self.run(model, part)
+                with contextlib.suppress(UserError, TrialError), torch.no_grad():
+                    self._outputs_of(model, part)
                     self._few = part
         return self._few
 
@@ -258,28 +260,24 @@ class Evaluator:
         return Reading(evidence.score(), done, evidence, divergence, seconds, stopped, distance)
 
     def _outputs_of(self, model: nn.Module, inputs: Any) -> Any:
-        try:
+        with self._guarded("forward"):
             return outputs_of(self.run(model, inputs))
-        except (UserError, TrialError):
-            raise
-        except OUT_OF_MEMORY as error:
-            raise out_of_memory(error) from error
-        except Exception as error:
-            raise TrialError(f"forward failed: {describe(error, self.task.source)}") from error
 
     def _call(self, function: Callable[[nn.Module], float], model: nn.Module) -> float:
-        try:
-            with torch.no_grad():
-                value = as_float("evaluate", function(model))
-        except (UserError, TrialError):
-            raise
-        except OUT_OF_MEMORY as error:
-            raise out_of_memory(error) from error
-        except Exception as error:
-            raise TrialError(f"evaluate failed: {describe(error, self.task.source)}") from error
+        with self._guarded("evaluate"), torch.no_grad(), full_float32(self.device):
+            value = as_float("evaluate", function(model))
         if not math.isfinite(value):
             raise TrialError(f"evaluate returned {value}")
         return value
+
+    @contextlib.contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """Run the user's ``what``: TrialError where it fails, OutOfMemory where memory does."""
+        with guarded(lambda reason: TrialError(f"{what} failed: {reason}"), self.task.source):
+            try:
+                yield
+            except OUT_OF_MEMORY as error:
+                raise out_of_memory(error) from error
 
     @property
     def _compares(self) -> bool:

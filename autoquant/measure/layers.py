@@ -22,6 +22,7 @@ from autoquant.measure.timing import Clock, clock_of, median_seconds
 from autoquant.measure.units import Hook, Run, Unit, choose, count_calls, find_units, run_hooked
 from autoquant.measure.units import signature as signature_of
 from autoquant.methods.realize import Realizer
+from autoquant.nn.converted import Converted, converted_modules, converted_of
 from autoquant.nn.sites import Site
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SiteSpace
@@ -108,8 +109,8 @@ class _Timer:
         self.device = device
         self.times: dict[tuple[str, str], dict[str, float]] = {}
         self._known: dict[str, float] = {}
-        readers = (vars(m).get("reader") for m in realizer.prepared.model.modules())
-        self._read = {m for m in readers if m is not None}
+        readers = (c.reader for c in converted_modules(realizer.prepared.model))
+        self._read = {reader.module for reader in readers if reader is not None}
 
     def time(
         self,
@@ -141,26 +142,26 @@ class _Timer:
     ) -> float | None:
         sites = {s.name: adapted(recipe, s.matrix) for _, s in unit.sites}
         # Where layers hand integers to each other, as if the neighbours had this recipe too.
-        if (reader := self._site_of(vars(unit.module).get("reader"))) is not None:
+        converted = converted_of(unit.module)
+        if converted is not None and (reader := self._site_of(converted.reader)) is not None:
             sites.setdefault(reader.name, adapted(recipe, reader.matrix))
         try:
             self.realizer.apply(sites)
         except (SpecError, TrialError):
             return None  # a choice that this layer can't take costs its own trial, not the search
-        if unit.module in self._read and isinstance(args[0], Tensor):
+        if converted is not None and unit.module in self._read and isinstance(args[0], Tensor):
             slot = self.realizer.prepared.slots[unit.sites[0][1].name]
-            args = (slot.as_read(unit.module.operation, args[0]), *args[1:])  # type: ignore[arg-type]
+            args = (slot.as_read(converted.operation, args[0]), *args[1:])
         # Not through __call__: the user's own hooks would see calls that their model never makes.
         call = functools.partial(unit.module.forward, *args, **kwargs)
         return median_seconds(call, self.clock)
 
-    def _site_of(self, module: nn.Module | None) -> Site | None:
+    def _site_of(self, layer: Converted | None) -> Site | None:
         """Return the site of a layer that reads another."""
-        if module is None:
+        if layer is None:
             return None
-        slot = vars(module)["sites"]["weight"]
         sites = self.realizer.prepared.sites
-        return next((s for s in sites if s.name == slot.site.name), None)
+        return next((s for s in sites if (layer.path, "weight") in s.users), None)
 
     def _key(self, unit: Unit, text: str) -> str:
         """Return what a unit's time depends on beside its speed class."""
@@ -171,15 +172,16 @@ class _Timer:
             for path, s in unit.sites
         ]
         dtype = str(slots[unit.sites[0][1].name].parameter.dtype)
-        layout = bool(getattr(unit.module, "channels_last", False))
+        converted = converted_of(unit.module)
+        layout = converted is not None and converted.channels_last
         engine = self.realizer.prepared.engine
         backends = [b.name for b in engine.backends] if engine.fast else []
         own = [] if _ours(unit.module) else [unit.name]
         parts = [f"{kind.__module__}.{kind.__qualname__}", repr(unit.module), weights, dtype]
-        clamp = getattr(unit.module, "clamp", None)
-        own_reader = vars(unit.module).get("reader")
-        chained = [own_reader is not None, unit.module in self._read, vars(unit.module).get("gelu")]
-        where = [layout, clamp, chained, backends]
+        chained: list[Any] = [unit.module in self._read]
+        if converted is not None:
+            chained += [converted.after, converted.reader is not None]
+        where = [layout, chained, backends]
         return json.dumps([machine_key(self.device), *parts, *where, text, *own])
 
     def total(self, unit: Unit, wanted: Mapping[str, int]) -> dict[str, float]:
@@ -190,5 +192,5 @@ class _Timer:
 
 
 def _ours(module: nn.Module) -> bool:
-    """Return whether a module runs this package's code alone: a subclass may do anything."""
-    return type(module).__module__.startswith("autoquant.")
+    """Return whether a module runs torch's and this package's code: a subclass may do anything."""
+    return type(module).__module__.startswith("torch.nn.")

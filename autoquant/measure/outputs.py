@@ -8,7 +8,7 @@ memory with its siblings as the originals do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autoquant.nn.quantized_output import QuantizedOutput, as_real
+from autoquant.nn.layer_output import After, Compute, LayerOutput, as_real
 from autoquant.spec.recipe import ActivationScheme
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 PLAIN = (Tensor, nn.Parameter)
-KNOWN = (*PLAIN, QuantizedOutput)
+KNOWN = (*PLAIN, LayerOutput)
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -32,15 +32,15 @@ def storage_of(tensor: Tensor) -> int:
 
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written into, −1 where torch does not count."""
-    if isinstance(tensor, QuantizedOutput):
-        return int(tensor.written)
+    if isinstance(tensor, LayerOutput):
+        return tensor.changes + int(tensor.written)
     return -1 if tensor.is_inference() else tensor._version
 
 
 def checksum(tensor: Tensor) -> int:
     """Return a number that changes, all but surely, with the content of a tensor."""
-    if isinstance(tensor, QuantizedOutput) and not tensor.written:
-        tensor = tensor.q  # nobody is to notice that it was looked at
+    if isinstance(tensor, LayerOutput) and tensor.held is not None and not tensor.written:
+        tensor = tensor.held  # nobody is to notice that it was looked at
     words = as_words(tensor)
     return int(words.sum(dtype=torch.int64)) * 3 + int(words[1::2].sum(dtype=torch.int64))
 
@@ -113,16 +113,16 @@ class _View:
 
 
 @dataclass(frozen=True)
-class _Integers:
-    """Stands for an output that stays integers: where these lie, and what else makes it."""
+class _Ahead:
+    """Stands for a LayerOutput: where what it holds and its source lie, and what else makes it."""
 
-    q: _View
+    held: _View
     source: _View
-    scheme: ActivationScheme
-    compute: Callable[[Tensor], Tensor]
+    scheme: ActivationScheme | None
+    compute: Compute
     stride: tuple[int, ...]
-    gelu: str | None
-    marks: Mapping[str, Any]
+    ahead: After
+    done: After
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,14 @@ class Outputs:
         for leaf in self.leaves:
             if type(leaf) is _Given:
                 leaf = given[leaf.index]
-            elif type(leaf) in (_View, _Integers) and id(leaf) in made:
+            elif type(leaf) in (_View, _Ahead) and id(leaf) in made:
                 leaf = made[id(leaf)]
             elif type(leaf) is _View:
                 leaf = made.setdefault(id(leaf), tensor(leaf))
-            elif type(leaf) is _Integers:
-                q, source = tensor(leaf.q), tensor(leaf.source)
-                again = QuantizedOutput.of(
-                    q, source, leaf.scheme, leaf.compute, leaf.stride, leaf.gelu
-                )
-                vars(again).update(leaf.marks)
-                leaf = made.setdefault(id(leaf), again)
+            elif type(leaf) is _Ahead:
+                held, source = tensor(leaf.held), tensor(leaf.source)
+                known = (leaf.scheme, leaf.compute, leaf.stride, leaf.ahead, leaf.done)
+                leaf = made.setdefault(id(leaf), LayerOutput.of(held, source, *known))
             leaves.append(leaf)
         return leaves[0] if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
 
@@ -183,11 +180,11 @@ def pack(result: Any, inputs: Inputs) -> Outputs | None:
     else:
         found, spec = pytree.tree_flatten(result)
     places = {id(t): i for i, t in enumerate(inputs.leaves) if isinstance(t, Tensor)}
-    integers = {id(t): t for t in found if type(t) is QuantizedOutput and id(t) not in places}
-    if any(t.written for t in integers.values()):
+    ahead = {id(t): t for t in found if type(t) is LayerOutput and id(t) not in places}
+    if any(t.written or t.held is None for t in ahead.values()):
         return None
-    parts = [part for t in integers.values() for part in (t.q, t.source)]
-    fixed = (*CONSTANTS, QuantizedOutput)
+    parts = [part for t in ahead.values() for part in (t.held, t.source)]
+    fixed = (*CONSTANTS, LayerOutput)
     tensors = {id(t): t for t in (*found, *parts) if not isinstance(t, fixed)}
     if not all(type(t) in PLAIN and is_plain(t) and t.grad_fn is None for t in tensors.values()):
         return None
@@ -211,9 +208,9 @@ def pack(result: Any, inputs: Inputs) -> Outputs | None:
             at = t.storage_offset() - start
             views[id(t)] = _View(len(memories), tuple(t.shape), tuple(t.stride()), int(at))
         memories.append(group[0].detach().as_strided((stop - start,), (1,), start))
-    for i, t in integers.items():
-        lie = views[id(t.q)], views[id(t.source)]
-        views[i] = _Integers(*lie, t.scheme, t.compute, t.stride(), t.gelu, t.marks())
+    for i, t in ahead.items():
+        lie = views[id(t.held)], views[id(t.source)]
+        views[i] = _Ahead(*lie, t.scheme, t.compute, t.stride(), t.ahead, t.done)
     leaves = tuple(views[id(x)] if isinstance(x, Tensor) else x for x in found)
     return Outputs(leaves, spec, tuple(memories))
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from autoquant.nn.convert import Prepared
 from autoquant.nn.sites import Site
 from autoquant.quant.packing import packed_columns
+from autoquant.spec.costs import average_bits
 from autoquant.spec.granularity import block_size
 from autoquant.spec.recipe import FLOAT_SITE, SiteRecipe, WeightScheme
 
@@ -26,11 +28,22 @@ def weight_bytes(site: Site, scheme: WeightScheme) -> int:
 def float_bytes(model: nn.Module) -> int:
     """Return the bytes of all parameters and buffers, shared ones once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(_bytes(t) for t in tensors.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the bytes of what a tensor holds; of a sparse one those of indices and values."""
+    if tensor.layout is not torch.strided:
+        coordinates = tensor.detach().to_sparse_coo().coalesce()
+        return coordinates.indices().nbytes + coordinates.values().nbytes
+    return tensor.numel() * tensor.element_size()
 
 
 class SizeModel:
-    """Sizes of recipes of one prepared model, from its shapes alone."""
+    """Sizes of recipes of one prepared model, from its shapes alone.
+
+    ``rest`` are the bytes of all that no recipe changes, and ``rest_weights`` the weights among it.
+    """
 
     def __init__(self, prepared: Prepared, float_size_bytes: int) -> None:
         self.float_size_bytes = float_size_bytes
@@ -40,6 +53,7 @@ class SizeModel:
             for s in prepared.sites
         }
         self.rest = float_bytes(prepared.model) - sum(self._float.values())
+        self.rest_weights = sum(part.weights for part in prepared.float_parts)
 
     def bytes(self, sites: Mapping[str, SiteRecipe]) -> int:
         """Return the bytes of the model as it is saved with this recipe."""
@@ -50,7 +64,12 @@ class SizeModel:
         return total
 
     def average_bits(self, sites: Mapping[str, SiteRecipe]) -> float:
-        """Return the average width of the quantizable weights; one left in float counts 16."""
-        total = sum(site.numel for site in self.sites)
-        used = sum(s.numel * sites.get(s.name, FLOAT_SITE).weight_bits for s in self.sites)
-        return used / total
+        """Return the average width of all weights of the model; one left in float counts 16."""
+        return average_bits(self._widths(sites), self.rest_weights)
+
+    def layer_bits(self, sites: Mapping[str, SiteRecipe]) -> float:
+        """Return the average width of the layers that a recipe can change, and of nothing else."""
+        return average_bits(self._widths(sites), 0)
+
+    def _widths(self, sites: Mapping[str, SiteRecipe]) -> list[tuple[int, int]]:
+        return [(s.numel, sites.get(s.name, FLOAT_SITE).weight_bits) for s in self.sites]

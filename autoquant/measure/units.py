@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from autoquant.nn.convert import Prepared
+from autoquant.nn.converted import converted_of
 from autoquant.nn.sites import Site
 
 SIGNATURES = 4
@@ -62,7 +63,7 @@ def _outermost(model: nn.Module, path: str) -> str:
     parts = path.split(".") if path else []
     for n in range(len(parts) + 1):
         top = ".".join(parts[:n])
-        if "sites" in vars(model.get_submodule(top)):
+        if converted_of(model.get_submodule(top)) is not None:
             return top
     return path
 

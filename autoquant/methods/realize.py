@@ -21,8 +21,8 @@ from autoquant.observers.calibration import activation_range
 from autoquant.quant.affine import choose_qparams
 from autoquant.quant.blocks import to_matrix
 from autoquant.quant.weight import QuantizedWeight
-from autoquant.spec.calibration import DATA_CALIBRATIONS
 from autoquant.spec.granularity import divides
+from autoquant.spec.needs import WEIGHT_NEEDS
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe, WeightScheme
 
 CACHE_BYTES = 512 << 20
@@ -86,15 +86,11 @@ class Realizer:
             return scheme
         key = (name, scheme)
         if key not in self._ranges:
-            known = self.statistics.get(name)
-            if known is None or known.inputs is None:
-                raise SpecError(
-                    f"{name}: activation: no scale in the recipe and no calibration data to find "
-                    "one; give the task file"
-                )
-            lo, hi = activation_range(
-                known.inputs, scheme.calibration, scheme.bits, scheme.symmetric
-            )
+            known = self._known(name, "activation: no scale in the recipe: calibration")
+            inputs = known.distribution()
+            if inputs is None:
+                raise SpecError(f"{name}: activation: the calibration data have no input for it")
+            lo, hi = activation_range(inputs, scheme.calibration, scheme.bits, scheme.symmetric)
             p = choose_qparams(
                 torch.tensor(lo), torch.tensor(hi), scheme.bits, symmetric=scheme.symmetric
             )
@@ -135,17 +131,18 @@ class Realizer:
 
     def _shift(self, site: Site, made: QuantizedWeight) -> Tensor:
         """Return what the bias of a site moves by."""
-        means = self._known(site, "bias_correction: a corrected bias").means
-        assert means is not None
+        means = self._known(site.name, "bias_correction: a corrected bias").mean_input()
+        if means is None:
+            raise SpecError(f"{site.name}: bias_correction: the calibration data have no input")
         parameter = self.prepared.slots[site.name].parameter.detach()
         matrix = to_matrix(parameter.to(torch.float32), site.channel_axis)
-        return bias_shift(made.matrix() - matrix, means.to(matrix.device))
+        return bias_shift(made.matrix() - matrix, means)
 
-    def _known(self, site: Site, what: str) -> SiteStatistics:
+    def _known(self, name: str, what: str) -> SiteStatistics:
         """Return what calibration saw at a site; SpecError, for ``what`` needs it, without."""
-        if site.name not in self.statistics:
-            raise SpecError(f"{site.name}: {what} needs calibration data; give the task file")
-        return self.statistics[site.name]
+        if name not in self.statistics:
+            raise SpecError(f"{name}: {what} needs calibration data; give the task file")
+        return self.statistics[name]
 
     def _quantize(self, site: Site, scheme: WeightScheme, recipe: SiteRecipe) -> QuantizedWeight:
         if not divides(scheme.granularity, site.matrix):
@@ -155,14 +152,14 @@ class Realizer:
             )
         parameter = self.prepared.slots[site.name].parameter
         corrected, rate, error = recipe.bias_correction, recipe.learning_rate, None
-        if scheme.calibration in DATA_CALIBRATIONS:
-            known = self._known(site, f"calibration {scheme.calibration}: it")
+        if scheme.calibration in WEIGHT_NEEDS:
+            known = self._known(site.name, f"calibration {scheme.calibration}: it")
             error = known.output_error(corrected=corrected)
         try:
             if rate is None:
                 return quantize_weight(parameter, site, scheme, error)
-            known = self._known(site, "learning_rate: learned rounding")
-            moments = known.covariance if corrected else known.moments
+            known = self._known(site.name, "learning_rate: learned rounding")
+            moments = known.second_moments(centered=corrected)
             return learn_rounding(parameter, site, scheme, moments, rate, error=error)
         except TrialError as error:
             raise TrialError(f"{site.name}: {error}") from error

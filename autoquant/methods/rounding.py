@@ -27,15 +27,15 @@ STEPS = 120
 """Gradient steps for each layer."""
 
 
-def output_error(delta: Tensor, moments: Tensor | None, groups: int = 1) -> Tensor:
+def output_error(delta: Tensor, moments: Tensor | None) -> Tensor:
     """Return the mean squared output error, summed over channels, of a weight error.
 
     ``delta`` is [channels, n]; ``moments`` E[x·xᵀ] [groups, n, n], its diagonal [groups, n], or
-    None for inputs that are white.
+    None where rows are read one by one.
     """
     if moments is None:
         return delta.square().sum()
-    grouped = delta.reshape(groups, -1, delta.shape[1])
+    grouped = delta.reshape(len(moments), -1, delta.shape[1])
     if moments.dim() == 2:
         return (grouped.square() * moments[:, None]).sum()
     return ((grouped @ moments) * grouped).sum()
@@ -58,9 +58,7 @@ def learn_rounding(
     """
     nearest = quantize_weight(weight, site, scheme, error)
     matrix = to_matrix(weight.detach().to(torch.float32), site.channel_axis)
-    if moments is not None:
-        moments = moments.to(matrix.device)
-    signal = output_error(matrix, moments, site.groups).clamp(min=TINY)
+    signal = output_error(matrix, moments).clamp(min=TINY)
     start = nearest.qparams
     with torch.enable_grad():
         offset = torch.zeros_like(to_blocks(matrix, scheme.granularity), requires_grad=True)
@@ -70,14 +68,14 @@ def learn_rounding(
             {"params": [log_scale], "lr": learning_rate / 10},
         ]
         optimizer = torch.optim.Adam(parameters)
-        best_error = output_error(nearest.matrix() - matrix, moments, site.groups) / signal
+        best_error = output_error(nearest.matrix() - matrix, moments) / signal
         best = nearest
         for step in range(steps):
             rate = 1.0 - step / steps
             for group, full in zip(optimizer.param_groups, (1.0, 0.1), strict=True):
                 group["lr"] = learning_rate * full * rate
             q, real = _round(matrix, scheme, start, offset, log_scale)
-            found = output_error(real - matrix, moments, site.groups) / signal
+            found = output_error(real - matrix, moments) / signal
             if found.item() < best_error.item():
                 scale = (start.scale * log_scale.detach().exp()).clone()
                 qparams = QParams(scale, start.zero_point, start.bits, start.symmetric)

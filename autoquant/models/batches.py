@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoquant.errors import TaskError
 from autoquant.models.trees import EXPECTED, Tree, batch_size
-from autoquant.models.usercode import describe, file_of
+from autoquant.models.usercode import file_of, guarded
 
 Pair = tuple[Tree, Tree]
 """(inputs, targets) of one batch; targets are None where the data has none."""
@@ -29,25 +29,23 @@ def read(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (number from 1, batch) of the user's data; the user's exceptions become TaskError."""
     number = 0
-    try:
+    file = file_of(function) or source
+    with guarded(lambda reason: TaskError(f"{source}: {name}() failed: {reason}"), file):
         batches = function()
         if batches is None or isinstance(batches, str) or not isinstance(batches, Iterable):
             kind = type(batches).__name__
             raise TaskError(f"{source}: {name}() returned {kind}, not batches to iterate over")
         iterator = iter(batches)
-    except TaskError:
-        raise
-    except Exception as error:
-        reason = describe(error, file_of(function) or source)
-        raise TaskError(f"{source}: {name}() failed: {reason}") from error
+
+    def failed(reason: str) -> TaskError:
+        return TaskError(f"{source}: {name}, batch {number + 1} failed: {reason}")
+
     while True:
         try:
-            batch = next(iterator)
+            with guarded(failed, file, passing=(StopIteration,)):
+                batch = next(iterator)
         except StopIteration:
             break
-        except Exception as error:
-            reason = describe(error, file_of(function) or source)
-            raise TaskError(f"{source}: {name}, batch {number + 1} failed: {reason}") from error
         number += 1
         yield number, batch
     if not number:

@@ -13,7 +13,7 @@ import torch
 
 from autoquant.errors import TaskError, TrialError
 from autoquant.models.trees import batch_size, concat, take, to_device
-from autoquant.models.usercode import describe, file_of
+from autoquant.models.usercode import file_of, guarded
 
 FEWEST_RESAMPLES = 200
 """Fewer than these give no useful percentile interval, so no limit goes below."""
@@ -148,11 +148,11 @@ class FunctionEvidence:
         return np.array([self.score_at(row) for row in indices])
 
     def _call(self, outputs: Any, targets: Any) -> float:
-        try:
+        def failed(reason: str) -> TrialError:
+            return TrialError(f"metric {self.name} failed: {reason}")
+
+        with guarded(failed, file_of(self.function)):
             value = self.function(outputs, targets)
-        except Exception as error:
-            reason = describe(error, file_of(self.function))
-            raise TrialError(f"metric {self.name} failed: {reason}") from error
         return as_float(f"metric {self.name}", value)
 
 

@@ -53,6 +53,21 @@ def lift(program: ExportedProgram) -> GraphModule:
     return module.eval()
 
 
+def move(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return ``module``, moved to ``device`` with what its graphs make on the way.
+
+    A lifted program says of each tensor that it makes on which device: those of its export.
+    """
+    for part in module.modules():
+        if isinstance(part, GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = pytree.tree_map_only(
+                    torch.device, lambda _: device, (node.args, node.kwargs)
+                )
+            part.recompile()
+    return module.to(device)
+
+
 def _stateful(program: ExportedProgram) -> GraphModule:
     """Return ``program.module()`` with its input checks, able to switch to eval mode and back."""
     if not program.example_inputs:

@@ -24,11 +24,12 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from autoquant.errors import ModelFileError, TaskError, UserError
+from autoquant.errors import ModelFileError, TaskError
 from autoquant.models.archive import read_program
 from autoquant.models.exported import lift
 from autoquant.models.file_kinds import EXPORT, pickled_classes, read_safely, sniff
-from autoquant.models.usercode import describe, file_of
+from autoquant.models.usercode import describe, file_of, guarded
+from autoquant.nn.intake import take
 
 LoadModel = Callable[[Path], nn.Module]
 
@@ -73,7 +74,12 @@ def load(
         module = _load_torchscript(path, trust_pickle, example_inputs)
     else:
         module, kind = _call_load_model(path, load_model, _contents(kind)), "load_model"
-    return LoadedModel(module.to("cpu").eval(), kind, path.stem, sha256_of(path))
+    try:
+        module = take(module).to("cpu")
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    module.eval()
+    return LoadedModel(module, kind, path.stem, sha256_of(path))
 
 
 def sha256_of(path: Path) -> str:
@@ -102,10 +108,8 @@ def _load_torch(
             f"came from"
         )
     if not safe:
-        try:
+        with guarded(lambda reason: ModelFileError(f"{path}: unpickling raised {reason}")):
             content = torch.load(path, map_location="cpu", weights_only=False)
-        except Exception as e:
-            raise ModelFileError(f"{path}: unpickling raised {describe(e)}") from e
     if isinstance(content, nn.Module):
         return content, "pickle"
     return _call_load_model(path, load_model, _holding(content)), "load_model"
@@ -128,14 +132,12 @@ def _call_load_model(path: Path, load_model: LoadModel | None, contents: str) ->
             f"this file into it, to the task file"
         )
     where = _where(load_model)
-    try:
+
+    def failed(reason: str) -> TaskError:
+        return TaskError(f"{where} raised {reason} for {path}, which holds {contents}")
+
+    with guarded(failed, file_of(load_model)):
         module = load_model(path)
-    except UserError:
-        raise
-    except Exception as e:
-        raise TaskError(
-            f"{where} raised {describe(e, file_of(load_model))} for {path}, which holds {contents}"
-        ) from e
     if isinstance(module, ExportedProgram):
         return lift(module)
     if isinstance(module, torch.jit.ScriptModule):

@@ -13,6 +13,7 @@ import torch
 from autoquant.errors import UserError
 from autoquant.models import sample_statistics as per_sample
 from autoquant.models import scores
+from autoquant.models.direction import name_of
 from autoquant.models.evidence import (
     Evidence,
     StatisticsEvidence,
@@ -125,7 +126,7 @@ class FunctionMetric:
     @property
     def name(self) -> str:
         """The function's name."""
-        return getattr(self.function, "__name__", type(self.function).__name__)
+        return name_of(self.function)
 
     def evidence(self, batches: Iterable[tuple[Any, Any]]) -> Evidence:
         """Return the outputs and targets of ``batches``, on the CPU."""

@@ -44,6 +44,24 @@ def as_tensor(values: Any, what: str, device: torch.device | None = None) -> Ten
     return tensor if device is None else tensor.to(device)
 
 
+def labels(values: Any, what: str, device: torch.device | None = None) -> Tensor:
+    """Return classes as integers; numbers with a fraction raise TrialError.
+
+    Whole numbers in floating point are classes: that is what files of arrays make of them.
+    """
+    tensor = as_tensor(values, what, device)
+    if not tensor.is_floating_point():
+        return tensor.long()
+    whole = tensor == tensor.round()
+    if not bool((whole & tensor.isfinite()).all()):
+        wrong = float(tensor[~(whole & tensor.isfinite())][0])
+        given = str(getattr(values, "dtype", "float")).removeprefix("torch.")
+        raise TrialError(
+            f"{what} of dtype {given} hold {wrong:g}, which is no class: classes are whole numbers"
+        )
+    return tensor.long()
+
+
 def _misfit(outputs: Tensor, targets: Tensor, expected: str) -> TrialError:
     shapes = f"outputs of shape {list(outputs.shape)} and targets of shape {list(targets.shape)}"
     return TrialError(f"{shapes} do not fit: expected {expected}")
@@ -66,8 +84,8 @@ def _logits(outputs: Any, targets: Any, expected: str) -> tuple[Tensor, Tensor]:
     ([N, T, C], as language models have it), whichever fits the targets; both is an error.
     """
     x = as_tensor(outputs, "outputs")
-    y = as_tensor(targets, "targets", x.device)
-    if x.ndim < 2 or not x.is_floating_point() or y.is_floating_point():
+    y = labels(targets, "targets", x.device)
+    if x.ndim < 2 or not x.is_floating_point():
         raise _misfit(x, y, expected)
     last = x.shape[:-1] == y.shape
     second = (x.shape[0], *x.shape[2:]) == tuple(y.shape)
@@ -77,12 +95,16 @@ def _logits(outputs: Any, targets: Any, expected: str) -> tuple[Tensor, Tensor]:
         raise _misfit(x, y, expected)
     if not last:
         x = x.movedim(1, -1)
-    y = y.long()
     classes = x.shape[-1]
     wrong = (y != IGNORE_INDEX) & ((y < 0) | (y >= classes))
     if wrong.any():
         raise TrialError(f"target {int(y[wrong][0])} is no class of {classes} (0 … {classes - 1})")
     return x.reshape(len(x), -1, classes), y.reshape(len(y), -1)
+
+
+def class_count(outputs: Any, targets: Any) -> int:
+    """Return how many classes logits tell apart."""
+    return int(_logits(outputs, targets, CLASSIFIER)[0].shape[-1])
 
 
 CLASSIFIER = "logits [N, C] with targets [N], [N, C, …] with [N, …], or class indices like targets"
@@ -94,10 +116,10 @@ def _classes(outputs: Any, targets: Any) -> tuple[Tensor, Tensor, int]:
     if x.is_floating_point():
         logits, y = _logits(outputs, targets, CLASSIFIER)
         return logits.argmax(dim=-1), y, logits.shape[-1]
-    y = as_tensor(targets, "targets", x.device)
-    if x.shape != y.shape or y.is_floating_point() or not x.ndim:
+    y = labels(targets, "targets", x.device)
+    if x.shape != y.shape or not x.ndim:
         raise _misfit(x, y, CLASSIFIER)
-    x, y = x.long().reshape(len(x), -1), y.long().reshape(len(y), -1)
+    x, y = x.long().reshape(len(x), -1), y.reshape(len(y), -1)
     return x, y, int(max(x.max(), y.max())) + 1 if x.numel() else 0
 
 
@@ -217,7 +239,7 @@ def divergence(outputs: Any, reference: Any) -> Array:
 def noise_and_signal(outputs: Any, reference: Any) -> Array:
     """Return [n, 2]: Σ(q − f)², Σf² over all floating-point tensors of a sample's outputs."""
     stats = np.zeros((0, 2))
-    pairs = list(_float_leaves(outputs, reference))
+    pairs = float_leaves(outputs, reference)
     if not pairs:
         raise TrialError(
             f"outputs of type {type(outputs).__name__} hold no floating-point tensors to compare"
@@ -227,14 +249,17 @@ def noise_and_signal(outputs: Any, reference: Any) -> Array:
         y = as_tensor(f, "the float model's outputs", x.device)
         if x.shape != y.shape or not x.ndim:
             raise _misfit(x, y, "outputs of one shape from both models, samples first")
-        part = _rows(_per_sample((x.double() - y).square()), _per_sample(y.double().square()))
+        # What both mask by the same infinity is neither noise nor signal.
+        noise = torch.where(x == y, 0.0, x.double() - y.double())
+        signal = torch.where(y.isinf(), 0.0, y.double())
+        part = _rows(_per_sample(noise.square()), _per_sample(signal.square()))
         if number and len(part) != len(stats):
             raise TrialError("the tensors of one output differ in their number of samples")
         stats = stats + part if number else part
     return stats
 
 
-def _float_leaves(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
+def float_leaves(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
     """Return the floating-point tensors of two outputs of one form, paired."""
     if isinstance(outputs, Tensor) and isinstance(reference, Tensor):
         return [(outputs, reference)] if reference.is_floating_point() else []
@@ -246,7 +271,7 @@ def _float_leaves(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
         shared = list(zip(outputs, reference, strict=False))
     else:
         return []
-    return [pair for q, f in shared for pair in _float_leaves(q, f)]
+    return [pair for q, f in shared for pair in float_leaves(q, f)]
 
 
 def _ragged(outputs: list[Any], reference: list[Any]) -> list[tuple[Tensor, Tensor]]:

@@ -17,19 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoquant.errors import UserError
-from autoquant.nn.runtime import Multiply, Rows, SiteRuntime
+from autoquant.nn.converted import Converted
+from autoquant.nn.runtime import Multiply, Rows
 
 
-class QuantizedMultiheadAttention(nn.MultiheadAttention):
-    """Multi-head attention with quantized projections.
+class QuantizedMultiheadAttention:
+    """One call of multi-head attention with quantized projections.
 
     The sites are ``in_proj_weight``, or ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``;
     ``out_proj`` is a layer of its own, and is called as one.
     """
 
-    sites: dict[str, SiteRuntime]
+    def __init__(self, converted: Converted) -> None:
+        self.layer: Any = converted.module
+        self.sites = converted.sites
 
-    def forward(
+    def __call__(
         self,
         query: Tensor,
         key: Tensor,
@@ -60,7 +63,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         else:
             mask, is_causal = self._mask(attn_mask, key_padding_mask, q), False
         k, v, mask = self._extend(k, v, mask)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.layer.dropout if self.layer.training else 0.0
         weights = None
         if need_weights:
             scores = (q * math.sqrt(1.0 / q.size(-1))) @ k.transpose(-2, -1)
@@ -72,15 +75,15 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        return self.out_proj(self._join(heads, batched)), weights
+        return self.layer.out_proj(self._join(heads, batched)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the projections of the quantized ``query``, ``key`` and ``value``.
 
         A tensor that is passed more than once in a row is quantized and projected once.
         """
-        bias = self.in_proj_bias
-        if not self._qkv_same_embed_dim:
+        bias = self.layer.in_proj_bias
+        if not self.layer._qkv_same_embed_dim:
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             biases = (None, None, None) if bias is None else bias.chunk(3)
             q, k, v = (
@@ -88,7 +91,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
                 for name, x, b in zip(names, (query, key, value), biases, strict=True)
             )
             return q, k, v
-        size = self.embed_dim
+        size = self.layer.embed_dim
         if query is key and key is value:
             (product,) = self._products("in_proj_weight", None)
             q, k, v = product(query, bias).chunk(3, -1)
@@ -115,7 +118,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         """Return the products with the weight ``name``, with each of some of its rows."""
         if name in self.sites:
             return self.sites[name].linear(*parts)
-        weight = getattr(self, name)
+        weight = getattr(self.layer, name)
 
         def product(rows: Rows) -> Multiply:
             part = weight if rows is None else weight[slice(*rows)]
@@ -125,16 +128,16 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         """Return a projection, laid out as the inputs are, as [batch, heads, length, head_dim]."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        x = x.unflatten(-1, (self.layer.num_heads, self.layer.head_dim))
         if not batched:
             return x.transpose(0, 1).unsqueeze(0)
-        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+        return x.transpose(1, 2) if self.layer.batch_first else x.permute(1, 2, 0, 3)
 
     def _join(self, x: Tensor, batched: bool) -> Tensor:
         """Return [batch, heads, length, head_dim] laid out as the inputs are."""
         if not batched:
             return x.squeeze(0).transpose(0, 1).flatten(-2)
-        return (x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
+        return (x.transpose(1, 2) if self.layer.batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor
@@ -144,7 +147,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         if attn_mask is not None:
             mask = _additive(attn_mask, q.dtype)
             if mask.dim() == 3:
-                mask = mask.unflatten(0, (q.size(0), self.num_heads))
+                mask = mask.unflatten(0, (q.size(0), self.layer.num_heads))
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, q.dtype)
             padding = padding.reshape(q.size(0), 1, 1, padding.size(-1))
@@ -156,14 +159,14 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append the learned bias and the zero, each one key that every query may see."""
         extra = 0
-        if self.bias_k is not None and self.bias_v is not None:
-            shape = (1, 1, self.num_heads, self.head_dim)
+        if self.layer.bias_k is not None and self.layer.bias_v is not None:
+            shape = (1, 1, self.layer.num_heads, self.layer.head_dim)
             k, v = (
                 torch.cat([x, b.view(shape).transpose(1, 2).expand(x.size(0), -1, -1, -1)], 2)
-                for x, b in ((k, self.bias_k), (v, self.bias_v))
+                for x, b in ((k, self.layer.bias_k), (v, self.layer.bias_v))
             )
             extra += 1
-        if self.add_zero_attn:
+        if self.layer.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
             extra += 1
         if mask is not None and extra:

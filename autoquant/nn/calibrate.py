@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from autoquant.nn.sites import Site
 from autoquant.observers.output_error import OutputError
 from autoquant.observers.statistics import StatisticsCollector, TensorStatistics
 from autoquant.quant.activation import token_dims
+from autoquant.spec.needs import EVERYTHING, Need, output_error_need
 
 GRAM_BUDGET = 1 << 30
 """Bytes that all second-moment matrices together may take; beyond, their diagonals serve."""
@@ -25,6 +25,10 @@ GRAM_COLUMNS = 4096
 """Widest input of which the whole second-moment matrix is kept."""
 GRAM_ROWS = 2048
 """Most rows (tokens, positions) of one call that enter the second moments, evenly spread."""
+
+
+class MissingStatistics(LookupError):
+    """Something was asked of calibration that it did not collect, or did not keep."""
 
 
 @dataclass(frozen=True)
@@ -35,42 +39,88 @@ class SiteStatistics:
     of x·xᵀ over rows of the input as the weight sees it: float32 [groups, n, n], or its diagonal
     [groups, n], where n is the number of weights of an output channel; None without activation.
     ``means`` are those of x, [groups, n], where the layer has (or could have) a bias to correct.
+    Tensors are on the device of the site's weight, where whatever they are multiplied with is.
+
+    ``has`` says what of it was collected and kept: asking for anything else raises
+    MissingStatistics. ``errors`` are what was made of the moments, by whether they are about the
+    mean.
     """
 
     inputs: TensorStatistics | None
     moments: Tensor | None
     means: Tensor | None = None
+    has: frozenset[Need] = EVERYTHING
+    errors: dict[bool, OutputError | None] = field(default_factory=dict, repr=False)
 
-    @property
-    def covariance(self) -> Tensor | None:
-        """The moments about the mean: what is left to err where the bias is corrected."""
-        if self.moments is None or self.means is None:
+    def distribution(self) -> TensorStatistics | None:
+        """Return what the activation's numbers are like; None where none meets the weight."""
+        self._check(Need.RANGE)
+        return self.inputs
+
+    def mean_input(self) -> Tensor | None:
+        """Return ``means``; None where the layer has no bias to correct."""
+        self._check(Need.MEANS)
+        return self.means
+
+    def second_moments(self, *, centered: bool) -> Tensor | None:
+        """Return the moments, or those about the mean: all that errs where the bias is corrected.
+
+        None where no activation meets the weight, whose rows are read one by one.
+        """
+        self._check(Need.MOMENTS)
+        if not centered or self.moments is None:
             return self.moments
+        if self.means is None:
+            raise MissingStatistics("moments about the mean of a layer without a mean")
         if self.moments.dim() == 2:
             return (self.moments - self.means.square()).clamp(min=0.0)
         return self.moments - self.means[:, :, None] * self.means[:, None, :]
 
     def output_error(self, *, corrected: bool) -> OutputError | None:
-        """Return what an error of the weight does to the output; None where nothing is known.
+        """Return what an error of the weight does to the output; ``corrected`` takes off the mean.
 
-        ``corrected`` says that the bias makes up for the mean.
+        None where no activation meets the weight.
         """
-        return self._about_mean if corrected else self._about_zero
+        if corrected not in self.errors:
+            self._check(output_error_need(corrected))
+            moments = self.second_moments(centered=corrected)
+            self.errors[corrected] = None if moments is None else OutputError.of(moments)
+        return self.errors[corrected]
 
-    @cached_property
-    def _about_mean(self) -> OutputError | None:
-        return None if self.covariance is None else OutputError.of(self.covariance)
+    def keep(self, needs: frozenset[Need]) -> SiteStatistics:
+        """Return what ``needs`` ask for, and nothing else: moments may take a gigabyte."""
+        missing = needs - self.has
+        if missing:
+            raise MissingStatistics(", ".join(sorted(need.value for need in missing)))
+        wanted = [c for c in (False, True) if output_error_need(c) in needs]
+        return SiteStatistics(
+            self.inputs if Need.RANGE in needs else None,
+            self.moments if Need.MOMENTS in needs else None,
+            self.means if Need.MEANS in needs else None,
+            needs,
+            {c: self.output_error(corrected=c) for c in wanted},
+        )
 
-    @cached_property
-    def _about_zero(self) -> OutputError | None:
-        return None if self.moments is None else OutputError.of(self.moments)
+    def _check(self, need: Need) -> None:
+        if need not in self.has:
+            raise MissingStatistics(need.value)
+
+
+_OF_MOMENTS = frozenset({Need.OUTPUT_ERROR, Need.CENTERED_OUTPUT_ERROR, Need.MOMENTS})
 
 
 class _Recorder:
-    def __init__(self, site: Site, module: nn.Module, *, full: bool) -> None:
+    def __init__(
+        self, site: Site, module: nn.Module, needs: frozenset[Need], *, full: bool
+    ) -> None:
         self.site = site
         self.module = module
         self.full = full
+        if Need.CENTERED_OUTPUT_ERROR in needs:
+            needs |= {Need.MEANS}
+        if needs & _OF_MOMENTS:
+            needs |= {Need.MOMENTS, Need.OUTPUT_ERROR}
+        self.needs = needs
         self.collector = StatisticsCollector(token_dim=-1)
         self.total: Tensor | None = None
         self.rows = 0
@@ -87,27 +137,30 @@ class _Recorder:
         # does not matter, and in that of memory nothing is copied.
         last = x.dim() == 4 and len(dims) == 3 and not x.is_contiguous()
         tokens = x.permute(0, 2, 3, 1) if last else x
-        self.collector.update(tokens.flatten(-len(dims)))
-        if self.site.corrects:
+        if Need.RANGE in self.needs:
+            self.collector.update(tokens.flatten(-len(dims)))
+        if Need.MEANS in self.needs and self.site.corrects:
             summed, count = input_sums(x, self.site, self.module)
             self.windows += count
             self.sum = summed if self.sum is None else self.sum.add_(summed)
-        rows = input_rows(x, self.site, self.module)
-        if rows is None:
+        if Need.MOMENTS not in self.needs:
             return
+        rows = input_rows(x, self.site, self.module)
         self.rows += rows.shape[1]
         part = rows.mT @ rows if self.full else rows.square().sum(1)
         self.total = part if self.total is None else self.total.add_(part)
 
     def finish(self) -> SiteStatistics:
         inputs = self.collector.finish()
-        if not inputs.finite:
+        moments = None
+        if self.total is not None:
+            moments = apart(self.total / max(self.rows, 1), self.site)
+        means = None if self.sum is None else (self.sum / max(self.windows, 1)).float()
+        numbers = [t for t in (moments, means) if t is not None]
+        if not (inputs.finite and all(bool(t.isfinite().all()) for t in numbers)):
             raise TrialError(f"{self.site.name}: its input holds NaN or Inf on calibration data")
-        if self.collector.empty:
-            return SiteStatistics(None, None)
-        moments = None if self.total is None else (self.total / max(self.rows, 1)).cpu()
-        means = None if self.sum is None else (self.sum / max(self.windows, 1)).float().cpu()
-        return SiteStatistics(inputs, moments, means)
+        seen = None if self.collector.empty else inputs
+        return SiteStatistics(seen, moments, means, self.needs)
 
 
 def input_sums(x: Tensor, site: Site, module: nn.Module) -> tuple[Tensor, int]:
@@ -146,21 +199,47 @@ def _windows(x: Tensor, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
     return x
 
 
-def input_rows(x: Tensor, site: Site, module: nn.Module) -> Tensor | None:
+def _transposed_windows(
+    x: Tensor, module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+) -> Tensor:
+    """Return what each output position of a transposed convolution sees of ``x``, the same way.
+
+    It is a convolution, by the flipped kernel, of the input with stride − 1 zeros between numbers.
+    """
+    axes = len(module.kernel_size)
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    grid = tuple(slice(None, None, s) for s in module.stride)
+    spread[:, :, *grid] = x
+    pads: list[int] = []
+    for axis in reversed(range(axes)):
+        left = module.dilation[axis] * (module.kernel_size[axis] - 1) - int(module.padding[axis])
+        pads += [left, left + module.output_padding[axis]]
+    x = F.pad(spread, pads)
+    for axis in range(axes):
+        span = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        x = x.unfold(2 + axis, span, 1)[..., :: module.dilation[axis]]
+    return x.flip(tuple(range(-axes, 0)))
+
+
+def input_rows(x: Tensor, site: Site, module: nn.Module) -> Tensor:
     """Return rows of the input as an output channel's weights see it: [groups, rows, n], float32.
 
-    At most GRAM_ROWS rows, evenly spread. None where that view is not computed (3-d convolutions
-    and transposed ones).
+    At most GRAM_ROWS rows, evenly spread. An output channel's weights of a transposed convolution
+    are those of all its groups, so that it counts as one group (see ``apart``).
     """
     x = x.to(torch.float32)
-    if site.kind in ("linear", "rnn", "attention"):
+    if not site.kind.startswith("conv"):
         flat = x.reshape(-1, x.shape[-1])
         return flat[_spread(flat.shape[0], GRAM_ROWS, flat.device)][None]
-    if site.kind != "conv" or isinstance(module, nn.Conv3d):
-        return None
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    axes = len(module.kernel_size)
-    windows = _windows(x.reshape(-1, *x.shape[-axes - 1 :]), module)
+    axes = len(module.kernel_size)  # type: ignore[arg-type]
+    x = x.reshape(-1, *x.shape[-axes - 1 :])
+    groups = 1
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        windows = _transposed_windows(x, module)
+    else:
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        windows, groups = _windows(x, module), module.groups
     count = windows.shape[0] * math.prod(windows.shape[2 : axes + 2])
     index = _scattered(count, GRAM_ROWS, x.device)
     picked: list[Tensor] = []
@@ -169,7 +248,19 @@ def input_rows(x: Tensor, site: Site, module: nn.Module) -> Tensor | None:
         index = index // size
     # Channels go last among the axes that stay, so that one index picks every window.
     rows = windows.movedim(1, axes + 1)[(index, *picked)].flatten(1)  # [rows, channels · kernel]
-    return rows.unflatten(1, (module.groups, -1)).movedim(1, 0)
+    return rows.unflatten(1, (groups, -1)).movedim(1, 0)
+
+
+def apart(moments: Tensor, site: Site) -> Tensor:
+    """Return moments [1, n, n] of a transposed convolution without those of different groups.
+
+    What two groups add goes to different outputs.
+    """
+    if site.kind != "conv_transpose" or site.groups == 1 or moments.dim() == 2:
+        return moments
+    size = moments.shape[-1] // site.groups
+    mask = torch.block_diag(*[moments.new_ones(size, size)] * site.groups)
+    return moments * mask
 
 
 def _spread(count: int, most: int, device: torch.device) -> Tensor:
@@ -196,19 +287,26 @@ def calibrate(
     prepared: Prepared,
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any],
+    needs: Mapping[str, frozenset[Need]] | None = None,
 ) -> Mapping[str, SiteStatistics]:
     """Run ``batches`` through the float model and return what every site saw.
 
-    Raises TrialError where an activation is NaN or Inf.
+    ``needs`` says what has to be known of each site, None all of every one; where nothing has,
+    nothing is run. What is found does not depend on what else is asked for. Raises TrialError
+    where an activation is NaN or Inf.
     """
     prepared.reset()
     wide = _full_moments(prepared.sites)
     recorders = {}
     for site in prepared.sites:
+        asked = EVERYTHING if needs is None else needs.get(site.name, frozenset())
         path, _ = site.users[-1]
         module = prepared.model.get_submodule(path)
-        recorders[site.name] = _Recorder(site, module, full=site.name in wide)
-        prepared.slots[site.name].observe = recorders[site.name]
+        recorders[site.name] = _Recorder(site, module, asked, full=site.name in wide)
+    if not any(recorder.needs for recorder in recorders.values()):
+        return {name: recorder.finish() for name, recorder in recorders.items()}
+    for name, recorder in recorders.items():
+        prepared.slots[name].observe = recorder
     try:
         with torch.no_grad():
             for batch in batches:

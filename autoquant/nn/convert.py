@@ -6,8 +6,7 @@ its weight and activation. ``deploy`` returns a copy that carries packed integer
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +16,25 @@ from torch import Tensor, nn
 from autoquant.errors import ModelFileError
 from autoquant.kernels.engine import Engine
 from autoquant.nn.attention import disable_fast_path
+from autoquant.nn.converted import (
+    carry,
+    computed_modules,
+    converted_modules,
+    converted_of,
+    install,
+    is_carrying,
+    remove,
+)
+from autoquant.nn.float_parts import FloatPart
 from autoquant.nn.fold import fold, fold_checked
-from autoquant.nn.follow import unfollow, watching
+from autoquant.nn.follow import watching
 from autoquant.nn.held import HeldWeight
-from autoquant.nn.modules import QUANTIZED, QuantizedConv2d, quantized_class
+from autoquant.nn.intake import copied
+from autoquant.nn.layouts import layout_of
+from autoquant.nn.modules import QUANTIZED, computing
 from autoquant.nn.operations import operation_of
 from autoquant.nn.packed import PackedSite
-from autoquant.nn.sites import FloatPart, Site, find_sites, layout_of
+from autoquant.nn.sites import Site, find_sites
 from autoquant.nn.slots import SiteSlot
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme
@@ -87,14 +98,14 @@ def prepare(
         folded = fold_checked(model, run, quick)
     sites, float_parts = find_sites(model)
     if not sites:
-        raise ModelFileError(nothing_to_quantize(model))
+        raise ModelFileError(nothing_to_quantize(model, float_parts))
     slots = {}
     for site in sites:
         path, name = site.users[0]
         slot = SiteSlot(site, getattr(model.get_submodule(path), name), engine)
         slots[site.name] = slot
         for path, name in site.users:
-            _convert(model.get_submodule(path), name, slot)
+            _convert(model.get_submodule(path), path, name, slot)
     disable_fast_path(model)
     if run is not None:
         sites, unused = _trace(sites, slots, model, run, follow=bool(engine.backends))
@@ -102,14 +113,14 @@ def prepare(
     return Prepared(model, sites, float_parts, slots, dict(folded or {}), engine)
 
 
-def _convert(module: nn.Module, name: str, slot: SiteSlot) -> None:
-    if "sites" not in vars(module):
+def _convert(module: nn.Module, path: str, name: str, slot: SiteSlot) -> None:
+    known = converted_of(module)
+    if known is None:
         layout = layout_of(module)
         assert layout is not None
-        kept = {"sites": {}, "float_class": type(module), "operation": operation_of(module)}
-        vars(module).update(kept)
-        module.__class__ = quantized_class(type(module), layout.base)
-    vars(module)["sites"][name] = slot
+        install(module, path, {name: slot}, computing(layout.base), operation_of(module))
+    else:
+        known.sites[name] = slot
 
 
 def _trace(
@@ -122,7 +133,7 @@ def _trace(
 ) -> tuple[tuple[Site, ...], tuple[FloatPart, ...]]:
     """Return the sites that ``run`` uses, in order of use, and the unused ones as float parts.
 
-    With ``follow``, ReLUs that follow a layer become a part of it.
+    With ``follow``, layers are told what is expected to follow them.
     """
     order: dict[str, None] = {}
     observed: set[str] = set()
@@ -130,25 +141,39 @@ def _trace(
         slot.read = lambda name=name: order.setdefault(name)
         slot.observe = lambda _, name=name: observed.add(name)
     try:
-        layers = [m for m in model.modules() if vars(m).get("operation") is not None]
-        with torch.no_grad(), watching(layers, model) as lead:
+        layers = [c for c in converted_modules(model) if c.operation is not None]
+        with torch.no_grad(), watching(layers) as followers:
             run(model)
         if follow:
-            lead()
+            followers.settle()
     finally:
         for slot in slots.values():
             slot.read = slot.observe = None
     by_name = {site.name: site for site in sites}
-    used = tuple(replace(by_name[n], activation=n in observed) for n in order)
-    reason = "never used on the calibration data"
-    unused = tuple(FloatPart(s.name, reason, s.numel) for s in sites if s.name not in order)
+    refused = {name: slot.refused for name, slot in slots.items() if slot.refused is not None}
+    used = tuple(replace(by_name[n], activation=n in observed) for n in order if n not in refused)
+    unused = tuple(
+        FloatPart(
+            s.name, refused.get(s.name, "never used on the calibration data"), s.numel, s.numel
+        )
+        for s in sites
+        if s.name not in order or s.name in refused
+    )
     if not used:
         raise ModelFileError(f"none of the {len(sites)} quantizable layers is used by the task")
     return used, unused
 
 
-def nothing_to_quantize(model: nn.Module) -> str:
-    """Return one line that says what a model without sites holds instead."""
+def nothing_to_quantize(model: nn.Module, float_parts: Sequence[FloatPart]) -> str:
+    """Return one line that says what a model without sites holds instead, and why that is none."""
+    reasons: dict[str, list[str]] = {}
+    for part in float_parts:
+        if part.weights:
+            reasons.setdefault(part.reason, []).append(part.name)
+    if reasons:
+        reason, names = max(reasons.items(), key=lambda found: len(found[1]))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"nothing to quantize: {', '.join(names[:3])}{more}: {reason}"
     kinds: dict[str, int] = {}
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -169,8 +194,9 @@ def deploy(
     A module all of whose sites stay in float is again the original layer.
     """
     prepared.reset()
-    model = copy.deepcopy(prepared.model)
+    model = copied(prepared.model)
     by_name = {site.name: site for site in find_converted(prepared)}
+    packed_sites: dict[int, dict[str, PackedSite]] = {}
     for site in by_name.values():
         weight, activation = choices.get(site.name, (None, None))
         packed = None
@@ -179,32 +205,20 @@ def deploy(
             stored = parameter if weight is None else weight
             packed = PackedSite(site.kind, parameter.dtype, stored, activation)
         for path, name in site.users:
-            _pack(model.get_submodule(path), name, packed)
+            module = model.get_submodule(path)
+            if packed is not None:
+                packed_sites.setdefault(id(module), {})[name] = packed
             if shifts and site.name in shifts:
-                _shift(model.get_submodule(path), shifts[site.name])
-    unfollow(model)
-    for module in model.modules():
-        if "float_class" in vars(module):
-            _settle(module)
+                _shift(module, shifts[site.name])
+    # A module's children come first: attention asks whether its own are packed.
+    for module in reversed(list(model.modules())):
+        _settle(module, packed_sites.get(id(module)))
     return model
 
 
 def find_converted(prepared: Prepared) -> tuple[Site, ...]:
     """Return every site that ``prepare`` converted, those that are never used included."""
     return tuple(slot.site for slot in prepared.slots.values())
-
-
-def _pack(module: nn.Module, name: str, packed: PackedSite | None) -> None:
-    """Replace the slot of one parameter by its packed site, or give the parameter back."""
-    del module.__dict__["sites"][name]
-    if packed is None:
-        return
-    held = module.__dict__.setdefault("packed_sites", {})
-    held[name] = packed
-    del module._parameters[name]
-    if isinstance(module, nn.RNNBase):
-        # The list of weights for the fused kernel would keep the float ones alive.
-        module._flat_weights = [None] * len(module._flat_weights)
 
 
 def _shift(module: nn.Module, shift: Tensor) -> None:
@@ -214,27 +228,29 @@ def _shift(module: nn.Module, shift: Tensor) -> None:
     module._parameters["bias"] = nn.Parameter(moved, requires_grad=False)
 
 
-def _settle(module: nn.Module) -> None:
-    """Register the packed sites of a module as its submodules, or make it the original layer."""
-    del module.__dict__["sites"], module.__dict__["operation"]
-    float_class = module.__dict__.pop("float_class")
-    packed = module.__dict__.pop("packed_sites", None)
+def _settle(module: nn.Module, packed: dict[str, PackedSite] | None) -> None:
+    """Make a module carry its packed sites, or make it the original layer again."""
+    converted = converted_of(module)
+    if converted is None:
+        return
+    remove(module)
     # Attention in float would read the weight of its out_proj instead of calling it.
-    calls = isinstance(module, nn.MultiheadAttention) and _is_packed(module.out_proj)
-    if packed is None and not calls:
-        module.__class__ = float_class
-    else:
-        module.sites = nn.ModuleDict(packed or {})
+    calls = isinstance(module, nn.MultiheadAttention) and is_carrying(module.out_proj)
+    if packed is not None or calls:
+        carried = carry(module, converted.path, packed or {}, converted.compute)
+        carried.channels_last = converted.channels_last
 
 
-def _is_packed(module: nn.Module) -> bool:
-    return "packed_sites" in vars(module) or isinstance(
-        getattr(module, "sites", None), nn.ModuleDict
-    )
+def uses_channels_last(model: nn.Module) -> bool:
+    """Return whether ``use_channels_last`` is on."""
+    return any(computed.channels_last for computed in computed_modules(model))
 
 
 def use_channels_last(model: nn.Module, *, on: bool = True) -> None:
-    """Make every 2-d convolution that was converted compute in channels-last memory format."""
-    for module in model.modules():
-        if isinstance(module, QuantizedConv2d):
-            module.channels_last = on
+    """Make every 2-d convolution that was converted compute in channels-last memory format.
+
+    In a model that carries packed sites too.
+    """
+    for computed in computed_modules(model):
+        if isinstance(computed.module, nn.Conv2d):
+            computed.channels_last = on

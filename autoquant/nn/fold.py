@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from autoquant.errors import SpecError
-from autoquant.nn.sites import layout_of
+from autoquant.nn.layouts import layout_of
+from autoquant.nn.leaves import difference
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -197,19 +197,5 @@ def fold_checked(
 
 
 def same_outputs(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
-    """Return whether two outputs (pytrees) agree within ``tolerance`` of their largest number."""
-    left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
-    if len(left) != len(right):
-        return False
-    return all(_same(x, y, tolerance) for x, y in zip(left, right, strict=True))
-
-
-def _same(x: Any, y: Any, tolerance: float) -> bool:
-    if not isinstance(x, Tensor):
-        return bool(x == y)
-    if not isinstance(y, Tensor) or x.shape != y.shape:
-        return False
-    if not x.is_floating_point() or x.numel() == 0:
-        return torch.equal(x, y)
-    scale = max(x.abs().max().item(), 1e-12)
-    return bool((x - y).abs().max().item() <= tolerance * scale)
+    """Return whether two outputs agree within ``tolerance`` of the largest number of a tensor."""
+    return difference(a, b, tolerance) is None

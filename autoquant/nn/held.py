@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.kernels.engine import Engine
-from autoquant.kernels.operation import Operation, Product
+from autoquant.kernels.operation import LINEAR, Operation, Product
 from autoquant.nn.runtime import Rows
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
@@ -63,6 +63,8 @@ class HeldWeight:
                 assert rows is not None
                 self._parts[rows] = self.quantized.rows(*rows)
             part = self._parts[rows]
+            if operation == LINEAR:  # whose weight may lie [in, out]
+                part = part.as_matrix()
             self._products[key] = self.engine.prepare(operation, part, activation, device)
         return self._products[key]
 

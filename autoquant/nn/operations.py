@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from autoquant.kernels.operation import LINEAR, Operation
+from autoquant.nn.layouts import transposed_linear
 
 _CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 
 
 def operation_of(module: nn.Module) -> Operation | None:
     """Return what ``module`` computes, None where no kernel knows it."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or transposed_linear(module) is not None:
         return LINEAR
     for base, kind in _CONVOLUTIONS.items():
         if isinstance(module, base):

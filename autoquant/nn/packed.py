@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoquant.kernels.operation import Clamp, Operation
-from autoquant.nn.runtime import Multiply, Reader, Rows
+from autoquant.kernels.operation import Operation
+from autoquant.nn.runtime import Layer, Multiply, Rows
 from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.affine import QParams, dequantize
 from autoquant.quant.blocks import from_blocks, from_matrix, to_blocks
@@ -27,13 +27,17 @@ class PackedSite(nn.Module):
 
     Buffers: ``packed`` uint8 [channels, bytes], ``scale`` float32 [blocks, 1] and, for asymmetric
     schemes, ``zero_point`` int8 [blocks, 1]; or ``unquantized``, where only the activation is
-    quantized.
+    quantized. ``like`` is an empty parameter: its dtype and device are those of the weight, for
+    code that asks the model's parameters what they are.
     """
+
+    parameter = None
 
     packed: Tensor
     scale: Tensor
     zero_point: Tensor
     unquantized: Tensor
+    like: Tensor
 
     def __init__(
         self,
@@ -43,7 +47,9 @@ class PackedSite(nn.Module):
         activation: ActivationScheme | None,
     ) -> None:
         super().__init__()
-        self.dtype = dtype
+        device = weight.device if isinstance(weight, Tensor) else weight.q.device
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.like = nn.Parameter(like, requires_grad=False)
         self.activation = None if activation is None else ActivationQuantizer(activation, kind)
         self.quantized = isinstance(weight, QuantizedWeight)
         if isinstance(weight, QuantizedWeight):
@@ -64,7 +70,7 @@ class PackedSite(nn.Module):
         if not self.quantized:
             return self.unquantized
         matrix = self._dequantize(unpack(self.packed, self.scheme.bits, self.columns), None)
-        return from_matrix(matrix, self.shape, self.channel_axis).to(self.dtype)
+        return from_matrix(matrix, self.shape, self.channel_axis).to(self.like.dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows of the dequantized weight, dequantizing only those: an embedding."""
@@ -72,7 +78,7 @@ class PackedSite(nn.Module):
             return nn.functional.embedding(indices, self.unquantized)
         flat = indices.reshape(-1)
         q = unpack(self.packed.index_select(0, flat), self.scheme.bits, self.columns)
-        rows = self._dequantize(q, flat).to(self.dtype)
+        rows = self._dequantize(q, flat).to(self.like.dtype)
         return rows.reshape(*indices.shape, self.columns)
 
     def _dequantize(self, q: Tensor, rows: Tensor | None) -> Tensor:
@@ -92,6 +98,18 @@ class PackedSite(nn.Module):
         per_row = numbers.shape[0] // self.packed.shape[0]
         return numbers.reshape(-1, per_row).index_select(0, rows).reshape(-1, 1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedSite:
+        """Move the site; scales stay float32, whatever the dtype of the weight that they give."""
+        scale = self._buffers.get("scale")
+        super()._apply(fn, recurse)
+        if scale is not None and self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def is_float(self, reason: str) -> bool:
+        """Return False: what a saved model carries is quantized."""
+        return False
+
     def bias(self, own: Tensor | None) -> Tensor | None:
         """Return the layer's bias: a saved model's is corrected already."""
         return own
@@ -102,13 +120,10 @@ class PackedSite(nn.Module):
 
     def layer(
         self,
-        operation: Operation | None,
+        layer: Layer,
         x: Tensor,
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
-        clamp: Clamp | None = None,
-        reader: Reader | None = None,
-        gelu: str | None = None,
     ) -> Tensor:
         """Return a layer's output on ``x``; a saved model has its ReLUs as modules."""
         return compute(self.quantize_input(x))

@@ -15,14 +15,16 @@ the reset gate behind the recurrent product).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from autoquant.kernels.engine import Engine
-from autoquant.nn.runtime import Multiply, SiteRuntime
+from autoquant.nn.converted import Converted
+from autoquant.nn.runtime import Multiply
 
 State = tuple[Tensor, ...]
 """What one time step hands to the next: (h,), or (h, c) in an LSTM, each [batch, features]."""
@@ -33,16 +35,21 @@ Step = Callable[[Tensor, State], State]
 Function = Callable[[Tensor], Tensor]
 
 
-class _Sited(nn.Module):
-    """A module that has sites; a weight without one stays in float."""
+class _Sited:
+    """What one call of a layer computes by; a weight without a site stays in float.
 
-    sites: dict[str, SiteRuntime]
+    Nothing of it is an attribute of the layer: a subclass of the user's may have any names.
+    """
+
+    def __init__(self, converted: Converted) -> None:
+        self.layer: Any = converted.module
+        self.sites = converted.sites
 
     def _product(self, name: str) -> Multiply:
         """Return the product with the weight ``name``."""
         if name in self.sites:
             return self.sites[name].linear(None)[0]
-        weight = getattr(self, name)
+        weight = getattr(self.layer, name)
         return lambda x, bias: F.linear(x, weight, bias)
 
     def _engine(self) -> Engine | None:
@@ -137,14 +144,15 @@ def _unroll(
     return outputs, state
 
 
-class _Recurrent(_Sited, nn.RNNBase):
+class _Recurrent(_Sited):
     """What LSTM, GRU and RNN share; a subclass gives its step and the sizes of its states."""
 
     def _input_bias(self, suffix: str) -> Tensor | None:
         """Return the bias of the input projection: both, unless a subclass keeps them apart."""
-        if not self.bias:
+        if not self.layer.bias:
             return None
-        bias: Tensor = getattr(self, f"bias_ih_{suffix}") + getattr(self, f"bias_hh_{suffix}")
+        one, other = (getattr(self.layer, f"bias_{part}_{suffix}") for part in ("ih", "hh"))
+        bias: Tensor = one + other
         return bias
 
     def _step(self, suffix: str) -> Step:
@@ -176,16 +184,16 @@ class _Recurrent(_Sited, nn.RNNBase):
         """
         finals: list[State] = []
         starts = list(zip(*(s.unbind(0) for s in initial), strict=True))
-        for layer in range(self.num_layers):
-            suffixes = [f"l{layer}", f"l{layer}_reverse"][: 2 if self.bidirectional else 1]
+        for layer in range(self.layer.num_layers):
+            suffixes = [f"l{layer}", f"l{layer}_reverse"][: 2 if self.layer.bidirectional else 1]
             outputs = []
             for suffix in suffixes:
                 output, final = self._direction(x, starts[len(finals)], suffix, sizes)
                 outputs.append(output)
                 finals.append(final)
-            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
-            if self.training and self.dropout and layer < self.num_layers - 1:
-                x = F.dropout(x, self.dropout)
+            x = torch.cat(outputs, -1) if self.layer.bidirectional else outputs[0]
+            if self.layer.training and self.layer.dropout and layer < self.layer.num_layers - 1:
+                x = F.dropout(x, self.layer.dropout)
         return x, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _run(
@@ -195,9 +203,9 @@ class _Recurrent(_Sited, nn.RNNBase):
         if isinstance(x, PackedSequence):
             return self._run_packed(x, initial)
         if x.dim() not in (2, 3):
-            raise ValueError(f"{self.mode}: expected a 2-D or 3-D input, got {x.dim()}-D")
+            raise ValueError(f"{self.layer.mode}: expected a 2-D or 3-D input, got {x.dim()}-D")
         batched = x.dim() == 3
-        if batched and self.batch_first:
+        if batched and self.layer.batch_first:
             x = x.transpose(0, 1)
         elif not batched:
             x = x.unsqueeze(1)
@@ -205,13 +213,15 @@ class _Recurrent(_Sited, nn.RNNBase):
             initial = self._zeros(x, x.size(1))
         else:
             if any(s.dim() != 2 + batched for s in initial):
-                raise RuntimeError(f"{self.mode}: input and state must both have a batch, or none")
+                raise RuntimeError(
+                    f"{self.layer.mode}: input and state must both have a batch, or none"
+                )
             if not batched:
                 initial = tuple(s.unsqueeze(1) for s in initial)
         self._check(x, initial, x.size(1))
         output, final = self._layers(x, initial, None)
         if batched:
-            return output.transpose(0, 1) if self.batch_first else output, final
+            return output.transpose(0, 1) if self.layer.batch_first else output, final
         return output.squeeze(1), tuple(s.squeeze(1) for s in final)
 
     def _run_packed(
@@ -233,40 +243,41 @@ class _Recurrent(_Sited, nn.RNNBase):
 
     def _state_sizes(self) -> tuple[int, ...]:
         """Return the number of features of each state."""
-        return (self.hidden_size,)
+        return (self.layer.hidden_size,)
 
     def _zeros(self, x: Tensor, batch: int) -> State:
-        rows = self.num_layers * (2 if self.bidirectional else 1)
+        rows = self.layer.num_layers * (2 if self.layer.bidirectional else 1)
         return tuple(x.new_zeros(rows, batch, size) for size in self._state_sizes())
 
     def _check(self, x: Tensor, initial: State, batch: int) -> None:
-        if x.size(-1) != self.input_size:
+        if x.size(-1) != self.layer.input_size:
             raise RuntimeError(
-                f"{self.mode}: expected {self.input_size} input features, got {x.size(-1)}"
+                f"{self.layer.mode}: expected {self.layer.input_size} input features, "
+                f"got {x.size(-1)}"
             )
-        rows = self.num_layers * (2 if self.bidirectional else 1)
+        rows = self.layer.num_layers * (2 if self.layer.bidirectional else 1)
         for state, size in zip(initial, self._state_sizes(), strict=True):
             if tuple(state.shape) != (rows, batch, size):
                 raise RuntimeError(
-                    f"{self.mode}: expected hidden size {(rows, batch, size)}, "
+                    f"{self.layer.mode}: expected hidden size {(rows, batch, size)}, "
                     f"got {tuple(state.shape)}"
                 )
 
 
-class QuantizedLSTM(_Recurrent, nn.LSTM):
+class QuantizedLSTM(_Recurrent):
     """An LSTM with quantized input, recurrent and projection weights and their inputs."""
 
     def _state_sizes(self) -> tuple[int, ...]:
-        return self.proj_size or self.hidden_size, self.hidden_size
+        return self.layer.proj_size or self.layer.hidden_size, self.layer.hidden_size
 
     def _step(self, suffix: str) -> Step:
         product = self._product(f"weight_hh_{suffix}")
-        if not self.proj_size:
+        if not self.layer.proj_size:
             return _lstm_step(product, None, self._engine())
         down = self._product(f"weight_hr_{suffix}")
         return _lstm_step(product, lambda h: down(h, None), self._engine())
 
-    def forward(  # type: ignore[override]
+    def __call__(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Return (output, (h_n, c_n)) in the shapes of ``nn.LSTM``."""
@@ -277,7 +288,7 @@ class QuantizedLSTM(_Recurrent, nn.LSTM):
 class _OneState(_Recurrent):
     """A recurrent layer whose state is its output."""
 
-    def forward(
+    def __call__(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Return (output, h_n) in the shapes of the float layer."""
@@ -285,33 +296,34 @@ class _OneState(_Recurrent):
         return output, h
 
 
-class QuantizedGRU(_OneState, nn.GRU):  # type: ignore[misc]
+class QuantizedGRU(_OneState):
     """A GRU with quantized input and recurrent weights and their inputs."""
 
     def _input_bias(self, suffix: str) -> Tensor | None:
-        return getattr(self, f"bias_ih_{suffix}") if self.bias else None
+        return getattr(self.layer, f"bias_ih_{suffix}") if self.layer.bias else None
 
     def _step(self, suffix: str) -> Step:
         product = self._product(f"weight_hh_{suffix}")
-        return _gru_step(product, getattr(self, f"bias_hh_{suffix}", None), self._engine())
+        return _gru_step(product, getattr(self.layer, f"bias_hh_{suffix}", None), self._engine())
 
 
-class QuantizedRNN(_OneState, nn.RNN):  # type: ignore[misc]
+class QuantizedRNN(_OneState):
     """An Elman network (tanh or ReLU) with quantized weights and their inputs."""
 
     def _step(self, suffix: str) -> Step:
         product = self._product(f"weight_hh_{suffix}")
-        return _rnn_step(product, torch.relu if self.mode == "RNN_RELU" else torch.tanh)
+        return _rnn_step(product, torch.relu if self.layer.mode == "RNN_RELU" else torch.tanh)
 
 
 # --- cells: one time step called by the user's own loop ----------------------------------------
 
 
-class _Cell(_Sited, nn.RNNCellBase):
+class _Cell(_Sited):
     """What the cells share; a subclass gives its step and how many states it carries."""
 
     def _sum_of_biases(self) -> Tensor | None:
-        return self.bias_ih + self.bias_hh if self.bias_ih is not None else None
+        bias: Tensor | None = self.layer.bias_ih
+        return None if bias is None else bias + self.layer.bias_hh
 
     def _advance(self, x: Tensor, state: State, bias: Tensor | None, step: Step) -> State:
         """Return the state after ``x`` ([batch, features] or [features], like the states)."""
@@ -324,13 +336,13 @@ class _Cell(_Sited, nn.RNNCellBase):
         return tuple(s.squeeze(0) for s in step(projected.unsqueeze(0), state))
 
     def _zero(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.hidden_size)
+        return x.new_zeros(*x.shape[:-1], self.layer.hidden_size)
 
 
-class QuantizedLSTMCell(_Cell, nn.LSTMCell):
+class QuantizedLSTMCell(_Cell):
     """An LSTM cell with quantized weights and inputs."""
 
-    def forward(
+    def __call__(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (h, c) in the shapes of ``nn.LSTMCell``."""
@@ -340,22 +352,22 @@ class QuantizedLSTMCell(_Cell, nn.LSTMCell):
         return h, c
 
 
-class QuantizedGRUCell(_Cell, nn.GRUCell):
+class QuantizedGRUCell(_Cell):
     """A GRU cell with quantized weights and inputs."""
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h in the shape of ``nn.GRUCell``'s."""
         state = (hx if hx is not None else self._zero(input),)
-        step = _gru_step(self._product("weight_hh"), self.bias_hh, self._engine())
-        return self._advance(input, state, self.bias_ih, step)[0]
+        step = _gru_step(self._product("weight_hh"), self.layer.bias_hh, self._engine())
+        return self._advance(input, state, self.layer.bias_ih, step)[0]
 
 
-class QuantizedRNNCell(_Cell, nn.RNNCell):
+class QuantizedRNNCell(_Cell):
     """An Elman cell (tanh or ReLU) with quantized weights and inputs."""
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h in the shape of ``nn.RNNCell``'s."""
         state = (hx if hx is not None else self._zero(input),)
-        activation = torch.relu if self.nonlinearity == "relu" else torch.tanh
+        activation = torch.relu if self.layer.nonlinearity == "relu" else torch.tanh
         step = _rnn_step(self._product("weight_hh"), activation)
         return self._advance(input, state, self._sum_of_biases(), step)[0]

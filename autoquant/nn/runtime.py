@@ -7,7 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from autoquant.kernels.operation import Clamp, Operation
+from autoquant.kernels.operation import Operation
+from autoquant.nn.layer_output import After
 from autoquant.spec.recipe import ActivationScheme
 
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
@@ -18,16 +19,39 @@ Rows = tuple[int, int] | None
 """Output channels of a weight: from, to; None for all."""
 
 
-class Reader(Protocol):
-    """A layer that may take its input as the integers that it would make of it."""
+class Layer(Protocol):
+    """What a site has to know of the layer that asks it."""
+
+    @property
+    def operation(self) -> Operation | None:
+        """What the layer does with weight and bias, so that a kernel can stand in for it.
+
+        None where it is nothing that a kernel knows.
+        """
+        ...
+
+    @property
+    def after(self) -> After:
+        """The ReLU or GELU that is expected to follow."""
+        ...
+
+    @property
+    def reader(self) -> Layer | None:
+        """The layer that alone is expected to read the output after that."""
+        ...
 
     def reads(self) -> ActivationScheme | None:
-        """Return the scheme of these integers; None where it wants real numbers."""
+        """Return the scheme whose integers the layer takes; None where it wants real numbers."""
         ...
 
 
 class SiteRuntime(Protocol):
     """Gives a converted module its weight, and computes what that weight is multiplied with."""
+
+    @property
+    def parameter(self) -> Tensor | None:
+        """The parameter whose place the site takes; None in a saved model."""
+        ...
 
     @property
     def weight(self) -> Tensor:
@@ -44,21 +68,16 @@ class SiteRuntime(Protocol):
 
     def layer(
         self,
-        operation: Operation | None,
+        layer: Layer,
         x: Tensor,
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
-        clamp: Clamp | None = None,
-        reader: Reader | None = None,
-        gelu: str | None = None,
     ) -> Tensor:
-        """Return a layer's output on ``x``; ``compute`` gives it from the quantized activation.
+        """Return a layer's output on ``x``; ``compute`` gives it from the quantized activation."""
+        ...
 
-        ``operation`` says what ``compute`` does with weight and bias, so that a kernel can stand
-        in for it; None where it is nothing that a kernel knows. ``clamp`` is a ReLU that follows,
-        ``gelu`` the approximation of a GELU that does, and ``reader`` the layer that alone reads
-        the output after that.
-        """
+    def is_float(self, reason: str) -> bool:
+        """Return whether nothing is quantized, and note why nothing can be."""
         ...
 
     def reads(self, operation: Operation | None) -> ActivationScheme | None:

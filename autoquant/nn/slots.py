@@ -12,14 +12,14 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoquant.kernels.engine import FLOAT, Engine
+from autoquant.kernels.engine import FLOAT, Engine, recorded
 from autoquant.kernels.layout import contiguous_stride, is_channels_last
-from autoquant.kernels.operation import LINEAR, Clamp, Operation, Product, is_chainable
-from autoquant.nn.follow import clamp_, mark
+from autoquant.kernels.operation import LINEAR, Chainable, Operation, Product, is_chainable
 from autoquant.nn.held import HeldWeight
-from autoquant.nn.quantized_output import QuantizedOutput, as_real
-from autoquant.nn.runtime import Multiply, Reader, Rows
+from autoquant.nn.layer_output import After, LayerOutput, as_real
+from autoquant.nn.runtime import Layer, Multiply, Rows
 from autoquant.nn.sites import Site
+from autoquant.quant.activation import wants_gradient
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
 
 Listen = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], Rows], Tensor]
@@ -33,10 +33,10 @@ class SiteSlot:
     input before that, and ``read`` is told when the weight is used. ``probe`` stands between the
     input and a float layer, and ``offset`` [channels] is added to the bias of one: gradients of
     both say how much the site matters. ``listen`` (input, output, compute, rows) stands behind a
-    float layer instead, where ``compute`` (input) is the layer without its clamp, on ``rows`` of
-    the weight; while ``stand_in`` is set, it computes with that weight and bias. ``choice`` names
-    what the slot was switched to, None where that has no name; ``used`` is told before anything
-    depends on it.
+    float layer instead, where ``compute`` (input) is the layer, on ``rows`` of the weight; while
+    ``stand_in`` is set, it computes with that weight and bias. ``choice`` names what the slot was
+    switched to, None where that has no name; ``used`` is told before anything depends on it.
+    ``refused`` says what the model's code did that a quantized weight can't have.
     """
 
     def __init__(self, site: Site, parameter: nn.Parameter, engine: Engine) -> None:
@@ -53,6 +53,7 @@ class SiteSlot:
         self.read: Callable[[], None] | None = None
         self.choice: SiteRecipe | None = FLOAT_SITE
         self.used: Callable[[], None] | None = None
+        self.refused: str | None = None
 
     def use(self) -> None:
         """Say that what follows depends on ``choice``; every way to compute calls this first."""
@@ -69,6 +70,11 @@ class SiteSlot:
         self.held = held
         self.activation = activation
         self.choice = None
+
+    def is_float(self, reason: str) -> bool:
+        """Return whether nothing is quantized here, and note why nothing can be."""
+        self.refused = reason
+        return self.held is None and self.activation is None
 
     @property
     def weight(self) -> Tensor:
@@ -100,6 +106,9 @@ class SiteSlot:
         """Return the activation to compute with."""
         self.use()
         if self.observe is not None:
+            if recorded():
+                self.refused = "runs inside a transform of torch.func or a trace of torch.jit"
+                return x
             self.observe(x)
         if self.probe is not None:
             x = self.probe(x)
@@ -109,29 +118,26 @@ class SiteSlot:
 
     def layer(
         self,
-        operation: Operation | None,
+        layer: Layer,
         x: Tensor,
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
-        clamp: Clamp | None = None,
-        reader: Reader | None = None,
-        gelu: str | None = None,
     ) -> Tensor:
-        """Return a layer's output on ``x``, by a kernel or by ``compute``, clamped and marked."""
+        """Return a layer's output on ``x``, by a kernel or by ``compute``."""
         start = time.perf_counter()
-        product = None if operation is None else self._product(operation, None)
+        product = None
+        if layer.operation is not None and not wants_gradient(x):
+            product = self._product(layer.operation, None)
         if product is not None:
             self._tell()
-            y = _run(product, x, bias, clamp, reader, gelu)
+            y = _run(product, x, bias, layer)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
-                return y if clamp is None else mark(y, clamp)
+                return y
         x = self.quantize_input(as_real(x))
         y = compute(x)
         if self.listen is not None:
             y = self.listen(x, y, compute, None)
-        if clamp is not None:
-            y = mark(clamp_(y, clamp), clamp)
         self.engine.note(FLOAT, time.perf_counter() - start)
         return y
 
@@ -147,7 +153,7 @@ class SiteSlot:
         if not is_chainable(product) or product.reads is None:
             return x
         q = product.stored(x)
-        return x if q is None else QuantizedOutput.of(q, q, product.reads, lambda _: x, x.stride())
+        return x if q is None else LayerOutput.of(q, q, product.reads, lambda *_: x, x.stride())
 
     def linear(self, *parts: Rows) -> tuple[Multiply, ...]:
         """Return the products with the weight, a matrix: with each of some of its rows."""
@@ -158,7 +164,7 @@ class SiteSlot:
         self, product: Product | None, rows: Rows, x: Tensor, bias: Tensor | None
     ) -> Tensor:
         start = time.perf_counter()
-        if product is not None:
+        if product is not None and not wants_gradient(x):
             y = product(x, bias)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
@@ -176,38 +182,49 @@ class SiteSlot:
 
     def _product(self, operation: Operation, rows: Rows) -> Product | None:
         """Return the kernel for one use of the weight; whoever observes needs the input itself."""
-        if self.held is None or self.observe is not None or not self.engine.fast:
+        if self.held is None or self.observe is not None or not self.engine.fast or recorded():
             return None
         return self.held.product(operation, self.activation, rows, self.parameter.device)
 
 
-def _run(
-    product: Product,
-    x: Tensor,
-    bias: Tensor | None,
-    clamp: Clamp | None,
-    reader: Reader | None,
-    gelu: str | None,
-) -> Tensor | None:
-    """Return the output of ``product``, as integers where its reader takes these; or None."""
-    wanted = None if reader is None else reader.reads()
-    q: Tensor | None = None
-    if isinstance(x, QuantizedOutput):
-        fits = x.gelu is None and not x.written
-        if fits and is_chainable(product) and product.reads == x.scheme and product.takes(x.q):
-            q = x.q
-        else:
-            x = x.dequantized()
-    if not is_chainable(product) or (q is None and wanted is None):
-        return product(x, bias, clamp)
+def _run(product: Product, x: Tensor, bias: Tensor | None, layer: Layer) -> Tensor | None:
+    """Return the output of ``product``; what is expected to follow is computed with it.
+
+    None where the product can't be computed.
+    """
+    wanted = None if layer.reader is None else layer.reader.reads()
+    after = layer.after
+    q = x.integers if isinstance(x, LayerOutput) else None
+    if q is not None:
+        assert isinstance(x, LayerOutput)
+        if not (is_chainable(product) and product.reads == x.scheme and product.takes(q)):
+            q = None
+    last = x.channels_last if isinstance(x, LayerOutput) else is_channels_last(x)
+    if q is None:
+        x = as_real(x)
+    ahead = wanted is not None or isinstance(after, tuple)
+    if not is_chainable(product) or (q is None and not ahead):
+        return product(x, bias)
     known = product.stored(x) if q is None else q
     if known is None:
-        return product(x, bias, clamp)
-    last = x.channels_last if isinstance(x, QuantizedOutput) else is_channels_last(x)
+        return product(x, bias)
+    compute = functools.partial(_real, product, bias, last)
     if wanted is not None:
+        clamp, gelu = (after, None) if isinstance(after, tuple) else (None, after)
         found = product.handed(known, bias, clamp, wanted, gelu)
         if found is not None:
-            real = functools.partial(product.real, bias=bias, clamp=clamp, channels_last=last)
             stride = found.stride() if last else contiguous_stride(found.shape)
-            return QuantizedOutput.of(found, known, wanted, real, stride, gelu)
-    return product.real(known, bias, clamp, last)
+            return LayerOutput.of(found, known, wanted, compute, stride, after)
+    if isinstance(after, tuple):
+        y = compute(known, after)
+        return LayerOutput.of(y, known, None, compute, y.stride(), after)
+    return compute(known, None)
+
+
+def _real(
+    product: Chainable, bias: Tensor | None, channels_last: bool, source: Tensor, after: After
+) -> Tensor:
+    """Return the real numbers of a layer's output, and of what is done with it."""
+    clamp = after if isinstance(after, tuple) else None
+    y = product.real(source, bias, clamp, channels_last)
+    return F.gelu(y, approximate=after) if isinstance(after, str) else y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from autoquant.quant.affine import (
@@ -10,6 +11,7 @@ from autoquant.quant.affine import (
     fake_quantize,
     fake_quantize_scalar,
 )
+from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
 
 
@@ -27,8 +29,33 @@ class ActivationQuantizer:
         return fake_quantize_activation(x, self.scheme, self.kind)
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Return whether what is computed of ``tensors`` must have a gradient by one of them.
+
+    Some models differentiate in forward: forces are the gradient of an energy by positions.
+    """
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def fake_quantize_activation(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
-    """Return ``x``, which a layer of ``kind`` multiplies, quantized and dequantized."""
+    """Return ``x``, which a layer of ``kind`` multiplies, quantized and dequantized.
+
+    Where a gradient is wanted it is the straight-through one: that of the identity, 0 where ``x``
+    is clipped (Bengio et al. 2013, arXiv 1308.3432), as torch.fake_quantize_per_tensor_affine has
+    it: what rounds to an end of the grid is not clipped.
+    """
+    if not wants_gradient(x):
+        return _fake_quantize(x, scheme, kind)
+    within = x
+    if scheme.scale is not None:
+        grid, zero_point = FORMATS[scheme.bits], scheme.zero_point or 0
+        ends = (grid.qmin - zero_point - 0.5, grid.qmax - zero_point + 0.5)
+        within = x.clamp(*(end * scheme.scale for end in ends))
+    # The difference is 0: it adds a gradient and no number.
+    return _fake_quantize(x.detach(), scheme, kind) + (within - within.detach())
+
+
+def _fake_quantize(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
     if scheme.scale is not None:
         return fake_quantize_scalar(x, scheme.scale, scheme.zero_point or 0, scheme.bits)
     if x.numel() == 0:

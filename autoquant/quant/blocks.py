@@ -20,8 +20,8 @@ def matrix_shape(shape: tuple[int, ...], channel_axis: int) -> tuple[int, int]:
 
 
 def to_matrix(weight: Tensor, channel_axis: int) -> Tensor:
-    """Return ``weight`` as a matrix [channels, rest]."""
-    return weight.movedim(channel_axis, 0).reshape(weight.shape[channel_axis], -1)
+    """Return ``weight`` as a matrix [channels, rest], contiguous however the weight lies."""
+    return weight.movedim(channel_axis, 0).reshape(weight.shape[channel_axis], -1).contiguous()
 
 
 def from_matrix(matrix: Tensor, shape: tuple[int, ...], channel_axis: int) -> Tensor:

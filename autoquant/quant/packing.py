@@ -60,8 +60,9 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         start += size
         shift += width
     assert q is not None
-    # Unsigned arithmetic wraps around, so the bits are those of the signed difference.
-    return (q - (1 << (bits - 1))).view(torch.int8)
+    # Unsigned arithmetic wraps around, so the bits are those of the signed difference, which the
+    # conversion keeps. torch.jit can't trace a view of another type.
+    return (q - (1 << (bits - 1))).to(torch.int8)
 
 
 def _unpack_field(packed: Tensor, width: int) -> Tensor:

@@ -34,6 +34,11 @@ class QuantizedWeight:
         """Return the real numbers in the weight's own shape."""
         return from_matrix(self.matrix(), self.shape, self.channel_axis).to(dtype)
 
+    def as_matrix(self) -> QuantizedWeight:
+        """Return the same weight laid out [output channels, everything else]."""
+        shape = (self.q.shape[0], self.q.shape[1])
+        return QuantizedWeight(self.q, self.qparams, self.scheme, shape, 0)
+
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Return the output channels ``start`` … ``stop`` as a weight of their own."""
         p = self.qparams

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.libraries import unchanged
+from autoquant.models.direction import in_words
 from autoquant.search.ledger import REASON
 from autoquant.search.trials import measured
 from autoquant.spec.costs import LatencyEvidence, describe_seconds
@@ -19,7 +21,7 @@ with unchanged():
     from rich.table import Table
 
 if TYPE_CHECKING:
-    from autoquant.nn.sites import FloatPart
+    from autoquant.nn.float_parts import FloatPart
     from autoquant.search.preflight import Preflight
     from autoquant.search.pricing import LatencyCheck
     from autoquant.search.why import Why
@@ -56,6 +58,14 @@ def megabytes(size: float) -> str:
 def plain_number(value: float) -> str:
     """Return a metric's number, short."""
     return f"{value:.4f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.4g}"
+
+
+def describe_bits(average: float, layers: float) -> str:
+    """Return the average width of all weights, and that of the layers alone where it differs."""
+    said = f"{average:.3f} average weight bits"
+    if math.isclose(average, layers):
+        return said
+    return f"{said} ({layers:.3f} in the recipe's layers; other weights stay in float)"
 
 
 def describe_weight(site: SiteRecipe) -> str:
@@ -212,7 +222,11 @@ def best_columns(trial: FrozenTrial | None) -> dict[str, str]:
 def preflight_lines(found: Preflight) -> Iterator[str]:
     """Yield what the preflight found: the float metric, the layers, and what stays in float."""
     samples = ", ".join(f"{n} to {what}" for what, n in found.samples.items() if n)
-    yield f"float {found.metric} {plain_number(found.value)} ({samples or 'measured by the task'})"
+    yield (
+        f"float {found.metric} {plain_number(found.value)}, {in_words(found.higher_is_better)} "
+        f"({samples or 'measured by the task'})"
+    )
+    yield from (f"warning: {warning}" for warning in found.warnings)
     kinds: dict[str, int] = {}
     for site in found.sites:
         kinds[site.layer] = kinds.get(site.layer, 0) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from autoquant.models.direction import in_words
 from autoquant.models.metrics import METRICS
 from autoquant.report.tables import plain_number
 from autoquant.spec.recipe import Evidence
@@ -66,8 +67,9 @@ def reported_line(evidence: Evidence) -> str:
             f"{plain_number(seen.quantized)}, drop {plain_number(seen.drop)}"
         )
     return (
-        f"{evidence.metric}: float {plain_number(found.baseline)}, quantized "
-        f"{plain_number(found.quantized)}, drop {plain_number(found.drop)} ({where})"
+        f"{evidence.metric} ({in_words(evidence.higher_is_better)}): float "
+        f"{plain_number(found.baseline)}, quantized {plain_number(found.quantized)}, "
+        f"drop {plain_number(found.drop)} ({where})"
     )
 
 

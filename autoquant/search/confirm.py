@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial
@@ -16,6 +16,7 @@ from autoquant.models.metrics import MetricInfo, drop
 from autoquant.models.noninferiority import drop_interval, judge
 from autoquant.search.goal import Goal, Measurement
 from autoquant.search.params import ParameterMap
+from autoquant.search.schedule import Schedule
 from autoquant.search.session import Session
 from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult, choices_key
@@ -43,6 +44,10 @@ class Finalist:
         return self.recipe.evidence.reported
 
 
+def _always(_: str) -> bool:
+    return True
+
+
 def confirm(
     session: Session,
     mapping: ParameterMap,
@@ -50,6 +55,7 @@ def confirm(
     trials: Sequence[FrozenTrial],
     seed: int,
     rival: FrozenTrial | None = None,
+    schedule: Schedule | None = None,
 ) -> tuple[Finalist, list[Finalist]]:
     """Measure finalists until the choice is sure; return the choice and all that were measured.
 
@@ -64,9 +70,16 @@ def confirm(
     nothing there: it is luck, of which the best of many has most. The choice is measured
     once more by the reference, so that whoever loads what is written finds the very numbers that
     are reported. The verdict is that of a single test: it is not corrected for the up to FINALISTS
-    recipes that were looked at. Raises TrialError where every finalist fails.
+    recipes that were looked at. Where the ``schedule`` has no time for all finalists, the safest
+    are measured, and how sure a drop is may be left open. Raises TrialError where every finalist
+    fails.
     """
-    jury = _Jury(session, mapping, goal, seed)
+    if schedule is not None:
+        fit = schedule.finalists(len(trials))
+        # With a budget the best come first, else the smallest, and the safest last.
+        trials = trials[:fit] if goal.budgeted else trials[len(trials) - fit :]
+        rival = rival if any(rival is trial for trial in trials) else None
+    jury = _Jury(session, mapping, goal, seed, schedule)
     if goal.budgeted:
         return _within_budget(jury, trials, rival)
     return _within_drop(jury, trials, rival)
@@ -75,7 +88,15 @@ def confirm(
 class _Jury:
     """Measures finalists, each once: in turn, or the incumbent before its turn."""
 
-    def __init__(self, session: Session, mapping: ParameterMap, goal: Goal, seed: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        mapping: ParameterMap,
+        goal: Goal,
+        seed: int,
+        schedule: Schedule | None = None,
+    ) -> None:
+        self.schedule = schedule
         self.session = session
         self.mapping = mapping
         self.goal = goal
@@ -92,7 +113,15 @@ class _Jury:
             return self._heard[key]
         found = None
         try:
-            found = confirm_one(self.session, sites, self.goal, self.seed, trial.number)
+            # Against the clock it is only said of the choice how sure its drop is.
+            found = confirm_one(
+                self.session,
+                sites,
+                self.goal,
+                self.seed,
+                trial.number,
+                lambda _: self.schedule is None,
+            )
             self.done.append(found)
         except TrialError as error:
             self._reason = str(error)
@@ -104,7 +133,12 @@ class _Jury:
         try:
             with self.session.prepared.engine.reference():
                 found = confirm_one(
-                    self.session, finalist.recipe.sites, self.goal, self.seed, finalist.trial
+                    self.session,
+                    finalist.recipe.sites,
+                    self.goal,
+                    self.seed,
+                    finalist.trial,
+                    _always if self.schedule is None else self.schedule.affords_interval,
                 )
         except TrialError as error:
             self._dismiss(finalist, error)
@@ -145,7 +179,7 @@ class _Jury:
         assert metric is not None
         worse = finalist.result.drop - rival.result.drop
         one, two = rival.reading.evidence, finalist.reading.evidence
-        if one is None or two is None:
+        if one is None or two is None or not self._compares():
             return worse > self.goal.max_drop
         found = drop_interval(one, two, metric, self.seed)
         return judge(one, two, metric, self.goal.max_drop, worse, found).outcome == FAIL
@@ -167,8 +201,12 @@ class _Jury:
         more = drop(one.metric, one.evidence.score(), two.evidence.score())
         return more <= self._error(one.evidence, two.evidence, one.metric)
 
+    def _compares(self) -> bool:
+        """Return whether there is time to say how sure the difference of two finalists is."""
+        return self.schedule is None or self.schedule.affords_comparison()
+
     def _error(self, one: Samples | None, two: Samples | None, metric: MetricInfo) -> float:
-        if one is None or two is None:
+        if one is None or two is None or not self._compares():
             return 0.0
         found = drop_interval(one, two, metric, self.seed).standard_error
         return 0.0 if math.isnan(found) else found
@@ -253,17 +291,26 @@ def confirm_one(
     goal: Goal,
     seed: int,
     number: int = -1,
+    sure: Callable[[str], bool] = _always,
 ) -> Finalist:
-    """Measure one recipe on both splits, with an interval, and return it with its evidence."""
-    m, reading, done = session.measure(sites, "search")
-    result, interval = _result(session, "search", m.drop, reading, seed)
-    splits = [result]
-    base = session.evaluator.baseline(session.model, "search")
+    """Measure one recipe on both splits, and return it with its evidence.
+
+    ``sure`` says of which split the evidence is to tell how sure the drop is.
+    """
+    m, searched, done = session.measure(sites, "search")
+    base, reading = session.evaluator.baseline(session.model, "search"), searched
+    splits: list[SplitResult] = []
     if session.evaluator.confirms:
         base = session.baseline("confirm")
         confirmed, reading, _ = session.measure(sites, "confirm")
-        result, interval = _result(session, "confirm", confirmed.drop, reading, seed)
+        result, interval = _result(
+            session, "confirm", confirmed.drop, reading, seed, sure("confirm")
+        )
         splits.append(result)
+    other, its = _result(session, "search", m.drop, searched, seed, sure("search"))
+    splits.insert(0, other)
+    if len(splits) == 1:
+        result, interval = other, its
     metric = session.evaluator.metric
     assert metric is not None
     verdict: Verdict | None = None
@@ -280,6 +327,7 @@ def confirm_one(
         session.sizes.float_size_bytes,
         *_costs(session, m),
         verdict,
+        session.sizes.layer_bits(done) if session.sizes.rest_weights else None,
     )
     recipe = Recipe(done, session.identity, evidence, session.prepared.folded, seed)
     holds = evidence.reported.drop <= goal.max_drop + 1e-12
@@ -298,14 +346,14 @@ def _costs(
 
 
 def _result(
-    session: Session, split: str, drop: float, reading: Reading, seed: int
+    session: Session, split: str, drop: float, reading: Reading, seed: int, sure: bool
 ) -> tuple[SplitResult, Interval]:
-    """Return what a split gave, and how sure its drop is."""
+    """Return what a split gave and, where asked for and known, how ``sure`` its drop is."""
     baseline = session.evaluator.baseline(session.model, split)
     metric = session.evaluator.metric
     assert metric is not None
     found = UNKNOWN
-    if reading.evidence is not None and baseline.evidence is not None:
+    if sure and reading.evidence is not None and baseline.evidence is not None:
         found = drop_interval(baseline.evidence, reading.evidence, metric, seed)
     ends = (found.low, found.high) if found.known else None
     return SplitResult(reading.samples, baseline.value, reading.value, drop, ends), found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.trial import FrozenTrial, TrialState
 
-from autoquant.errors import StudyError, TrialError
+from autoquant.errors import StudyError, TrialError, UserError
 from autoquant.search.goal import ROUNDING, Goal, Measurement
 from autoquant.search.ledger import MEASURED, REASON, Ledger, finished
 from autoquant.search.params import ParameterMap
@@ -22,6 +22,7 @@ from autoquant.spec.recipe import SiteRecipe
 if TYPE_CHECKING:
     from autoquant.measure.evaluator import Watch
     from autoquant.search.samplers import Proposer
+    from autoquant.search.schedule import Schedule
 
 FAILURES = 10
 """Failed trials in a row that end a search."""
@@ -53,10 +54,10 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Stop:
-    """When a search ends: so many trials in the study, or so many seconds from now."""
+    """When the trials end: with so many in the study, or where the schedule has no room for one."""
 
     trials: int | None
-    seconds: float | None
+    schedule: Schedule | None = None
     enough: Callable[[list[FrozenTrial]], str | None] | None = None
     """Says in one line that a study is done, None as long as it is not."""
 
@@ -80,17 +81,19 @@ def run_trials(
     Raises StudyError where ten trials in a row failed, naming the reason, and whatever the
     ledger raises; KeyboardInterrupt passes through with the trial in flight dropped.
     """
-    started = time.monotonic()
     trials = ledger.trials()
     failures = _failures(trials)
     best = best_trial(trials)
     # Counted anew each time: other workers may add trials to the same study.
     while (number := len(ledger.trials())) < (math.inf if stop.trials is None else stop.trials):
-        if stop.seconds is not None and time.monotonic() - started >= stop.seconds:
+        if stop.schedule is not None and stop.schedule.late():
             return None
         if stop.enough is not None and (reason := stop.enough(ledger.trials())) is not None:
             return reason
+        began = time.monotonic()
         trial = _run_one(ledger, mapping, proposer, goal, measure, listener, number, price)
+        if stop.schedule is not None:
+            stop.schedule.trial(time.monotonic() - began)
         failures = failures + 1 if trial.state == TrialState.FAIL else 0
         if better(trial, best):
             best = trial
@@ -144,7 +147,11 @@ def _run_one(
 
 
 def _write(ledger: Ledger, proposer: Proposer, trial: FrozenTrial, number: int) -> FrozenTrial:
-    trial = proposer.told(trial)
+    try:
+        trial = proposer.told(trial)
+    except UserError:
+        ledger.add(trial)  # what was measured is kept, whatever the sampler makes of it
+        raise
     ledger.add(trial)
     trial.number = number
     return trial

@@ -73,7 +73,7 @@ def make_goal(session: Session, options: Options, found: Preflight) -> Goal:
     table, limit = session.costs.latency, options.max_latency
     base = 1.0 if table is None else table.float_seconds
     return Goal(
-        parse_max_drop(options.max_drop).absolute(metric, found.value),
+        parse_max_drop(options.most_drop).absolute(metric, found.value),
         size,
         options.bits,
         None if options.size is None else parse_size(options.size, size),

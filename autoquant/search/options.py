@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant.errors import UserError
-from autoquant.spec.costs import OBJECTIVES
+from autoquant.spec.costs import OBJECTIVES, average_bits
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.space import SiteSpace
 
+MAX_DROP = "1%"
+"""The maximum drop of a search that is told none."""
 AUTO = "auto"
 """As many trials as it takes; see ``enough``."""
 TRIALS = 60
@@ -25,10 +27,11 @@ class Options:
     """The options of one search; ``trials`` None means as many as ``timeout`` seconds allow, and
     AUTO as many as it takes.
 
-    ``memory`` is the size that results of layers may take, "0" for none, None for the default.
+    ``max_drop`` None is MAX_DROP, which nobody asked for where there is a budget. ``memory`` is the
+    size that results of layers may take, "0" for none, None for the default.
     """
 
-    max_drop: str = "1%"
+    max_drop: str | None = None
     bits: float | None = None
     size: str | None = None
     trials: int | str | None = None
@@ -41,6 +44,11 @@ class Options:
     backend: str = "auto"
     prune: bool = True
     memory: str | None = None
+
+    @property
+    def most_drop(self) -> str:
+        """The maximum drop, asked for or not."""
+        return MAX_DROP if self.max_drop is None else self.max_drop
 
     @property
     def asks_latency(self) -> bool:
@@ -145,17 +153,23 @@ def check(options: Options) -> None:
 
 
 def check_budget(
-    bits: float | None, spaces: Mapping[str, SiteSpace], numel: Mapping[str, int]
+    bits: float | None, spaces: Mapping[str, SiteSpace], numel: Mapping[str, int], rest: int = 0
 ) -> None:
-    """Raise UserError where the narrowest recipe of the space is wider than ``bits``."""
+    """Raise UserError where the narrowest recipe of the space is wider than ``bits``.
+
+    ``rest`` weights stay in float, beside those of ``spaces``.
+    """
     if bits is None:
         return
-    total = sum(numel.values())
-    least = sum(numel[name] * narrowest(space) for name, space in spaces.items()) / total
+    widths = [(numel[name], narrowest(space)) for name, space in spaces.items()]
+    least = average_bits(widths, rest)
     if least > bits + 1e-9:
+        share = rest / (rest + sum(numel.values()))
+        floats = f", for {share:.0%} of the weights stay in float" if rest else ""
         raise UserError(
-            f"--bits {bits:g}: the space's narrowest recipe has {least:.4g} average weight bits; "
-            f"give --bits {math.ceil(least * 100) / 100:g} or more, or a space with fewer bits"
+            f"--bits {bits:g}: the space's narrowest recipe has {least:.4g} average weight bits"
+            f"{floats}; give --bits {math.ceil(least * 100) / 100:g} or more, or a space with "
+            "fewer bits"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +13,23 @@ import torch
 
 from autoquant.errors import TaskError, TrialError, UserError
 from autoquant.methods.realize import CACHE_BYTES
+from autoquant.models.chance import chance_level
 from autoquant.models.evidence import FunctionEvidence
+from autoquant.models.metrics import drop
 from autoquant.models.rereading import check_rereads
-from autoquant.models.usercode import describe
+from autoquant.models.sample_statistics import class_count
+from autoquant.models.usercode import guarded
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.convert import deploy
-from autoquant.nn.fold import same_outputs
-from autoquant.nn.sites import FloatPart, Site
+from autoquant.nn.float_parts import FloatPart
+from autoquant.nn.intake import copied
+from autoquant.nn.leaves import difference, frozen, leaves, leaves_differ
+from autoquant.nn.sites import Site
 from autoquant.search.pricing import LatencyReport
+from autoquant.search.repeats import first_to_differ
 from autoquant.search.session import Session
 from autoquant.search.uniform import uniform
+from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SiteSpace
 
 REPEATS = 1e-4
@@ -32,7 +38,11 @@ REPEATS = 1e-4
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found: the float metric, the layers, and what stays in float with its share."""
+    """What was found: the float metric, the layers, and what stays in float with its share.
+
+    ``parameters`` counts buffers that are weights too. ``warnings`` are lines on what makes a
+    search pointless, though nothing fails.
+    """
 
     metric: str
     value: float
@@ -43,6 +53,8 @@ class Preflight:
     seconds: float
     notes: tuple[str, ...]
     latency: LatencyReport | None = None
+    higher_is_better: bool = True
+    warnings: tuple[str, ...] = ()
 
     def share(self, part: FloatPart) -> float:
         """Return the share of the model's parameters that ``part`` holds."""
@@ -67,7 +79,8 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     _check_round_trip(session, spaces)
     _check_memory(session, max(process.memory_info().rss - before, 0))
     assert session.evaluator.metric is not None
-    parameters = sum(p.numel() for p in session.model.parameters())
+    held = session.prepared
+    parameters = sum(s.numel for s in held.sites) + sum(p.parameters for p in held.float_parts)
     return Preflight(
         session.evaluator.metric.name,
         reading.value,
@@ -77,18 +90,38 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
         parameters,
         reading.seconds,
         (*session.splits.notes, *session.prepared.engine.notes),
+        higher_is_better=session.evaluator.metric.higher_is_better,
+        warnings=_no_better_than_chance(session, reading.value),
+    )
+
+
+def _no_better_than_chance(session: Session, value: float) -> tuple[str, ...]:
+    """Return a warning where the float model knows no more than a constant answer does."""
+    metric, pairs = session.evaluator.metric, session.splits.search
+    if metric is None or not pairs or not isinstance(session.task.metric, str):
+        return ()
+    classes = None
+    if metric.name == "perplexity":
+        with torch.no_grad():
+            classes = class_count(
+                session.evaluator.outputs(session.model, pairs[0][0]), pairs[0][1]
+            )
+    chance = chance_level(metric.name, [targets for _, targets in pairs], classes)
+    if chance is None or drop(metric, value, chance.value) > 0:
+        return ()
+    return (
+        f"the float model's {metric.name} is {value:.4g}, no better than {chance.answer} "
+        f"({chance.value:.4g}): is it trained, and are its inputs prepared as it was trained on?",
     )
 
 
 def _run(session: Session, model: torch.nn.Module, inputs: Any) -> Any:
     """Return the outputs of one batch; TrialError where the user's code fails."""
-    try:
-        with torch.no_grad():
-            return session.evaluator.run(model, inputs)
-    except UserError:
-        raise
-    except Exception as error:
-        raise TrialError(f"forward failed: {describe(error, session.task.source)}") from error
+    with (
+        guarded(lambda reason: TrialError(f"forward failed: {reason}"), session.task.source),
+        torch.no_grad(),
+    ):
+        return session.evaluator.run(model, inputs)
 
 
 def _check_repeats(session: Session, value: float) -> None:
@@ -111,12 +144,17 @@ def _check_repeats(session: Session, value: float) -> None:
                 f"{source}: metric {metric.name} returned {value:g} and then {again:g} on the same "
                 "outputs and targets; seed what it draws at random"
             )
-    first = _run(session, session.model, example)
-    second = _run(session, session.model, example)
-    if not same_outputs(first, second, REPEATS):
+    # A model may write into what it returned before.
+    first = frozen(_run(session, session.model, example))
+    second = leaves(_run(session, session.model, example))
+    what = leaves_differ(first, second, REPEATS)
+    if what is not None:
+        where = first_to_differ(
+            session.model, lambda: _run(session, session.model, example), REPEATS
+        )
         raise TaskError(
-            f"{source}: the float model gives different outputs for the same inputs; is something "
-            "drawn at random in forward, or left in training mode?"
+            f"{source}: the float model gives different outputs for the same inputs: {what}; "
+            f"{where}"
         )
 
 
@@ -138,21 +176,38 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
         if example is None:
             return
-        found = _run(session, loaded.to(session.device), example)
+        found = _run(session, loaded, example)
     except TrialError as error:
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
     except OSError as error:
         raise UserError(f"a uniform 8-bit recipe can't be written: {error}") from error
-    if not same_outputs(expected, found, REPEATS):
+    what = difference(expected, found, REPEATS)
+    if what is not None:
         raise UserError(
-            "a uniform 8-bit recipe gives other outputs after it was written and loaded back; "
-            "does the model keep state between calls?"
+            "a uniform 8-bit recipe gives other outputs after it was written and loaded back: "
+            f"{what}{_state(session, sites, example, expected)}"
         )
+
+
+def _state(session: Session, sites: Mapping[str, SiteRecipe], example: Any, expected: Any) -> str:
+    """Return in words whether the model that was not written gives the same outputs again."""
+    session.realizer.apply(sites)
+    try:
+        with session.prepared.engine.reference():
+            again = difference(expected, _run(session, session.model, example), REPEATS)
+            if again is None:
+                return ""
+            where = first_to_differ(
+                session.model, lambda: _run(session, session.model, example), REPEATS
+            )
+    finally:
+        session.realizer.to_float()
+    return f"; the model itself gives other outputs when it is called again ({again}; {where})"
 
 
 def _unfolded(model: torch.nn.Module, folded: Mapping[str, str]) -> torch.nn.Module:
     """Return a folded model with its BatchNorms put back as neutral ones: the architecture."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     for norm, layer in folded.items():
         target = model.get_submodule(layer)
         weight = target.weight

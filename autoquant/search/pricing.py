@@ -17,12 +17,12 @@ from autoquant.measure.size import weight_bytes
 from autoquant.measure.units import Run
 from autoquant.models.data import batch_size, to_device
 from autoquant.models.task import run_forward
-from autoquant.models.usercode import describe
+from autoquant.models.usercode import guarded
 from autoquant.search.budgets import solve_within
 from autoquant.search.options import Options, parse_latency, parse_size
 from autoquant.search.session import Session
 from autoquant.search.uniform import uniform, widths
-from autoquant.spec.costs import describe_seconds
+from autoquant.spec.costs import describe_seconds, layer_budget
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SiteSpace
 
@@ -76,20 +76,16 @@ def batch_run(session: Session) -> tuple[Run, int]:
     example = session.evaluator.example()
     task = session.task
 
-    def guarded(run: Callable[[], Any]) -> Any:
-        try:
+    def safely(run: Callable[[], Any]) -> Any:
+        with guarded(lambda reason: TrialError(f"forward failed: {reason}"), task.source):
             return run()
-        except (UserError, TrialError):
-            raise
-        except Exception as error:
-            raise TrialError(f"forward failed: {describe(error, task.source)}") from error
 
     if example is None:
         assert task.evaluate is not None
         evaluate = task.evaluate
-        return lambda model: guarded(lambda: evaluate(model)), 0
+        return lambda model: safely(lambda: evaluate(model)), 0
     inputs = to_device(example, session.device)
-    return lambda model: guarded(lambda: run_forward(task, model, inputs)), batch_size(example)
+    return lambda model: safely(lambda: run_forward(task, model, inputs)), batch_size(example)
 
 
 def price(
@@ -162,7 +158,8 @@ def _fastest(
         for s, row in zip(sites, rows, strict=True)
     ]
     if options.bits is not None:
-        limit = options.bits * sum(s.numel for s in sites)
+        weights = sum(s.numel for s in sites)
+        limit = layer_budget(options.bits, weights, session.sizes.rest_weights)
         cost = [
             np.array([float(s.numel * r.weight_bits) for r in row])
             for s, row in zip(sites, rows, strict=True)

@@ -256,6 +256,8 @@ class UsesOfWeight(_Listener):
         if len(x) != len(gradient) or len(x) % self.samples:
             self.mixed = True  # and not worth the work
             return
+        if self.slot.site.kind in ROWS:  # a linear layer's weight may lie [in, out]
+            changes = changes.movedim(self.slot.site.channel_axis + 1, 1)
         if rows is not None:
             changes, shifts = changes[:, slice(*rows)], shifts[:, slice(*rows)]
         vectors = _vectors(self.slot.site.kind, x, gradient, changes)

@@ -26,7 +26,12 @@ from autoquant.nn.calibrate import SiteStatistics
 from autoquant.nn.convert import Prepared
 from autoquant.nn.sites import Site
 from autoquant.nn.weights import quantize_weight
-from autoquant.observers import activation_range, quantization_error, token_error
+from autoquant.observers import (
+    TensorStatistics,
+    activation_range,
+    quantization_error,
+    token_error,
+)
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.search.sensitivity import Candidates, Score, Sensitivity
 from autoquant.spec.formats import FLOAT_BITS
@@ -131,11 +136,9 @@ def profile(
     activations: dict[str, dict[ActivationScheme, float]] = {}
     for site in prepared.sites:
         progress(site.name)
-        known = statistics.get(site.name, SiteStatistics(None, None))
         parameter = prepared.slots[site.name].parameter.detach()
-        keeps = quantize if site.name in statistics else None
         weights[site.name], activations[site.name] = _local(
-            site, parameter, known, spaces[site.name], keeps
+            site, parameter, statistics[site.name], spaces[site.name], quantize
         )
     found = None if measure is None else measure(_candidates(weights, activations, spaces))
     errors: dict[str, dict[WeightScheme | ActivationScheme, float]] = {}
@@ -169,11 +172,12 @@ def _local(
     quantize: Quantize | None = None,
 ) -> tuple[dict[WeightScheme, float], dict[ActivationScheme, float]]:
     """Return the damage of each choice at the site itself."""
-    part, sample = _sample(parameter, site, known.moments)
+    part, sample = _sample(parameter, site)
     matrix = sample.movedim(part.channel_axis, 0).flatten(1).float()
-    signal = max(float(output_error(matrix, known.moments, part.groups)), 1e-30)
-    corrected = _corrects(space) and known.means is not None
-    moments = known.covariance if corrected else known.moments
+    everything, inputs = known.second_moments(centered=False), known.distribution()
+    signal = max(float(output_error(matrix, everything)), 1e-30)
+    corrected = _corrects(space)
+    moments = known.second_moments(centered=corrected)
     error = known.output_error(corrected=corrected)
     weights = {}
     for scheme in weight_schemes(site, space):
@@ -182,12 +186,12 @@ def _local(
         else:
             quantized = quantize_weight(sample, part, scheme, error)
         delta = quantized.matrix() - matrix
-        weights[scheme] = float(output_error(delta, moments, part.groups)) / signal
+        weights[scheme] = float(output_error(delta, moments)) / signal
     power = float(matrix.square().sum()) / signal
     activations = {
-        scheme: activation_error(known, scheme) * power
+        scheme: activation_error(inputs, scheme) * power
         for scheme in activation_schemes(space)
-        if known.inputs is not None
+        if inputs is not None
     }
     return weights, activations
 
@@ -243,7 +247,7 @@ def _combined(local: Mapping[Scheme, float], scores: Mapping[Scheme, Score]) -> 
     return found
 
 
-def _sample(weight: Tensor, site: Site, moments: Tensor | None) -> tuple[Site, Tensor]:
+def _sample(weight: Tensor, site: Site) -> tuple[Site, Tensor]:
     """Return evenly spread output channels of a wide weight: enough to measure an average."""
     channels = site.shape[site.channel_axis]
     if site.groups > 1 or channels <= ROWS:
@@ -253,13 +257,12 @@ def _sample(weight: Tensor, site: Site, moments: Tensor | None) -> tuple[Site, T
     return replace(site, shape=tuple(part.shape)), part
 
 
-def activation_error(known: SiteStatistics, scheme: ActivationScheme) -> float:
+def activation_error(inputs: TensorStatistics, scheme: ActivationScheme) -> float:
     """Return the mean squared rounding error of an activation under ``scheme``."""
-    assert known.inputs is not None
     if scheme.dynamic:
-        return token_error(known.inputs, scheme.bits, scheme.symmetric)
-    lo, hi = activation_range(known.inputs, scheme.calibration, scheme.bits, scheme.symmetric)
-    return quantization_error(known.inputs, lo, hi, scheme.bits, scheme.symmetric)
+        return token_error(inputs, scheme.bits, scheme.symmetric)
+    lo, hi = activation_range(inputs, scheme.calibration, scheme.bits, scheme.symmetric)
+    return quantization_error(inputs, lo, hi, scheme.bits, scheme.symmetric)
 
 
 def weight_schemes(site: Site, space: SiteSpace) -> list[WeightScheme]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from optuna.samplers import BaseSampler
@@ -11,9 +14,12 @@ from autoquant.search.goal import Goal
 from autoquant.search.ledger import Ledger
 from autoquant.search.options import Options
 from autoquant.search.params import ParameterMap
-from autoquant.search.profile import profile
+from autoquant.search.probes import Candidates
+from autoquant.search.profile import Profile, profile
 from autoquant.search.reporter import Reporter
 from autoquant.search.sampler import KnapsackSampler
+from autoquant.search.schedule import Schedule
+from autoquant.search.sensitivity import SAMPLES, Sensitivity
 from autoquant.search.session import Session
 from autoquant.search.why import FIELD
 from autoquant.search.why import plain as plain_profile
@@ -28,41 +34,86 @@ def make_proposer(
     own: BaseSampler | None,
     reporter: Reporter,
     worker: int,
+    schedule: Schedule | None = None,
 ) -> tuple[samplers.Proposer, KnapsackSampler | None]:
     """Return what proposes the trials, and the default sampler, where it is that.
 
     The default one needs the profile of the layers, which is taken here and noted in the study.
+    Where the ``schedule`` has no time for it, recipes are drawn at random after the uniform ones.
     """
     sampler: KnapsackSampler | None = None
-    if own is None and options.sampler == samplers.DEFAULT:
+    name, table = options.sampler, None
+    if own is None and name == samplers.DEFAULT:
         reporter.say("profiling the layers")
-        speeds = not session.costs.indifferent
-        table = profile(
-            session.prepared,
-            session.statistics,
-            mapping.spaces,
-            speeds=speeds,
-            measure=session.sensitivity,
-            quantize=session.quantized,
-        )
+        table = _profile(session, mapping, schedule)
+        name = "random" if table is None else name
+    if table is not None:
         if table.reason:
             reporter.say(f"profiled by damage at the layers: {table.reason}")
         if table.layer:
             reporter.say(f"profiled on what {table.layer} gives: the outputs have no gradient")
         if FIELD not in ledger.header:
             ledger.note(**{FIELD: plain_profile(table)})
-        rest = session.sizes.rest
-        sampler = KnapsackSampler(mapping, table, goal, rest, options.seed, session.costs, worker)
+        sampler = KnapsackSampler(
+            mapping,
+            table,
+            goal,
+            session.sizes.rest,
+            options.seed,
+            session.costs,
+            worker,
+            session.sizes.rest_weights,
+        )
         then: samplers.Proposer = samplers.KnapsackProposer(sampler, ledger.trials)
     else:
         seed = samplers.of_worker(options.seed, worker)
-        make = (lambda _: own) if own is not None else samplers.seeded(options.sampler, seed)
+        make = (lambda _: own) if own is not None else samplers.seeded(name, seed)
         state = ledger.header.get(samplers.SAMPLER_STATE, {})
 
         def keep(new: dict[str, Any]) -> None:
             ledger.note(**{samplers.SAMPLER_STATE: new})
 
         then = samplers.StockProposer(make, mapping, ledger.trials(), state, keep, goal.limits)
-    if not any(space.learns for space in mapping.spaces.values()):
-        session.forget_moments()
+    session.keep({name: space.needs for name, space in mapping.spaces.items()})
     return then, sampler
+
+
+class _Late(Exception):
+    """The profile has had its time."""
+
+
+def _profile(session: Session, mapping: ParameterMap, schedule: Schedule | None) -> Profile | None:
+    """Return the profile of the layers, None where the ``schedule`` has no time for it.
+
+    With too little time for all samples gradients are taken on fewer. Either is noted.
+    """
+    until = math.inf if schedule is None else time.monotonic() + schedule.for_profile
+
+    def heed(_: str) -> None:
+        if time.monotonic() >= until:
+            raise _Late
+
+    def measure(candidates: Mapping[str, Candidates]) -> Sensitivity | str:
+        heed("")
+        return session.sensitivity(candidates, until - time.monotonic())
+
+    try:
+        table = profile(
+            session.prepared,
+            session.statistics,
+            mapping.spaces,
+            heed,
+            speeds=not session.costs.indifferent,
+            measure=measure,
+            quantize=session.quantized,
+        )
+    except _Late:
+        assert schedule is not None
+        schedule.skipped.append("the profile: recipes after the uniform ones are drawn at random")
+        return None
+    possible = min(SAMPLES, session.splits.samples["calibrate"])
+    if schedule is not None and 0 < table.samples < possible:
+        schedule.skipped.append(
+            f"gradients on {possible - table.samples} of {possible} samples for the profile"
+        )
+    return table

@@ -26,6 +26,7 @@ class Evaluation:
     higher_is_better: bool
     splits: Mapping[str, SplitResult]
     average_weight_bits: float
+    layer_weight_bits: float
     size_bytes: int
     float_size_bytes: int
     verdict: Verdict | None = None
@@ -47,6 +48,7 @@ class Evaluation:
             "splits": rows,
             "verdict": None if self.verdict is None else self.verdict.plain(),
             "average_weight_bits": self.average_weight_bits,
+            "layer_weight_bits": self.layer_weight_bits,
             "size_bytes": self.size_bytes,
             "float_size_bytes": self.float_size_bytes,
         }
@@ -65,8 +67,9 @@ def measure_recipe(
     ``backend`` is ``reference``, which computes what a saved model does, or ``auto``. The verdict
     is on ``max_drop``, or else on the maximum that the recipe itself was judged by.
     """
-    folded = None if recipe is None else recipe.folded
-    session = open_session(loaded, task, choose_device(device), folded=folded, backend=backend)
+    session = open_session(
+        loaded, task, choose_device(device), recipe=recipe or Recipe({}), backend=backend
+    )
     try:
         base = session.baseline("search")
         if session.evaluator.confirms:
@@ -89,6 +92,7 @@ def measure_recipe(
         evidence.higher_is_better,
         splits,
         evidence.average_weight_bits,
+        evidence.of_layers,
         evidence.size_bytes,
         evidence.float_size_bytes,
         evidence.verdict,

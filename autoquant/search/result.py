@@ -12,6 +12,7 @@ from autoquant.search.confirm import Finalist
 from autoquant.search.fidelity import Fidelity
 from autoquant.search.pricing import LatencyCheck
 from autoquant.spec.recipe import Recipe
+from autoquant.spec.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class SearchResult:
     """What a search found. ``holds`` says whether the confirmed drop is within the maximum.
 
     ``max_latency`` is in seconds; ``latency_checks`` compare predictions with whole models.
-    ``done`` says why a search ended of itself.
+    ``done`` says why a search ended of itself. ``verdict`` is on the maximum drop that was asked
+    for (``verdict.outcome``: PASS, FAIL or NOT PROVEN), None for a search by a budget alone.
+    ``skipped`` says what the timeout left no time for.
     """
 
     study: str
@@ -60,6 +63,8 @@ class SearchResult:
     latency_checks: tuple[LatencyCheck, ...] = ()
     done: str | None = None
     fidelity: Fidelity | None = None
+    verdict: Verdict | None = None
+    skipped: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Return the result as the JSON object of ``autoquant search --json``."""
@@ -85,6 +90,7 @@ class SearchResult:
             },
             "verdict": None if evidence.verdict is None else evidence.verdict.plain(),
             "average_weight_bits": evidence.average_weight_bits,
+            "layer_weight_bits": evidence.of_layers,
             "size_bytes": evidence.size_bytes,
             "float_size_bytes": evidence.float_size_bytes,
             "trials": dict(self.trials),
@@ -101,6 +107,8 @@ class SearchResult:
         found: dict[str, Any] = {}
         if self.done is not None:
             found["done"] = self.done
+        if self.skipped:
+            found["skipped"] = list(self.skipped)
         if self.fidelity is not None:
             found["profile"] = dataclasses.asdict(self.fidelity)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from autoquant.models.data import make_splits
 from autoquant.models.files import LoadedModel, sha256_of
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task
+from autoquant.models.usercode import interruptible
 from autoquant.search import samplers
 from autoquant.search.checks import (
     SEEN,
@@ -63,6 +65,7 @@ from autoquant.search.pricing import (
 from autoquant.search.proposing import make_proposer
 from autoquant.search.reporter import Reporter, Silent
 from autoquant.search.result import SearchResult, Speed
+from autoquant.search.schedule import Schedule
 from autoquant.search.session import Session, choose_device, open_session
 from autoquant.search.source import Source, of_module, space_file
 from autoquant.search.storage import Storage
@@ -85,7 +88,7 @@ def search(
     task: Task | str | os.PathLike[str],
     *,
     space: SearchSpace | str | Path = "default",
-    max_drop: str | float = "1%",
+    max_drop: str | float | None = None,
     bits: float | None = None,
     size: str | None = None,
     trials: int | str | None = None,
@@ -111,18 +114,18 @@ def search(
 
     ``model`` is a module, which is left as it is, or a model file; ``task`` a Task or a task file;
     ``space`` a search space, the name of one, or its file. Without a budget the answer is the
-    smallest model that loses at most ``max_drop``; with ``bits`` or ``size``, the best metric
-    within it. ``max_latency`` ("20ms", or "60%" of the float model's) limits the time for one batch
-    of the task's data, and ``objective`` (size, bits, latency, bitops) says what is made small
-    under ``max_drop``. ``trials`` is a number, or "auto" for as many as it takes; ``timeout`` is in
-    seconds; ``memory`` ("512MB", "0") is what results of
-    layers may take so that they are not computed again, None for 2 GiB or a quarter of what is
-    free. Raises UserError, in one line, on anything the user can mend.
+    smallest model that loses at most ``max_drop`` (None: "1%"); with ``bits`` or ``size``, the best
+    metric within it. ``max_latency`` ("20ms", or "60%" of the float model's) limits the time for
+    one batch of the task's data, and ``objective`` (size, bits, latency, bitops) says what is made
+    small under ``max_drop``. ``trials`` is a number, or "auto" for as many as it takes; ``timeout``
+    is in seconds, from now on, and covers everything, the confirmation too; ``memory`` ("512MB",
+    "0") is what results of layers may take so that they are not computed again, None for 2 GiB or a
+    quarter of what is free. Raises UserError, in one line, on anything the user can mend.
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
     options = Options(
-        str(max_drop),
+        None if max_drop is None else str(max_drop),
         bits,
         size,
         trials,
@@ -153,6 +156,7 @@ def search(
     )
 
 
+@interruptible()
 def start(
     loaded: LoadedModel,
     task: Task,
@@ -164,14 +168,16 @@ def start(
     out: Path,
     own: BaseSampler | None,
     reporter: Reporter,
+    began: float | None = None,
 ) -> SearchResult:
     """Check everything, create the study, and run it; nothing is written before all is checked.
 
     ``out`` is absolute. A study without a name gets the model's, with a number where that is taken.
+    ``began`` is when the command did, on the clock of ``time.monotonic``: now, unless given.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     check(options)
-    parse_max_drop(options.max_drop)
+    parse_max_drop(options.most_drop)
     if options.size is not None:
         parse_size(options.size, 1)
     if own is None:
@@ -182,7 +188,8 @@ def start(
         loaded, task, choose_device(options.device), backend=options.backend, say=reporter.say
     )
     spaces = space.resolve(session.prepared.sites)
-    check_budget(options.bits, spaces, {s.name: s.numel for s in session.prepared.sites})
+    numel = {s.name: s.numel for s in session.prepared.sites}
+    check_budget(options.bits, spaces, numel, session.sizes.rest_weights)
     check_size(options.size, session, spaces)
     reporter.say("preflight")
     found = preflight(session, spaces)
@@ -190,14 +197,24 @@ def start(
     found = replace(found, latency=check_latency(session, spaces, options))
     reporter.preflight(found)
     goal = make_goal(session, options, found)
+    schedule = _schedule(session, options, began)
+    if schedule is not None and schedule.left < schedule.least:
+        needed = time.monotonic() - began + schedule.least
+        raise UserError(
+            f"--timeout {options.timeout:g}s: loading and checking took "
+            f"{time.monotonic() - began:.1f} s, a trial and its confirmation take about "
+            f"{schedule.least:.1f} s more; give {math.ceil(1.5 * needed)}s or more"
+        )
 
     def header(name: str) -> Mapping[str, Any]:
         places = Places.of(source, out, storage, name)
-        began = header_of_study(session, loaded, task, source, space, options, found, goal, places)
-        return began.plain() | {SEEN: seen_samples(session.splits)}
+        beginning = header_of_study(
+            session, loaded, task, source, space, options, found, goal, places
+        )
+        return beginning.plain() | {SEEN: seen_samples(session.splits)}
 
     ledger = _create(study, loaded.name, storage, header)
-    return _run(ledger, session, spaces, goal, options, out, own, reporter, began)
+    return _run(ledger, session, spaces, goal, options, out, own, reporter, began, schedule)
 
 
 def _create(
@@ -212,6 +229,16 @@ def _create(
                 raise
 
 
+def _schedule(
+    session: Session, options: Options, began: float, *, again: bool = False
+) -> Schedule | None:
+    """Return the schedule of a search with a --timeout, None without."""
+    if options.timeout is None:
+        return None
+    return Schedule(session, began + options.timeout, again=again)
+
+
+@interruptible()
 def resume(
     study: str | None = None,
     *,
@@ -227,19 +254,21 @@ def resume(
     sampler: BaseSampler | None = None,
     reporter: Reporter | None = None,
     worker: int = 0,
+    began: float | None = None,
 ) -> SearchResult:
     """Go on with a study from its storage alone.
 
     Several processes may work on one study at a time, each with another ``worker`` number from 0
     on: it makes their proposals differ. ``trials``, ``timeout`` and ``memory`` replace the study's
-    own. ``model``, ``task`` (or ``data``, a data file) and ``out`` say where these are now, and the
+    own; ``timeout`` counts from ``began``, on the clock of ``time.monotonic``: now, unless given.
+    ``model``, ``task`` (or ``data``, a data file) and ``out`` say where these are now, and the
     study keeps that; a study of a module or Task in Python needs them again.
 
     Raises StudyError where the model, the task, its data, the space, the float model's metric or
     this release is not what the study began with, unless ``accept_changes``; data that were
     searched by before are then not confirmed with.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     reporter = reporter or Silent()
     # Before the task runs, which may change the working directory.
     place = Storage.parse(storage)
@@ -306,7 +335,10 @@ def resume(
         ledger.note(places=places.plain())
     if (more := seen_samples(splits, seen)) != seen:
         ledger.note(**{SEEN: more})
-    return _run(ledger, session, spaces, goal, options, target, sampler, reporter, began, worker)
+    schedule = _schedule(session, options, began, again=True)
+    return _run(
+        ledger, session, spaces, goal, options, target, sampler, reporter, began, schedule, worker
+    )
 
 
 def _run(
@@ -319,6 +351,7 @@ def _run(
     own: BaseSampler | None,
     reporter: Reporter,
     began: float,
+    schedule: Schedule | None,
     worker: int = 0,
 ) -> SearchResult:
     mapping = ParameterMap(spaces)
@@ -331,10 +364,12 @@ def _run(
             session.reuse(options.memory_bytes, reporter.say)
     except TrialError as error:
         raise TaskError(f"{session.task.source}: on the float model: {error}") from error
-    stop = Stop(most, options.timeout)
+    stop = Stop(most, schedule)
     # From here on whoever interrupts the search is told which study to resume.
     reporter.begin(ledger.name, goal, ledger.trials(), stop)
-    then, sampler = make_proposer(ledger, session, mapping, goal, options, own, reporter, worker)
+    then, sampler = make_proposer(
+        ledger, session, mapping, goal, options, own, reporter, worker, schedule
+    )
     proposer = samplers.Baselines(plain, mapping, then, worker)
     if options.trials == AUTO and most is None:
         gain = None if sampler is None else sampler.expected_gain
@@ -367,13 +402,19 @@ def _run(
             # of losses from: nothing of them is kept, and each is measured to its end.
             with session.without_reuse():
                 m, reading, done = session.measure(sites, "search", watch=watch)
+            if schedule is not None:
+                schedule.candidate(reading.seconds)
         else:
             m, reading, done = session.measure(sites, "search", bar=bar(), watch=watch)
         answered = answered or not reading.stopped
+        if schedule is not None and not schedule.knows_exact:
+            schedule.exact(_exact_seconds(session, done))
         return Outcome(m, done, reading.stopped)
 
     before, started = len(ledger.trials()), time.monotonic()
     session.prepared.engine.reset()
+    if schedule is not None:
+        schedule.begin_trials()
     done = run_trials(ledger, mapping, proposer, goal, measure, stop, reporter, session.costs.of)
     trials = ledger.trials()
     foretold = None if sampler is None else fidelity(sampler.profile, mapping, trials)
@@ -388,6 +429,7 @@ def _run(
             for name, share in session.prepared.engine.shares().items()
         },
     )
+    skipped = [] if schedule is None else _unfinished(options, most, len(trials), done)
     reporter.say("confirming")
     candidates = finalists(trials, mapping, goal, len(plain))
     refused = sum(t.state == TrialState.PRUNED and MEASURED not in t.user_attrs for t in trials)
@@ -404,10 +446,13 @@ def _run(
     try:
         rival = incumbent(trials, goal, len(plain))
         with session.without_reuse():
-            chosen, confirmed = confirm(session, mapping, goal, candidates, options.seed, rival)
+            chosen, confirmed = confirm(
+                session, mapping, goal, candidates, options.seed, rival, schedule
+            )
     except TrialError as error:
         raise StudyError(f"study {ledger.name}: {error}") from error
     recipe, checks = _time_result(session, chosen.recipe, ledger.header)
+    evidence, asked = recipe.evidence, options.max_drop is not None or not goal.budgeted
     path = _free(out, ledger.name)
     # The study first: `autoquant export` then has the recipe even where ``path`` can't be written.
     ledger.note(**{RECIPE: {"text": dumps(recipe), "trial": chosen.trial}})
@@ -427,6 +472,8 @@ def _run(
         checks,
         done,
         foretold,
+        None if evidence is None or not asked else evidence.verdict,
+        () if schedule is None else (*schedule.skipped, *skipped),
     )
 
 
@@ -440,6 +487,23 @@ def _free(out: Path, study: str) -> Path:
             continue
         return path
     raise AssertionError("unreachable")
+
+
+def _exact_seconds(session: Session, sites: Mapping[str, SiteRecipe]) -> float | None:
+    """Return what the reference takes on the search split, None where it can't be told."""
+    try:
+        return session.exact_seconds(sites)
+    except TrialError:
+        return None
+
+
+def _unfinished(options: Options, most: int | None, trials: int, done: str | None) -> list[str]:
+    """Return in words which trials a search was asked for that --timeout left no time for."""
+    if done is not None:
+        return []
+    if options.trials == AUTO:
+        return ["trials that might have gained something: --trials auto was not done"]
+    return [] if most is None or trials >= most else [f"{most - trials} of {most} trials"]
 
 
 def _time_result(

@@ -33,6 +33,7 @@ from autoquant.search.ledger import MEASURED
 from autoquant.search.moves import inherit, mutate
 from autoquant.search.params import ParameterMap
 from autoquant.search.profile import Option, Profile
+from autoquant.spec.costs import average_bits, layer_budget
 from autoquant.spec.recipe import SiteRecipe, choices_key
 
 MUTATIONS = 0.5
@@ -95,8 +96,8 @@ class KnapsackSampler(BaseSampler):
     A proposal depends on the seed, the trial's number and the finished trials before it, and on
     nothing else, so a resumed study goes on as if it had never stopped. Of several that work on a
     study at a time each has another ``worker`` number, and draws others. ``rest_bytes`` is the size
-    of what is not quantized; ``costs`` knows the latency and the bit operations, where the goal is
-    about them, and keeps proposals within every limit.
+    of what is not quantized, ``rest_weights`` the weights in it; ``costs`` knows the latency and
+    the bit operations, where the goal is about them, and keeps proposals within every limit.
     """
 
     def __init__(
@@ -108,12 +109,14 @@ class KnapsackSampler(BaseSampler):
         seed: int,
         costs: CostModel | None = None,
         worker: int = 0,
+        rest_weights: int = 0,
     ) -> None:
         self.worker = worker
         self.mapping = mapping
         self.profile = profile
         self.goal = goal
         self.rest_bytes = rest_bytes
+        self.rest_weights = rest_weights
         self.seed = seed
         self.names = list(mapping.spaces)
         self.costs = costs
@@ -170,7 +173,8 @@ class KnapsackSampler(BaseSampler):
         goal, found = self.goal, []
         if goal.bits is not None:
             weights = sum(self.profile.numel[n] for n in self.names)
-            found.append((self._prices("bits"), goal.bits * weights))
+            limit = layer_budget(goal.bits, weights, self.rest_weights)
+            found.append((self._prices("bits"), limit))
         if goal.size_bytes is not None:
             found.append((self._prices("size"), float(goal.size_bytes - self.rest_bytes)))
         if goal.latency is not None:
@@ -321,7 +325,7 @@ class KnapsackSampler(BaseSampler):
         bits = [
             np.array([float(o.recipe.weight_bits) for o in self._options[n]]) for n in self.names
         ]
-        numel = np.array([self.profile.numel[n] for n in self.names], dtype=float)
+        numel = [self.profile.numel[n] for n in self.names]
         found: dict[tuple[int, ...], Foretold] = {}
         low, high = (sum(float(f(c)) for c in cost) for f in (np.min, np.max))
         for budget in np.linspace(low, high, points):
@@ -332,9 +336,9 @@ class KnapsackSampler(BaseSampler):
                 sum(float(row[k]) for row, k in zip(table, chosen, strict=True))
                 for table in (damage, sizes)
             )
-            widths = np.array([row[k] for row, k in zip(bits, chosen, strict=True)])
+            widths = [float(row[k]) for row, k in zip(bits, chosen, strict=True)]
             found[tuple(chosen)] = Foretold(
-                float(widths @ numel / numel.sum()),
+                average_bits(zip(numel, widths, strict=True), self.rest_weights),
                 int(size) + self.rest_bytes,
                 loss,
                 float(curve.drops([loss])[0]) if seen else None,

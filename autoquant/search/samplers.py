@@ -20,6 +20,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.errors import UserError
+from autoquant.models.usercode import guarded
 from autoquant.registry import Registry
 from autoquant.search.ledger import MEASURED, finished, quiet_optuna
 from autoquant.search.params import ParameterMap
@@ -93,7 +94,10 @@ class Proposer(Protocol):
         """Return the proposal for trial ``number``."""
 
     def told(self, trial: FrozenTrial) -> FrozenTrial:
-        """Take note of a finished trial, and return it as it should be written."""
+        """Take note of a finished trial, and return it as it should be written.
+
+        UserError where a sampler of the user's own fails at that: the trial stays what it is.
+        """
 
 
 class KnapsackProposer:
@@ -157,7 +161,7 @@ class StockProposer:
 
     def propose(self, number: int) -> Proposal:
         """Return the proposal for trial ``number``."""
-        with _quiet():
+        with _quiet(), self._guarded():
             self._study.sampler = self._make(number)
             self._asked = self._study.ask(self._mapping.distributions)
         return Proposal(dict(self._asked.params))
@@ -173,7 +177,7 @@ class StockProposer:
             asked.set_user_attr(key, value)
         for key, value in seen.constraints.items():
             asked.set_constraint(key, value)
-        with _quiet():
+        with _quiet(), self._guarded():
             if seen.state == TrialState.COMPLETE:
                 self._study.tell(asked, seen.value)
             else:
@@ -187,6 +191,11 @@ class StockProposer:
             self._state = dict(state)
             trial.system_attrs[SAMPLER_STATE] = dict(state)
         return trial
+
+    def _guarded(self) -> guarded:
+        """Return what names the sampler where it fails: it may be one of the user's own."""
+        kind = type(self._study.sampler).__name__
+        return guarded(lambda reason: UserError(f"sampler {kind} failed: {reason}"))
 
     def _seen(self, trial: FrozenTrial) -> FrozenTrial:
         """Return a trial as the sampler is told of it.

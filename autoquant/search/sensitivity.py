@@ -16,6 +16,7 @@ what was scored after its end is left out.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from autoquant.errors import AutoquantError
+from autoquant.errors import AutoquantError, TrialError
 from autoquant.measure.decoding import decoded, scoring
 from autoquant.methods.realize import Realizer
 from autoquant.models.trees import batch_size, take
+from autoquant.models.usercode import guarded
+from autoquant.nn.leaves import leaves
 from autoquant.nn.slots import SiteSlot
 from autoquant.search.probes import (
     LATER,
@@ -60,6 +62,8 @@ IGNORED = -100
 """The label of what does not count."""
 RUN_BYTES = 400 << 20
 """Inputs and outputs of layers in one run, at most: what autograd keeps is about as much again."""
+PASSING = (Mixed, RuntimeError, IndexError)
+"""Errors of a run back that are torch's own or ours; any other is of code that the user wrote."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,16 @@ def measure_sensitivity(
     classes: bool,
     samples: int = SAMPLES,
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> Sensitivity | str:
     """Return the sensitivity on ``samples`` of ``batches``, or in one line why there is none.
 
     ``run`` (model, inputs) → outputs is the user's forward; ``classes`` says that outputs are
     scores of classes. The model is left in float, as it was. Samples are run together where that
     is seen to give what each gives alone, on the first few. Where what all candidates change does
-    not fit CHANGED_BYTES, sites take turns.
+    not fit CHANGED_BYTES, sites take turns. Where ``seconds`` are over, fewer samples have to do.
     """
+    began = time.monotonic()
     chosen = _Samples(batches, samples)
     if not chosen.count:
         return "there are no calibration data to take gradients on"
@@ -112,7 +118,9 @@ def measure_sensitivity(
     found: list[Mapping[str, Probe]] = []
     try:
         with prepared.engine.reference():
-            for names in _turns(candidates, prepared.slots):
+            turns = list(_turns(candidates, prepared.slots))
+            for turn, names in enumerate(turns, 1):
+                work.until = began + seconds * turn / len(turns)
                 part = {n: Changes(prepared.slots[n], candidates[n], realizer) for n in names}
                 probes = work.take(part, chosen)
                 if probes is None:
@@ -129,7 +137,7 @@ def measure_sensitivity(
         weights[name] = _scores(c.weights, [r for p in rows for r in p.weight_rows], unit)
         inputs = [r for p in rows for r in p.activation_rows]
         activations[name] = _scores(c.activations, inputs, unit)
-    return Sensitivity(weights, activations, chosen.count, work.tapped)
+    return Sensitivity(weights, activations, int(min(work.seen, chosen.count)), work.tapped)
 
 
 def _turns(
@@ -179,7 +187,9 @@ class _Samples:
 class _Work:
     """Runs samples forward and back past the probes.
 
-    ``tapped`` is the layer whose outputs stand for those of the model, "" for none.
+    ``tapped`` is the layer whose outputs stand for those of the model, "" for none. At ``until``,
+    on the clock of ``time.monotonic``, a turn ends with the samples that it has by then, at least
+    one; ``seen`` are the fewest samples of any turn.
     """
 
     def __init__(
@@ -191,6 +201,9 @@ class _Work:
         self.model = realizer.prepared.model
         self.last = realizer.prepared.sites[-1]
         self.tapped = ""
+        self.until = math.inf
+        self.seen = math.inf
+        self._count = 0
         self.run = run
         self.objective = objective
 
@@ -199,12 +212,16 @@ class _Work:
     ) -> list[Mapping[str, Probe]] | None:
         """Return probes with the rows of all samples; None where outputs have no gradient."""
         alone = {n: WholeGradients(c) for n, c in changes.items()}
+        self._count = 0
         tried = next((size for _, size, _ in samples.runs(TRIED)), 0)
         if not self._singly(alone, samples, 0, tried):
             if self.tapped:
                 return None
             self.tapped = self.last.name
             return self.take(changes, samples)
+        if self.late():
+            self.seen = min(self.seen, self._count)
+            return [alone, {}]
         fine, most = self._tried(changes, samples, alone) if tried > 1 else ({}, 1)
         rest = {n: probe for n, probe in alone.items() if n not in fine}
         if 2 * len(rest) > len(alone):
@@ -213,8 +230,15 @@ class _Work:
             self._singly(rest, samples, tried, min(SINGLES, samples.count) if fine else None)
         with listening(self.model, fine):
             for first, size, inputs in samples.runs(most, tried) if fine else ():
+                if self.late():
+                    break
                 self._back(fine, first, size, inputs)
+        self.seen = min(self.seen, self._count)
         return [alone, fine]
+
+    def late(self) -> bool:
+        """Return whether the time of this turn is over."""
+        return time.monotonic() >= self.until
 
     def _singly(
         self, probes: Mapping[str, WholeGradients], samples: _Samples, skip: int, stop: int | None
@@ -225,8 +249,11 @@ class _Work:
             for first, size, inputs in samples.runs(1, skip):
                 if first >= stop:
                     break
-                if not self._back(probes, first, size, inputs, last=first + 1 == stop):
+                last = first + 1 == stop or self.late()
+                if not self._back(probes, first, size, inputs, last=last):
                     return False
+                if last:
+                    break
         return True
 
     def _tried(
@@ -266,9 +293,11 @@ class _Work:
         loss = self._loss(inputs, first, size)
         if loss is None:
             return False
-        loss.backward()
+        with guarded(lambda reason: TrialError(f"backward failed: {reason}"), None, PASSING):
+            loss.backward()
         for probe in probes.values():
             probe.close(last=last)
+        self._count = max(self._count, first + size)
         return True
 
     def _loss(self, inputs: Any, first: int, size: int) -> Tensor | None:
@@ -299,16 +328,16 @@ class _Objective:
 
     def of(self, outputs: Any, first: int, size: int) -> Tensor | None:
         """Return what to differentiate, None without gradient; Mixed where samples are."""
-        leaves = [
+        found = [
             leaf
-            for leaf in pytree.tree_leaves(outputs)
+            for _, leaf in leaves(outputs)
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
         ]
-        if not leaves:
+        if not found:
             return None
-        if size > 1 and any(not leaf.dim() or len(leaf) != size for leaf in leaves):
+        if size > 1 and any(not leaf.dim() or len(leaf) != size for leaf in found):
             raise Mixed
-        return self._label(leaves[0], first) if self.classes else self._project(leaves, first, size)
+        return self._label(found[0], first) if self.classes else self._project(found, first, size)
 
     def of_steps(
         self, given: Sequence[Any], first: int, size: int, lengths: Tensor | None = None
@@ -364,6 +393,8 @@ class _Objective:
         for leaf in leaves:
             shape = leaf.shape[1:] if size > 1 else leaf.shape
             signs = [torch.randint(0, 2, shape, generator=draw) * 2.0 - 1.0 for draw in draws]
+            # Scores that are masked by −∞ are no part of what changes.
+            leaf = torch.where(leaf.isfinite(), leaf, torch.zeros_like(leaf))
             total = total + (leaf.float() * torch.stack(signs).reshape(leaf.shape).to(leaf)).sum()
             powers += leaf.detach().double().square().reshape(size, -1).sum(1).cpu()
         if not bool(powers.isfinite().all()):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -13,6 +15,7 @@ from torch import nn
 
 from autoquant.errors import OutOfMemory, UserError
 from autoquant.kernels.engine import make_engine
+from autoquant.kernels.reference import full_float32
 from autoquant.measure.cost import CostModel
 from autoquant.measure.evaluator import (
     OUT_OF_MEMORY,
@@ -26,9 +29,11 @@ from autoquant.measure.reuse import Reuse
 from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.realize import Realizer
-from autoquant.models.data import Splits, make_splits
+from autoquant.models.data import Splits, batch_size, make_splits
+from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
+from autoquant.models.usercode import guarded
 from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.convert import Prepared, prepare, use_channels_last
 from autoquant.nn.fold import same_outputs
@@ -36,6 +41,7 @@ from autoquant.nn.sites import Site
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.search.goal import Measurement
 from autoquant.search.sensitivity import Candidates, Sensitivity, measure_sensitivity
+from autoquant.spec.needs import Need, needs_of
 from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe, WeightScheme
 
 REUSE_BYTES = 2 << 30
@@ -150,6 +156,21 @@ class Session:
         self.evaluator.reuse = found if fine else None
         return self.evaluator.reuse
 
+    def exact_seconds(self, sites: Mapping[str, SiteRecipe]) -> float | None:
+        """Return what a pass of the reference over the search split takes, told by one batch.
+
+        None for a task that only has ``evaluate(model)``. Raises TrialError like ``measure``.
+        """
+        if not self.splits.search:
+            return None
+        inputs, _ = self.splits.search[0]
+        with self.prepared.engine.reference(), torch.no_grad():
+            self._apply(sites)
+            start = time.perf_counter()
+            self.evaluator.outputs(self.model, inputs)
+            seconds = time.perf_counter() - start
+        return seconds * self.splits.samples["search"] / batch_size(inputs)
+
     @contextlib.contextmanager
     def without_reuse(self) -> Iterator[None]:
         """Keep nothing of what is measured inside: where no later candidate is like it."""
@@ -157,8 +178,13 @@ class Session:
         with contextlib.nullcontext() if reuse is None else reuse.paused():
             yield
 
-    def sensitivity(self, candidates: Mapping[str, Candidates]) -> Sensitivity | str:
-        """Return what each candidate does to the outputs on calibration data, or why not."""
+    def sensitivity(
+        self, candidates: Mapping[str, Candidates], seconds: float = math.inf
+    ) -> Sensitivity | str:
+        """Return what each candidate does to the outputs on calibration data, or why not.
+
+        On fewer samples where not all fit into ``seconds``.
+        """
         if self.task.evaluate is not None and not self.splits.calibrate:
             return "the task gives no calibration data"
         return measure_sensitivity(
@@ -167,6 +193,7 @@ class Session:
             [b for b in self.splits.calibrate if b is not None],
             candidates,
             classes=self.evaluator.by_classes,
+            seconds=seconds,
         )
 
     def quantized(self, site: Site, scheme: WeightScheme, corrected: bool) -> QuantizedWeight:
@@ -175,10 +202,10 @@ class Session:
         assert held is not None
         return held.quantized
 
-    def forget_moments(self) -> None:
-        """Free the second moments of all inputs, which only profiles and learned rounding need."""
-        rest = {name: replace(s, moments=None) for name, s in self.statistics.items()}
-        self.statistics = self.realizer.statistics = rest
+    def keep(self, needs: Mapping[str, frozenset[Need]]) -> None:
+        """Keep of what calibration saw what recipes may still need, and free the rest."""
+        kept = {name: s.keep(needs[name]) for name, s in self.statistics.items()}
+        self.statistics = self.realizer.statistics = kept
 
     def baseline(self, split: str) -> Reading:
         """Return the float model's reading on ``split``, measured once."""
@@ -214,38 +241,40 @@ def open_session(
     task: Task,
     device: torch.device,
     *,
-    folded: Mapping[str, str] | None = None,
+    recipe: Recipe | None = None,
     backend: str = "auto",
     say: Say = lambda _: None,
     splits: Splits | None = None,
 ) -> Session:
     """Prepare a model for its task: read the data, fold, find the sites, calibrate.
 
-    ``folded`` repeats the folds of a recipe instead of looking for them; ``splits`` are the task's
-    data, where they have been read already.
+    A session of one ``recipe`` repeats its folds instead of looking for them, and calibrates what
+    it needs alone; without one, all that any recipe may need. ``splits`` are the task's data, where
+    they have been read already.
     """
     if splits is None:
         say("reading the data")
         splits = make_splits(task)
     evaluator = Evaluator(task, splits, device)
-    model = loaded.module.to(device)
+    model = move(loaded.module, device)
     example = evaluator.example()
 
     def run(m: nn.Module, inputs: Any = None) -> Any:
         inputs = example if inputs is None else inputs
-        try:
+        with guarded(failed, task.source):
             if inputs is None:
                 assert task.evaluate is not None
-                return task.evaluate(m)
+                with full_float32(device):
+                    return task.evaluate(m)
             return evaluator.run(m, inputs)
-        except UserError:
-            raise
-        except Exception as error:
-            from autoquant.models.usercode import describe
 
-            raise UserError(
-                f"the float model fails on the task's data: {describe(error, task.source)}"
-            ) from error
+    def failed(reason: str) -> UserError:
+        if "does not require grad" in reason:
+            reason += (
+                "; models are run without gradients: give the task a forward(model, inputs) "
+                "that calls the model under torch.enable_grad()"
+            )
+        return UserError(f"the float model fails on the task's data: {reason}")
 
     size = float_bytes(model)
     say("finding the layers")
@@ -254,12 +283,14 @@ def open_session(
         return run(m, few)
 
     few = evaluator.few(model)
+    folded = None if recipe is None else recipe.folded
     prepared = prepare(model, run, folded, make_engine(device, backend), quick)
     _choose_layout(prepared, quick)
     if prepared.sites:
         evaluator.scorer = model.get_submodule(prepared.sites[-1].users[0][0])
     say("calibrating")
-    statistics = calibrate(prepared, splits.calibrate or (None,), run)
+    needs = None if recipe is None else {n: needs_of(site) for n, site in recipe.sites.items()}
+    statistics = calibrate(prepared, splits.calibrate or (None,), run, needs)
     sizes = SizeModel(prepared, size)
     return Session(
         ModelIdentity(loaded.name, loaded.sha256),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 from autoquant.errors import UserError
 from autoquant.models.files import LoadedModel, load
 from autoquant.models.task import Task, data_task, load_task
+from autoquant.nn.intake import copied, take
 from autoquant.spec.space import shipped
 
 
@@ -69,9 +69,14 @@ def space_file(space: str | Path) -> str | None:
 
 
 def of_module(model: nn.Module) -> LoadedModel:
-    """Return a copy of the user's own module to work on: it is folded and converted in place."""
-    name, digest = type(model).__name__, state_hash(model)
-    return LoadedModel(copy.deepcopy(model).eval(), "module", name, digest)
+    """Return a copy of the user's own module to work on: it is folded and converted in place.
+
+    Raises ModelFileError for a model that can't be searched or copied.
+    """
+    own = take(model)
+    copy = copied(own)
+    copy.eval()
+    return LoadedModel(copy, "module", type(own).__name__, state_hash(own))
 
 
 def state_hash(model: nn.Module) -> str:
@@ -80,6 +85,15 @@ def state_hash(model: nn.Module) -> str:
     for key, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            flat = value.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            for part in _dense_parts(value.detach().cpu()):
+                flat = part.contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors whose bytes tell ``tensor`` from others: itself, or a sparse one's two."""
+    if tensor.layout is torch.strided:
+        return (tensor.resolve_conj().resolve_neg(),)
+    coordinates = tensor.to_sparse_coo().coalesce()
+    return coordinates.indices(), coordinates.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,8 +11,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.search.header import Header
 from autoquant.search.ledger import MEASURED
-from autoquant.spec.costs import LatencyEvidence
-from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult
+from autoquant.spec.costs import LatencyEvidence, average_bits
+from autoquant.spec.recipe import FLOAT_SITE, Evidence, Recipe, SiteRecipe, SplitResult
 
 SCALES = "scales"
 """User attribute of a trial: site → [scale, zero point] of its static activation quantizer."""
@@ -61,9 +62,20 @@ def trial_recipe(trial: FrozenTrial, sites: Mapping[str, SiteRecipe], header: He
         _latency(m, header),
         m.get("bit_operations"),
         header.costs.get("float_bit_operations"),
+        layer_weight_bits=_layer_bits(sites, header, m["average_weight_bits"]),
     )
     calibrated = with_scales(sites, trial.user_attrs.get(SCALES, {}))
     return Recipe(calibrated, header.model, evidence, header.folded, header.options.seed)
+
+
+def _layer_bits(sites: Mapping[str, SiteRecipe], header: Header, average: float) -> float | None:
+    """Return the average width in the layers alone, None where all weights have ``average``."""
+    widths = [
+        (math.prod(site.matrix), sites.get(site.name, FLOAT_SITE).weight_bits)
+        for site in header.sites
+    ]
+    found = average_bits(widths, 0)
+    return None if math.isclose(found, average) else found
 
 
 def _latency(m: Mapping[str, Any], header: Header) -> LatencyEvidence | None:

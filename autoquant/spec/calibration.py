@@ -10,8 +10,6 @@ import re
 
 PERCENTILES = ("percentile_99.9", "percentile_99.99", "percentile_99.999", "percentile_99.9999")
 WEIGHT_CALIBRATIONS = ("max", "percentile_99.9", "percentile_99.99", "mse", "output_mse")
-DATA_CALIBRATIONS = ("output_mse",)
-"""Weight calibrations that need to know the layer's input, so calibration data."""
 ACTIVATION_CALIBRATIONS = ("max", "moving_average", *PERCENTILES, "entropy", "mse")
 
 _PERCENTILE = re.compile(r"percentile_(\d{2,3}(?:\.\d+)?)")

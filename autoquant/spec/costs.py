@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from autoquant.spec.formats import FLOAT_BITS
+
+
+def average_bits(widths: Iterable[tuple[int, float]], rest: int) -> float:
+    """Return the average width of weights: (how many, how wide), and ``rest`` in float."""
+    rows = list(widths)
+    return (sum(n * bits for n, bits in rows) + rest * FLOAT_BITS) / (
+        sum(n for n, _ in rows) + rest
+    )
+
+
+def layer_budget(bits: float, weights: int, rest: int) -> float:
+    """Return the bits that ``weights`` may have in all, so that an average of ``bits`` is kept.
+
+    ``rest`` are the weights beside them, which stay in float.
+    """
+    return bits * (weights + rest) - rest * FLOAT_BITS
+
 
 OBJECTIVES = ("size", "bits", "latency", "bitops")
 """What a search can make small under a maximum drop."""
@@ -14,6 +34,7 @@ OBJECTIVES = ("size", "bits", "latency", "bitops")
 class Costs:
     """The costs of one recipe; ``latency`` in seconds for one batch, as a table predicts it.
 
+    ``average_weight_bits`` is of all weights of the model, 16 for those that stay in float.
     ``latency`` and ``bit_operations`` are None where a search does not ask for them.
     """
 

@@ -138,7 +138,8 @@ class Evidence:
     ``confirm`` is None where the task could not be split; then the drop was measured on the data
     that the search saw. ``latency`` and the bit operations of one batch are None where the search
     was not asked for them. ``verdict`` is on the claim that the reported drop is within the
-    maximum, None where nobody claimed it.
+    maximum, None where nobody claimed it. ``average_weight_bits`` is of all weights of the model,
+    ``layer_weight_bits`` of the recipe's layers alone, None where that is the same.
     """
 
     metric: str
@@ -152,11 +153,19 @@ class Evidence:
     bit_operations: float | None = None
     float_bit_operations: float | None = None
     verdict: Verdict | None = None
+    layer_weight_bits: float | None = None
 
     @property
     def reported(self) -> SplitResult:
         """The result to report: the confirmed one where there is one."""
         return self.confirm or self.search
+
+    @property
+    def of_layers(self) -> float:
+        """The average width of the weights of the recipe's layers."""
+        if self.layer_weight_bits is None:
+            return self.average_weight_bits
+        return self.layer_weight_bits
 
 
 @dataclass(frozen=True)

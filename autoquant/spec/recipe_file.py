@@ -62,6 +62,7 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     model = fields.take("model", None)
     metric = fields.take("metric", None)
     bits = fields.number("average_weight_bits", 0.0, low=0)
+    layer_bits = _optional(fields, "layer_weight_bits")
     size = fields.integer("size_bytes", 0, low=0)
     float_size = fields.integer("float_size_bytes", 0, low=0)
     latency = _latency(fields.take("latency", None), f"{where}: latency")
@@ -89,6 +90,7 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
             latency=latency,
             bit_operations=operations,
             float_bit_operations=float_operations,
+            layer_weight_bits=layer_bits,
         )
     return Recipe(sites, _model(model, where), evidence, folded, seed)
 
@@ -142,11 +144,19 @@ def _activation(fields: Fields) -> ActivationScheme | None:
     kind = fields.choice("scheme", SCHEMES, "asymmetric")
     calibration = _calibration(fields, ACTIVATION_CALIBRATIONS)
     scheme = ActivationScheme(bits, granularity, kind, calibration, *_static(fields, bits))
+    made_for = fields.take("calibrated_for", None)
     fields.close()
     if scheme.dynamic and scheme.scale is not None:
         raise fields.fail("scale", scheme.scale, "none: a per_token scale is found at run time")
     if scheme.symmetric and scheme.zero_point:
         raise fields.fail("zero_point", scheme.zero_point, "0, as the scheme is symmetric")
+    # A file without a word on what its scales are for, as the first ones were, is taken as it is.
+    now = _calibrated_for(scheme)
+    if scheme.scale is not None and made_for not in (None, now):
+        raise SpecError(
+            f"{fields.where}: scale {scheme.scale:g} was calibrated for {show(made_for)}, and now "
+            f"it stands beside {now}: delete scale and zero_point, to have them calibrated anew"
+        )
     return scheme
 
 
@@ -165,6 +175,11 @@ def _static(fields: Fields, bits: int) -> tuple[float | None, int | None]:
     if type(zero_point) is not int or not grid.qmin <= zero_point <= grid.qmax:
         raise fields.fail("zero_point", zero_point, f"an integer, {grid.qmin} … {grid.qmax}")
     return scale, zero_point
+
+
+def _calibrated_for(scheme: ActivationScheme) -> str:
+    """Return all that a static scale and its zero point depend on, besides the data."""
+    return f"{scheme.bits} bits {scheme.scheme} {scheme.calibration}"
 
 
 def _calibration(fields: Fields, names: tuple[str, ...]) -> str:
@@ -279,6 +294,7 @@ def site_to_plain(site: SiteRecipe) -> dict[str, Any]:
         }
         if a.scale is not None:
             activation |= {"scale": a.scale, "zero_point": a.zero_point or 0}
+            activation["calibrated_for"] = _calibrated_for(a)
     plain = {"weight": weight, "activation": activation, "learning_rate": site.learning_rate}
     return plain | {"bias_correction": True} if site.bias_correction else plain
 
@@ -302,6 +318,8 @@ def dumps(recipe: Recipe) -> str:
         if evidence.verdict is not None:
             head["metric"]["verdict"] = evidence.verdict.plain()
         head["average_weight_bits"] = evidence.average_weight_bits
+        if evidence.layer_weight_bits is not None:
+            head["layer_weight_bits"] = evidence.layer_weight_bits
         head["size_bytes"] = evidence.size_bytes
         head["float_size_bytes"] = evidence.float_size_bytes
         if evidence.latency is not None:

@@ -9,6 +9,7 @@ recipes use.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -27,8 +28,10 @@ from autoquant.spec.documents import (
     read_yaml,
     show,
 )
+from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, divides
-from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.needs import Need, needs_of
+from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.recipe_file import BITS, SCHEMES, site_from_plain
 
 VERSION = 1
@@ -79,10 +82,24 @@ class SiteSpace:
     fixed: SiteRecipe | None = None
 
     @property
-    def learns(self) -> bool:
-        """Whether some recipe of this space learns how to round."""
-        locked = self.fixed is not None and self.fixed.learning_rate is not None
-        return locked or (self.fixed is None and self.learning_rate is not None)
+    def needs(self) -> frozenset[Need]:
+        """What some recipe of this space needs to know of the site's input."""
+        if self.fixed is not None:
+            return needs_of(self.fixed)
+        c, rate = self.choices, self.learning_rate
+        rates = [None] if rate is None else [rate.low, *([None] if rate.optional else [])]
+        found: set[Need] = set()
+        for bits, method, corrected, learning_rate in itertools.product(
+            c["weight_bits"], c["weight_calibration"], c["bias_correction"], rates
+        ):
+            weight = None if bits == FLOAT_BITS else WeightScheme(bits, calibration=method)
+            found |= needs_of(SiteRecipe(weight, None, learning_rate, corrected).canonical())
+        for bits, granularity in itertools.product(
+            c["activation_bits"], c["activation_granularity"]
+        ):
+            if bits != FLOAT_BITS:
+                found |= needs_of(SiteRecipe(None, ActivationScheme(bits, granularity)))
+        return frozenset(found)
 
 
 @dataclass(frozen=True)

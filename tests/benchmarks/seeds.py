@@ -67,7 +67,6 @@ class Bench:
             mock.patch.object(run, "open_session", return_value=self.session),
             mock.patch.object(run, "preflight", return_value=self.found),
             mock.patch.object(proposing, "profile", return_value=self.table),
-            mock.patch.object(Session, "forget_moments", return_value=None),
         ):
             yield
 

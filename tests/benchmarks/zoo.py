@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 import torch
 
+from autoquant.cli.failures import STATUSES
 from autoquant.models.files import load
 from autoquant.models.task import load_task
 from autoquant.report.tables import megabytes
@@ -55,7 +56,9 @@ def measure(name: str, trials: int) -> list[str]:
         task_file = HERE / f"{name}.py"
         words = [sys.executable, "-m", "autoquant", "search", str(model), "--task", str(task_file)]
         words += ["--max-drop", "1%", "--trials", str(trials), "--json"]
-        done = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, text=True)
+        if done.returncode not in STATUSES.values():
+            raise SystemExit(f"the search of {name} ended with status {done.returncode}")
         result = json.loads(done.stdout)
         task = load_task(task_file)
         loaded = load(model, load_model=task.load_model)

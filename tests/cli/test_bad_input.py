@@ -311,6 +311,15 @@ OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     ),
     "no such recipe": (("apply", "r.yaml", "model.pt"), ("r.yaml: cannot read the recipe",)),
     "recipe is no recipe": (("apply", "model.pt", "model.pt"), ("not a recipe",)),
+    "apply writes no .onnx": (
+        ("apply", "r.yaml", "model.pt", "-o", "x.onnx"),
+        ("'x.onnx'", ".pt2 or .safetensors"),
+    ),
+    "apply writes no .pt": (("apply", "r.yaml", "model.pt", "-o", "x.pt"), ("'x.pt'", ".pt2 or")),
+    "apply without a suffix": (("apply", "r.yaml", "model.pt", "-o", "x"), ("'x'", ".pt2 or")),
+    "a suffix in capitals": (("apply", "r.yaml", "model.pt", "-o", "x.PT2"), ("'x.PT2'",)),
+    "export writes no .json": (("export", "s", "-o", "r.json"), ("'r.json'", ".yaml or .yml")),
+    "out is named like a file": ((*SEARCH, "--out", "r.yaml"), ("'r.yaml'", "give the folder")),
     "demo in a file": (("demo", "task.py"), ("task.py: is a file",)),
 }
 
@@ -406,6 +415,14 @@ RECIPE_EDITS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
         ("unknown field 'schema'", "did you mean 'scheme'"),
     ),
     "aliases": (lambda t: ALIASES, ("aliases",)),
+    "bits that the scale is not for": (
+        lambda t: re.sub(r"activation: {bits: 8", "activation: {bits: 6", t, count=1),
+        ("activation: scale ", "was calibrated for '8 bits ", "delete scale and zero_point"),
+    ),
+    "a calibration that the scale is not of": (
+        lambda t: re.sub(r"calibration: [\w.]+, scale", "calibration: percentile_97, scale", t),
+        ("activation: scale ", "was calibrated for", "percentile_97:"),
+    ),
     "zero point off the grid": (
         lambda t: re.sub(r"zero_point: [-\d]+", "zero_point: 999", t, count=1),
         ("zero_point: found", "-128 … 127"),
@@ -515,7 +532,7 @@ def test_full_disk_keeps_every_finished_trial(project, cli, monkeypatch):
     shown = cli("show", "s", "--json")
     kept = shown.out.count('"trial"')
     assert 1 <= kept < 14
-    assert cli("resume", "s").status == 0
+    assert cli("resume", "s").done
     assert cli("show", "s", "--json").out.count('"trial"') == 14
 
 
@@ -534,7 +551,7 @@ def test_a_journal_that_can_grow_no_more(project, cli):
     assert journal.read_bytes().endswith(b"\n")
     rows = json.loads(cli("show", "s", "--json").out)["trials"]
     assert 1 <= len(rows) < 14
-    assert cli("resume", "s").status == 0
+    assert cli("resume", "s").done
     after = json.loads(cli("show", "s", "--json").out)["trials"]
     assert len(after) == 14
     assert after[: len(rows)] == rows

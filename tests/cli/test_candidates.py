@@ -40,7 +40,7 @@ def trials(cli) -> list[dict]:
 def test_some_fail(project, cli, act, reason):
     change(project, NARROW, act)
     result = cli("search", "model.pt", "--task", "task.py", "--trials", 14, "--json")
-    assert result.status == 0, result.err
+    assert result.done, result.err
     found = json.loads(result.out)
     rows = trials(cli)
     reasons = {row["trial"]: row["reason"] for row in rows if row["reason"] is not None}

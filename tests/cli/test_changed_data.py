@@ -35,7 +35,7 @@ def begun(project: Path, cli) -> Path:
     )
     words = ("--task", "task.py", "--trials", 4, "--study", "s")
     result = cli("search", "model.pt", *words)
-    assert result.status == 0, result.err
+    assert result.done, result.err
     return project
 
 
@@ -88,7 +88,7 @@ def test_changed_data_are_refused(begun, cli, how, named):
     assert "--accept-changes" in refused.err
     assert (begun / ".autoquant" / "s.journal").read_bytes() == before
     accepted = cli("resume", "s", "--trials", 6, "--accept-changes")
-    assert accepted.status == 0, accepted.err
+    assert accepted.done, accepted.err
 
 
 @pytest.mark.parametrize("how", [longer, in_another_order])
@@ -114,7 +114,7 @@ def test_what_was_searched_by_is_never_confirmed_with(begun, cli, how, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(run, "open_session", watched)
         accepted = cli("resume", "s", "--trials", 6, "--accept-changes")
-    assert accepted.status == 0, accepted.err
+    assert accepted.done, accepted.err
     assert "samples to confirm with were searched by before: not used" in accepted.err
     assert used["confirm"]
     assert not used["confirm"] & (inputs(earlier.search) | used["search"])
@@ -129,7 +129,7 @@ def test_what_was_searched_by_is_never_confirmed_with(begun, cli, how, monkeypat
 
 def test_unchanged_data_go_on_whole(begun, cli):
     again = cli("resume", "s", "--trials", 6)
-    assert again.status == 0
+    assert again.done
     assert "not used" not in again.err
 
 
@@ -141,7 +141,7 @@ def test_another_float_metric_is_noticed(project, cli):
     (project / "task.py").write_text(task)
     words = ("--task", "task.py", "--trials", 3, "--study", "s", "--max-drop", "0.05")
     result = cli("search", "model.pt", *words)
-    assert result.status == 0, result.err
+    assert result.done, result.err
     import sys
 
     sys.modules.pop("helper")
@@ -168,7 +168,7 @@ def test_another_release_is_refused_and_another_torch_is_said(begun, cli, monkey
     ledger = Ledger.open("s", None)
     ledger.note(versions=ledger.header["versions"] | {"torch": "2.9.1"})
     said = cli("resume", "s")
-    assert said.status == 0
+    assert said.done
     assert "note: the study was begun with torch 2.9.1, this is " in said.err
 
 

@@ -54,7 +54,7 @@ def test_in_a_trial(project, cli, monkeypatch, storage):
     assert "interrupted: every finished trial is kept" in result.err.splitlines()[-1]
     assert not (project / "recipe.yaml").exists()
     assert count(cli, "s", *where) == 5
-    assert cli(*resume_command(result.err)).status == 0
+    assert cli(*resume_command(result.err)).done
     assert count(cli, "s", *where) == 9
 
 
@@ -65,7 +65,7 @@ def test_before_and_after_the_trials(project, cli, monkeypatch, module, name):
         result = cli(*WORDS, "--trials", 9)
     assert (result.status, result.out) == (130, "")
     assert count(cli, "s") == (9 if name == "finalists" else 0)
-    assert cli(*resume_command(result.err)).status == 0
+    assert cli(*resume_command(result.err)).done
     assert count(cli, "s") == 9
 
 
@@ -79,7 +79,7 @@ def test_in_the_preflight_nothing_was_begun(project, cli, monkeypatch):
 
 def test_the_handler_of_sigterm_is_given_back(project, cli):
     before = signal.getsignal(signal.SIGTERM)
-    assert cli(*WORDS, "--trials", 2).status == 0
+    assert cli(*WORDS, "--trials", 2).done
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -109,7 +109,7 @@ def test_signal(project, cli, sent):
     kept = count(cli, "s")
     # The study, its header and the profile are lines that are no trials.
     assert kept >= written - 3
-    assert cli("resume", "s", "--trials", kept + 2).status == 0
+    assert cli("resume", "s", "--trials", kept + 2).done
     assert count(cli, "s") == kept + 2
 
 

@@ -35,7 +35,7 @@ def begin(cli, monkeypatch, folder: Path, *words: object, model: object = "model
     monkeypatch.chdir(folder)
     task = ("--task", "task.py", "--space", "space.yaml", "--study", "s", "--trials", 4)
     result = cli("search", model, *task, *words)
-    assert result.status == 0, result.err
+    assert result.done, result.err
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -55,10 +55,10 @@ def test_a_project_that_was_moved(begun, cli, monkeypatch, where, absolute):
     monkeypatch.chdir(moved)
     (moved / "made" / "recipe.yaml").unlink()
     result = cli("resume", "s", *STORAGES[where], "--json")
-    assert result.status == 0, result.err
+    assert result.done, result.err
     assert (moved / "made" / "recipe.yaml").read_bytes() == first
     assert not begun.exists()
-    assert cli("resume", "s", *STORAGES[where], "--trials", 6).status == 0
+    assert cli("resume", "s", *STORAGES[where], "--trials", 6).done
     assert len(trials(cli, "s", *STORAGES[where])) == 6
 
 
@@ -71,7 +71,7 @@ def test_a_copy_leaves_the_original_alone(begun, cli, monkeypatch, where):
     monkeypatch.chdir(copy)
     (copy / "recipe.yaml").unlink()
     result = cli("resume", "s", *STORAGES[where], "--trials", 6)
-    assert result.status == 0, result.err
+    assert result.done, result.err
     assert content(begun) == before
     assert (copy / "recipe.yaml").exists()
     assert len(trials(cli, "s", *STORAGES[where])) == 6
@@ -92,7 +92,7 @@ def test_a_copy_whose_recipe_would_go_to_the_original_s_place(begun, cli, monkey
     assert content(results) == before
     for words in (("--out", "mine"), ()):  # once said, it is known
         result = cli("resume", "s", *STORAGES[where], "--trials", 6, *words)
-        assert result.status == 0, result.err
+        assert result.done, result.err
         assert content(results) == before
         assert (copy / "mine" / "recipe.yaml").exists()
 
@@ -105,7 +105,7 @@ def test_a_study_alone_that_was_copied_reads_what_it_is_of_and_writes_beside_its
     elsewhere = begun.parent / "elsewhere"
     shutil.copytree(begun / ".autoquant", elsewhere / ".autoquant")
     monkeypatch.chdir(elsewhere)
-    assert cli("resume", "s", "--trials", 5).status == 0
+    assert cli("resume", "s", "--trials", 5).done
     assert content(begun) == before
     assert (elsewhere / "recipe.yaml").exists()
 
@@ -124,9 +124,9 @@ def test_where_the_files_are_now_can_be_said(begun, cli, monkeypatch):
         assert option in refused.err
     words = ("--model", "../other/model.pt", "--task", "../other/task.py", "--out", "../new")
     result = cli("resume", "s", *words, "--trials", 5)
-    assert result.status == 0, result.err
+    assert result.done, result.err
     assert (begun.parent / "new" / "recipe.yaml").exists()
-    assert cli("resume", "s", "--trials", 6).status == 0  # the study keeps it
+    assert cli("resume", "s", "--trials", 6).done  # the study keeps it
     # What is named must be what the study is of.
     (other / "task.py").write_text((other / "task.py").read_text() + "# other\n")
     refused = cli("resume", "s", "--task", "../other/task.py")
@@ -153,12 +153,12 @@ def test_a_data_file_and_two_sources(project, cli, monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
     torch.save(model, project / "whole.pt")
     words = ("--data", "data.npz", "--trust-pickle", "--trials", 2, "--study", "s")
-    assert cli("search", "whole.pt", *words).status == 0
+    assert cli("search", "whole.pt", *words).done
     os.rename("data.npz", "moved.npz")
     refused = cli("resume", "s")
     assert refused.status == 2
     assert "its data file is gone" in refused.err
     assert "--data FILE" in refused.err
-    assert cli("resume", "s", "--data", "moved.npz", "--trials", 3).status == 0
+    assert cli("resume", "s", "--data", "moved.npz", "--trials", 3).done
     assert cli("resume", "s", "--data", "moved.npz", "--task", "task.py").status == 2
     assert json.loads(cli("show", "s", "--json").out)["study"] == "s"

@@ -45,8 +45,8 @@ def test_a_recipe_that_was_edited(searched, cli, refused):
     for words in (SEARCH, ("resume", "s", "--trials", 20), ("export", "s")):
         line = refused(*words)
         assert "recipe.yaml: is there already and was edited" in line
-    assert cli("resume", "s", "--trials", 15, "--out", "other").status == 0
-    assert cli("export", "s", "-o", "other.yaml").status == 0
+    assert cli("resume", "s", "--trials", 15, "--out", "other").done
+    assert cli("export", "s", "-o", "other.yaml").done
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -61,7 +61,7 @@ def test_a_recipe_that_is_edited_while_the_search_runs(searched, cli, monkeypatc
 
     monkeypatch.setattr(run, "confirm", confirm)
     result = cli("resume", "s", "--trials", 15, *(["--json"] * as_json))
-    assert result.status == 0, result.err
+    assert result.done, result.err
     assert (searched / "recipe.yaml").read_text() == mine[0]
     beside = searched / "recipe-s-1.yaml"
     assert beside.exists()
@@ -85,24 +85,31 @@ def test_a_space_that_is_named_like_the_recipe(project, refused):
     assert "recipe.yaml: is the search space, which is read" in line
 
 
-@pytest.mark.parametrize(
-    ("target", "called"), [("recipe.yaml", "recipe"), ("model.pt", "model"), ("task.py", "task")]
-)
 @pytest.mark.parametrize("how", ["name", "absolute", "soft", "hard"])
-def test_an_input_as_the_output_of_apply(searched, refused, target, called, how):
-    output = {"name": target, "absolute": searched / target}.get(how, f"{how}.pt2")
+def test_the_model_as_the_output_of_apply(searched, refused, how):
+    (searched / "model.pt").rename(searched / "model.pt2")
+    output = {"name": "model.pt2", "absolute": searched / "model.pt2"}.get(how, f"{how}.pt2")
     if how == "soft":
-        (searched / output).symlink_to(target)
+        (searched / output).symlink_to("model.pt2")
     elif how == "hard":
-        os.link(searched / target, searched / output)
-    line = refused(*APPLY, "-o", output)
+        os.link(searched / "model.pt2", searched / output)
+    line = refused("apply", "recipe.yaml", "model.pt2", "--task", "task.py", "-o", output)
+    assert "is the model, which is read; write to another file" in line
+
+
+@pytest.mark.parametrize(("target", "called"), [("recipe.yaml", "recipe"), ("task.py", "task")])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_another_input_as_the_output_of_apply(searched, refused, target, called, link):
+    link(searched / target, searched / "linked.pt2")
+    line = refused(*APPLY, "-o", "linked.pt2")
     assert f"is the {called}, which is read; write to another file" in line
 
 
-@pytest.mark.parametrize("target", ["model.pt", "task.py", "notes.txt"])
-def test_export_over_what_is_no_recipe_of_ours(searched, refused, target):
-    (searched / "notes.txt").write_text("notes")
-    assert "not written by autoquant" in refused("export", "s", "-o", target)
+def test_export_over_what_is_no_recipe_of_ours(searched, refused):
+    (searched / "notes.yaml").write_text("notes: mine\n")
+    os.symlink(searched / "task.py", searched / "task.yaml")
+    for target in ("notes.yaml", "task.yaml"):
+        assert "not written by autoquant" in refused("export", "s", "-o", target)
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch.export.save
@@ -110,7 +117,7 @@ def test_what_apply_wrote_is_written_anew_and_nothing_else(searched, cli, refuse
     for name in ("q.pt2", "q.safetensors"):
         for _ in range(2):
             result = cli(*APPLY, "-o", name, "--json")
-            assert result.status == 0, result.err
+            assert result.done, result.err
             assert Path(json.loads(result.out)["path"]) == searched / name
     program = torch.export.load(searched / "q.pt2").module()
     assert program(torch.zeros(3, 12)).shape == (3, 4)
@@ -127,7 +134,7 @@ def test_an_archive_beside_a_program_that_can_not_be(searched, cli):
     save_file({"w": torch.zeros(3)}, str(searched / "q.safetensors"))
     before = (searched / "q.safetensors").read_bytes()
     recipe = cli("export", "s", "-o", "plain.yaml")
-    assert recipe.status == 0
+    assert recipe.done
     text = (searched / "task.py").read_text()
     twice = "def forward(model, x):\n    return model(x) + 0 * model(x)\n\n\nmetric"
     (searched / "task.py").write_text(text.replace("metric", twice, 1))
@@ -152,9 +159,9 @@ def quick(monkeypatch):
 
 
 def test_the_demo_again(project, cli, refused, quick):
-    assert cli("demo", "d").status == 0
+    assert cli("demo", "d").done
     again = cli("demo", "d")
-    assert again.status == 0, again.err
+    assert again.done, again.err
     assert "trained before" in again.err
     assert len(quick) == 1
     edit(project / "d" / "recipe.yaml")

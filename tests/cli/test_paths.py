@@ -61,7 +61,7 @@ def test_every_command_reads_and_writes_where_it_was_started(moving, cli, monkey
     def run(*words: object):
         monkeypatch.chdir(moving)
         result = cli(*words)
-        assert result.status == 0, result.err
+        assert result.done, result.err
         return result
 
     words = ("--trials", 3, "--space", "space.yaml", "--out", "made", "--study", "s")
@@ -106,6 +106,6 @@ def test_a_data_file_and_a_cache_with_a_relative_name(project, cli, monkeypatch,
     torch.save(model, project / "whole.pt")
     words = ("--data", "data.npz", "--trust-pickle", "--trials", 2, "--max-latency", "10s")
     result = cli("search", "whole.pt", *words)
-    assert result.status == 0, result.err
+    assert result.done, result.err
     assert not (project / "cache").exists()
     assert (tmp_path / "home" / ".cache" / "autoquant" / "latency.json").exists()

@@ -49,7 +49,7 @@ def test_a_folder_that_may_only_be_read(project, cli, tmp_path_factory, where):
     storage = STORAGES[where]
     words = () if storage is None else ("--storage", storage)
     result = cli("search", "model.pt", "--task", "task.py", "--trials", 4, "--study", "s", *words)
-    assert result.status == 0, result.err
+    assert result.done, result.err
     for lock in project.rglob("*.flock"):
         lock.unlink()
     kept = [project, project / ".autoquant"] if storage is None else [project]
@@ -130,16 +130,16 @@ def test_a_broken_study_does_not_hide_the_others(project, cli, case):
     Ledger.create("a", None, plain_header())
     BROKEN[case]()
     result = cli("studies", "--json")
-    assert result.status == 0, result.err
+    assert result.done, result.err
     assert [row["study"] for row in json.loads(result.out)] == ["a"]
     assert len(result.err.splitlines()) == 1
     assert result.err.startswith("note: ")
     assert "b" in result.err
-    assert cli("studies").status == 0
+    assert cli("studies").done
     for command in (("show", "b"), ("export", "b", "-o", "r.yaml"), ("resume", "b")):
         broken = cli(*command)
         assert broken.status == 2 or command == ("show", "b"), broken
-        assert broken.status == 0 or len(broken.err.splitlines()) == 1
+        assert broken.done or len(broken.err.splitlines()) == 1
         assert "Traceback" not in broken.err
     assert not (project / "r.yaml").exists()
 

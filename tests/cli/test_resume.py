@@ -26,7 +26,7 @@ def begun(project: Path, cli) -> Path:
     """Return the project after a search of six trials in a space of its own: study "s"."""
     (project / "space.yaml").write_text(SPACE)
     words = ("--task", "task.py", "--trials", 6, "--study", "s", "--space", "space.yaml")
-    assert cli("search", "model.pt", *words).status == 0
+    assert cli("search", "model.pt", *words).done
     return project
 
 
@@ -74,7 +74,7 @@ def test_changed(begun, cli, what):
     assert (begun / "recipe.yaml").read_bytes() == recipe
 
     accepted = cli("resume", "s", "--trials", 9, "--accept-changes")
-    assert accepted.status == 0, accepted.err
+    assert accepted.done, accepted.err
     after = trials(cli, "s")
     assert len(after) == 9
     assert after[:6] == before
@@ -86,12 +86,12 @@ def test_the_same_content_written_again_is_no_change(begun, cli):
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content)
-    assert cli("resume", "s").status == 0
+    assert cli("resume", "s").done
 
 
 def test_a_space_file_that_is_gone_is_in_the_study(begun, cli):
     (begun / "space.yaml").unlink()
-    assert cli("resume", "s", "--trials", 8).status == 0
+    assert cli("resume", "s", "--trials", 8).done
     assert len(trials(cli, "s")) == 8
 
 
@@ -105,7 +105,7 @@ def test_gone(begun, cli, name, what):
 
 
 def test_a_shipped_space_that_ships_otherwise_now(searched, cli, tmp_path, monkeypatch):
-    assert cli("resume", "s").status == 0
+    assert cli("resume", "s").done
     folder = tmp_path / "shipped"
     folder.mkdir()
     source = importlib.resources.files("autoquant.search_spaces").joinpath("default.yaml")
@@ -114,7 +114,7 @@ def test_a_shipped_space_that_ships_otherwise_now(searched, cli, tmp_path, monke
     refused = cli("resume", "s")
     assert refused.status == 2
     assert "study s: the space has changed since the study began" in refused.err
-    assert cli("resume", "s", "--accept-changes").status == 0
+    assert cli("resume", "s", "--accept-changes").done
 
 
 def test_other_layers_need_a_new_study(begun, cli):
@@ -136,9 +136,9 @@ def test_from_another_folder(project, cli, storage, tmp_path_factory, monkeypatc
     storage = storage.format(project)
     words = ("--task", "task.py", "--storage", storage, "--space", "int8", "--max-drop", "3%")
     started = cli("search", "model.pt", *words, "--trials", 4, "--seed", 3, "--out", "made")
-    assert started.status == 0, started.err
+    assert started.done, started.err
     whole = ("--trials", 7, "--seed", 3, "--out", "whole", "--study", "whole")
-    assert cli("search", "model.pt", *words, *whole).status == 0
+    assert cli("search", "model.pt", *words, *whole).done
     assert not (project / ".autoquant").exists()
     first = (project / "made" / "recipe.yaml").read_text()
     (project / "made" / "recipe.yaml").unlink()
@@ -146,13 +146,13 @@ def test_from_another_folder(project, cli, storage, tmp_path_factory, monkeypatc
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
     resumed = cli("resume", "model", "--storage", storage, "--json")
-    assert resumed.status == 0, resumed.err
+    assert resumed.done, resumed.err
     found = json.loads(resumed.out)
     assert sum(found["trials"].values()) == 4
     assert (project / "made" / "recipe.yaml").read_text() == first
 
     # More trials are those that the study would have had, had it been told so from the start.
-    assert cli("resume", "model", "--storage", storage, "--trials", 7).status == 0
+    assert cli("resume", "model", "--storage", storage, "--trials", 7).done
     rows = trials(cli, "model", "--storage", storage)
     assert rows == trials(cli, "whole", "--storage", storage)
     texts = [(project / d / "recipe.yaml").read_text() for d in ("made", "whole")]
@@ -180,16 +180,16 @@ def test_stopped_and_resumed_gives_the_trials_of_one_run(project, cli, sampler):
         "mine.yaml",
     )
     (project / "mine.yaml").write_text(SPACE)
-    assert cli(*words, "--trials", 4, "--study", "a").status == 0
+    assert cli(*words, "--trials", 4, "--study", "a").done
     for total in (5, 8, 14):
-        assert cli("resume", "a", "--trials", total).status == 0
-    assert cli(*words, "--trials", 14, "--study", "b", "--out", "b").status == 0
+        assert cli("resume", "a", "--trials", total).done
+    assert cli(*words, "--trials", 14, "--study", "b", "--out", "b").done
     assert trials(cli, "a") == trials(cli, "b")
     assert (project / "recipe.yaml").read_text() == (project / "b" / "recipe.yaml").read_text()
 
 
 def test_the_newest_study_is_the_default(searched, cli):
     words = ("--task", "task.py", "--trials", 2, "--study", "later")
-    assert cli("search", "model.pt", *words).status == 0
+    assert cli("search", "model.pt", *words).done
     assert json.loads(cli("show", "--json").out)["study"] == "later"
     assert json.loads(cli("resume", "--json").out)["study"] == "later"

@@ -23,3 +23,21 @@ def test_a_convolutions_output_lies_as_it_is_told(form, shape):
     lies = torch.channels_last if told else torch.contiguous_format
     assert y.is_contiguous(memory_format=lies)
     assert not is_channels_last(x.flatten(2))
+
+
+@given(st.data())
+def test_it_is_the_order_of_the_strides_that_tells(data):
+    """Also of views with gaps, of transposed ones, and of what was repeated without a copy."""
+    sizes = [data.draw(st.integers(1, 4)) for _ in range(4)]
+    x = torch.randn([n + 2 for n in sizes])
+    if data.draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.permute(data.draw(st.permutations(range(4)))) if data.draw(st.booleans()) else x
+    for axis in range(4):
+        start, step = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 2))
+        x = x.movedim(axis, 0)[start::step].movedim(0, axis)
+    axis = data.draw(st.integers(0, 3))
+    x = x.narrow(axis, 0, 1).expand([3 if i == axis else -1 for i in range(4)])
+    y = torch.nn.functional.conv2d(x, torch.randn(5, x.shape[1], 1, 1))
+    lies = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    assert y.is_contiguous(memory_format=lies)

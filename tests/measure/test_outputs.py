@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 from autoquant.measure.outputs import Inputs, checksum, fingerprint, pack
 from autoquant.measure.pool import Pool
 from autoquant.measure.reuse_check import same_bits
-from autoquant.nn.quantized_output import QuantizedOutput
+from autoquant.nn.layer_output import After, LayerOutput
 from autoquant.spec.recipe import ActivationScheme
 
 Pair = namedtuple("Pair", "first second")
@@ -140,24 +140,23 @@ def test_checksums_and_fingerprints():
     assert fingerprint({"a": x, "b": (3, object())}) == [((50,), checksum(x)), 3]
 
 
-def integers() -> QuantizedOutput:
+def integers(after: After = None) -> LayerOutput:
     source = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     q = source.contiguous(memory_format=torch.channels_last)
     scheme = ActivationScheme(8, scale=0.1, zero_point=3)
-    return QuantizedOutput.of(q, source, scheme, lambda s: s.float() / 7, source.stride())
+    return LayerOutput.of(q, source, scheme, lambda s, _: s.float() / 7, source.stride(), after)
 
 
 def test_an_output_that_stays_integers_comes_back_as_one():
-    y = integers()
-    y._mark = (0.0, 6.0)
+    y = integers((0.0, 6.0))
     found = again(y)
-    assert type(found) is QuantizedOutput
+    assert type(found) is LayerOutput
     assert not found.seen
     assert not y.seen
-    assert torch.equal(found.q, y.q)
-    assert found.q.stride() == y.q.stride()
-    assert found.q.data_ptr() != y.q.data_ptr()
-    assert (found.scheme, found.stride(), found._mark) == (y.scheme, y.stride(), (0.0, 6.0))
+    assert torch.equal(found.held, y.held)
+    assert found.held.stride() == y.held.stride()
+    assert found.held.data_ptr() != y.held.data_ptr()
+    assert (found.scheme, found.stride(), found.ahead) == (y.scheme, y.stride(), (0.0, 6.0))
     assert torch.equal(found + 0, y + 0)
     one, two, other = again((y, y, integers()))
     assert one is two is not other

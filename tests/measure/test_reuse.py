@@ -23,7 +23,8 @@ from autoquant.measure.reuse_check import check, same_bits
 from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import deploy, prepare
-from autoquant.nn.quantized_output import QuantizedOutput
+from autoquant.nn.converted import converted_of
+from autoquant.nn.layer_output import LayerOutput
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 
 MIB = 1 << 20
@@ -372,7 +373,7 @@ def test_what_was_handed_on_depends_on_its_reader():
         whole = 2 if "stem" in expected else 1  # the model itself, and the stem's sequential
         ran = bench.reuse.statistics().misses - before
         assert ran == (len(expected.split()) + whole) * len(bench.batches), choice
-    assert handed[:2] == [QuantizedOutput] * 2
+    assert handed[:2] == [LayerOutput] * 2
     assert handed[4:6] == [Tensor] * 2  # as two computes with a scale of each token then
 
 
@@ -583,7 +584,7 @@ def test_the_model_is_its_own_outside_and_its_copies_are_theirs():
         twin.head.double()
         pickled = pickle.loads(pickle.dumps(model))
         assert torch.equal(pickled(x), expected)
-    assert "forward" not in vars(model.head)
+    assert model.head.forward is converted_of(model.head)
     assert all(slot.used is None for slot in bench.ours.prepared.slots.values())
     assert deploy(bench.ours.prepared, {}) is not None
 

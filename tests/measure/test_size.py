@@ -122,12 +122,45 @@ def test_a_weight_takes_its_integers_scales_and_zero_points(scheme, expected):
     assert weight_bytes(site, scheme) == expected
 
 
-def test_average_bits_weigh_every_site_by_its_weights_and_float_counts_sixteen():
-    total = sum(site.numel for site in PREPARED.sites)
-    assert SIZES.average_bits({}) == 16
-    assert SIZES.average_bits({s.name: SiteRecipe(WeightScheme(5)) for s in PREPARED.sites}) == 5
+def test_average_bits_weigh_every_weight_of_the_model_and_float_counts_sixteen():
+    layers = sum(site.numel for site in PREPARED.sites)
+    total = layers + 5 * 3  # the layer that is never used is in the file too
+    assert SIZES.rest_weights == 15
+    five = {s.name: SiteRecipe(WeightScheme(5)) for s in PREPARED.sites}
+    assert SIZES.average_bits({}) == SIZES.layer_bits({}) == 16
+    assert SIZES.layer_bits(five) == 5
+    assert SIZES.average_bits(five) == pytest.approx((5 * layers + 16 * 15) / total)
     (conv,) = (site for site in PREPARED.sites if site.name == "conv")
     one = {"conv": SiteRecipe(WeightScheme(4), ActivationScheme(8, "per_token"))}
     assert SIZES.average_bits(one) == pytest.approx(16 - 12 * conv.numel / total)
     assert not any(site.name == "idle" for site in PREPARED.sites)
-    assert total == sum(math.prod(site.shape) for site in PREPARED.sites)
+    assert layers == sum(math.prod(site.shape) for site in PREPARED.sites)
+
+
+class Half(nn.Module):
+    """A model the larger part of which no layer type holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Parameter(torch.randn(30, 8)), nn.LayerNorm(8)
+        self.register_buffer("turns", torch.randn(5, 8))
+        self.register_buffer("cache", torch.randn(9, 8), persistent=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, ids):
+        return self.head(self.norm(self.table[ids] + self.turns[0] + self.cache[0]))
+
+
+def test_weights_that_no_layer_holds_count_and_biases_norms_and_caches_do_not():
+    model = Half().eval()
+    sizes = SizeModel(prepare(model, lambda m: m(torch.tensor([[1, 2]]))), float_bytes(model))
+    assert sizes.rest_weights == 30 * 8 + 5 * 8
+    recipe = {"head": SiteRecipe(WeightScheme(8))}
+    assert sizes.layer_bits(recipe) == 8
+    assert sizes.average_bits(recipe) == pytest.approx((8 * 32 + 16 * 280) / 312)
+
+
+def test_sparse_buffers_are_sized_by_what_they_hold():
+    model = nn.Linear(2, 2)
+    model.register_buffer("edges", torch.eye(1000).to_sparse())
+    assert float_bytes(model) == 4 * 6 + 1000 * (4 + 2 * 8)

@@ -281,6 +281,27 @@ def test_load_model_that_returns_no_module_is_one_line(tmp_path, net):
     refused("returned a NoneType", path, error=TaskError, load_model=lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("wrap", "match"),
+    [
+        (nn.DataParallel, r"net.pt: the model is a DataParallel.*\.module"),
+        (lambda net: net.to("meta"), r"net.pt: conv\.weight: on the meta device"),
+        (lambda net: nn.Sequential(net, nn.LazyLinear(2)), r"net.pt: 1\.weight: lazy"),
+    ],
+    ids=["parallel", "meta", "lazy"],
+)
+def test_load_model_that_returns_no_plain_module_is_one_line(tmp_path, net, wrap, match):
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    refused(match, tmp_path / "net.pt", load_model=lambda path: wrap(Net()))
+
+
+def test_load_model_may_return_a_compiled_module(tmp_path, net):
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    loaded = load(tmp_path / "net.pt", load_model=lambda path: torch.compile(build(path)))
+    same(loaded, net, "load_model")
+    assert isinstance(loaded.module, Net)
+
+
 def test_load_model_may_return_an_exported_program(tmp_path, net):
     path = tmp_path / "net.pt"
     torch.save(net.state_dict(), path)

@@ -146,7 +146,8 @@ def test_positions_and_ignored_ones():
     ("outputs", "targets", "part"),
     [
         (torch.zeros(4), torch.zeros(4), "do not fit"),
-        (torch.zeros(4, 3), torch.zeros(4), "do not fit"),
+        (torch.zeros(4, 3), torch.zeros(4) + 0.5, "hold 0.5, which is no class"),
+        (torch.zeros(4, 3), torch.zeros(4, 2), "do not fit"),
         (torch.zeros(4, 3), torch.zeros(5, dtype=torch.long), "do not fit"),
         (torch.zeros(4, 3), torch.full((4,), 3), "target 3 is no class of 3"),
         (torch.full((4, 3), math.nan), torch.zeros(4, dtype=torch.long), "contain NaN"),
@@ -446,7 +447,8 @@ def test_max_drop_round_trips_through_its_text(value, percent):
     assert isinstance(again, MaxDrop)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", METRICS.names())
 def test_cuda_outputs_score_as_cpu_outputs(name):
     batches = example(name)
@@ -454,3 +456,21 @@ def test_cuda_outputs_score_as_cpu_outputs(name):
         pytest.skip("strings lie on no device")
     moved = [(outputs.cuda(), targets) for outputs, targets in batches]
     assert score(name, *moved) == pytest.approx(score(name, *batches), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "top5", "f1", "perplexity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_whole_numbers_in_floating_point_are_classes(name, dtype):
+    outputs = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(40) % 7
+    assert score(name, (outputs, y.to(dtype))) == score(name, (outputs, y))
+    indices = outputs.argmax(1)
+    if name in ("accuracy", "f1"):
+        assert score(name, (indices, y.to(dtype))) == score(name, (indices, y))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "top5", "f1", "perplexity"])
+def test_targets_with_a_fraction_are_no_classes(name):
+    y = torch.arange(40) % 7 + 0.25
+    with pytest.raises(TrialError, match=r"targets of dtype float32 hold 0\.25, which is no class"):
+        score(name, (torch.randn(40, 7), y))

@@ -15,7 +15,7 @@ import autoquant
 from autoquant.errors import ModelFileError
 from autoquant.methods.realize import Realizer
 from autoquant.nn.archive import load_archive, read_recipe, save_archive
-from autoquant.nn.convert import prepare
+from autoquant.nn.convert import prepare, use_channels_last
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 
 
@@ -73,10 +73,10 @@ def test_tied_weights_are_stored_once_and_are_tied_again(make_case, uniform, tmp
     case, path = make_case("language"), tmp_path / "model.safetensors"
     saved(case, lambda p: uniform(p, 4), path)
     with safe_open(str(path), "pt") as file:
-        assert "words.sites.weight.packed" in file.keys()  # noqa: SIM118
-        assert "out.sites.weight.packed" not in file.keys()  # noqa: SIM118
+        assert "words._autoquant.weight.packed" in file.keys()  # noqa: SIM118
+        assert "out._autoquant.weight.packed" not in file.keys()  # noqa: SIM118
     restored = autoquant.load(path, blank(case.model))
-    assert restored.words.sites["weight"] is restored.out.sites["weight"]
+    assert restored.words._autoquant["weight"] is restored.out._autoquant["weight"]
 
 
 def test_the_recipe_inside_is_the_one_that_was_written(make_case, uniform, tmp_path):
@@ -134,9 +134,9 @@ def archive(tmp_path):
     ("other", "found"),
     [
         (net(32, 4), "no layer '1' here"),
-        (net(32, 32, 5), r"'1.bias' is \(4,\), here it is \(5,\)"),
+        (net(32, 32, 5), r"'1._autoquant.weight.packed' is \(4, 32\), here it is \(5, 32\)"),
         (net(33, 32, 4), "per_group_32 does not divide the 33 inputs"),
-        (net(64, 32, 4), r"'0.sites.weight.packed' is \(32, 16\), here it is \(32, 32\)"),
+        (net(64, 32, 4), r"'0._autoquant.weight.packed' is \(32, 16\), here it is \(32, 32\)"),
         (net(32, 32, 4, norm=False), "no '2.bias' here"),
         (nn.Sequential(*net(32, 32, 4), nn.LayerNorm(4)), "'3.weight' is not in it"),
         (nn.LayerNorm(3), "nothing to quantize"),
@@ -189,6 +189,78 @@ def test_a_recipe_inside_that_was_changed_is_checked_like_any_other(archive):
     archive.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + length :])
     with pytest.raises(autoquant.errors.SpecError, match="bits: found 99"):
         load_archive(archive, net(32, 32, 4))
+
+
+class Graph(nn.Module):
+    """A graph of one's own in a sparse buffer."""
+
+    def __init__(self, count, layout):
+        super().__init__()
+        dense = torch.zeros(4, 4)
+        dense.flatten()[torch.randperm(16)[:count]] = torch.rand(count) + 0.5
+        self.register_buffer("edges", dense.to_sparse(layout=layout))
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(torch.sparse.mm(self.edges, x.t()).t())
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_buffers_are_kept(layout, tmp_path):
+    x, path = torch.randn(5, 4), tmp_path / "graph.safetensors"
+    prepared = prepare(Graph(6, layout))
+    recipe = Recipe({"fc": SiteRecipe(WeightScheme(8))})
+    deployed = Realizer(prepared, {}).deploy(recipe.sites)
+    save_archive(deployed, recipe, path)
+    loaded = load_archive(path, Graph(6, layout))
+    assert loaded.edges.layout is layout
+    assert torch.equal(loaded(x), deployed(x))
+    if layout is torch.sparse_coo:  # of which another graph may have more edges
+        assert torch.equal(load_archive(path, Graph(9, layout))(x), deployed(x))
+    else:
+        with pytest.raises(ModelFileError, match=r"is of another architecture: .*edges") as caught:
+            load_archive(path, Graph(9, layout))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_sparse_buffer_with_indices_beyond_its_shape_is_refused(tmp_path):
+    path = tmp_path / "graph.safetensors"
+    recipe = Recipe({"fc": SiteRecipe(WeightScheme(8))})
+    deployed = Realizer(prepare(Graph(6, torch.sparse_coo)), {}).deploy(recipe.sites)
+    save_archive(deployed, recipe, path)
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    tensors["edges@indices"][0, 0] = 1 << 40
+    save_file(tensors, path, metadata)
+    with pytest.raises(ModelFileError, match="is of another architecture") as caught:
+        load_archive(path, Graph(6, torch.sparse_coo))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_convolutions_compute_in_the_memory_format_that_they_were_applied_in(last, tmp_path):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+    x, path = torch.randn(4, 3, 12, 12), tmp_path / "net.safetensors"
+    architecture, prepared = copy.deepcopy(net), prepare(net)
+    use_channels_last(net, on=last)
+    recipe = Recipe({name: SiteRecipe(WeightScheme(8)) for name in ("0", "2")})
+    deployed = Realizer(prepared, {}).deploy(recipe.sites)
+    save_archive(deployed, recipe, path)
+    loaded = load_archive(path, architecture)
+    assert [m.forward.channels_last for m in (loaded[0], loaded[2])] == [last, last]
+    assert torch.equal(loaded(x), deployed(x))
+
+
+def test_compiled_and_parallel_architectures(tmp_path):
+    path, net = tmp_path / "net.safetensors", nn.Sequential(nn.Linear(4, 3))
+    prepared = prepare(copy.deepcopy(net))
+    recipe = Recipe({"0": SiteRecipe(WeightScheme(8))})
+    save_archive(Realizer(prepared, {}).deploy(recipe.sites), recipe, path)
+    assert isinstance(load_archive(path, torch.compile(net)), nn.Sequential)
+    with pytest.raises(ModelFileError, match=r"DataParallel.*\.module"):
+        load_archive(path, nn.DataParallel(net))
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):

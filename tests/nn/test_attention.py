@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autoquant.errors import UserError
 from autoquant.nn.attention import QuantizedMultiheadAttention, disable_fast_path
+from autoquant.nn.converted import Converted, converted_of, install
 from autoquant.nn.runtime import Multiply, Rows
 
 EMBED, HEADS = 8, 2
@@ -33,6 +34,9 @@ class Spy:
         self.reads += 1
         return on_grid(self.parameter, self.grid)
 
+    def bias(self, own: Tensor | None) -> Tensor | None:
+        return own
+
     def quantize_input(self, x: Tensor) -> Tensor:
         self.seen.append(x.detach())
         return on_grid(x, self.grid)
@@ -47,14 +51,14 @@ class Spy:
         return tuple(map(product, parts))
 
 
-class SpiedLinear(nn.Linear):
-    """A converted linear layer."""
+class SpiedLinear:
+    """One call of a converted linear layer."""
 
-    sites: dict[str, Spy]
+    def __init__(self, converted: Converted) -> None:
+        self.layer, self.site = converted.module, converted.sites["weight"]
 
-    def forward(self, x: Tensor) -> Tensor:
-        site = self.sites["weight"]
-        return nn.functional.linear(site.quantize_input(x), site.weight, self.bias)
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.site.quantize_input(x), self.site.weight, self.layer.bias)
 
 
 def on_grid(x: Tensor, grid: float) -> Tensor:
@@ -64,22 +68,24 @@ def on_grid(x: Tensor, grid: float) -> Tensor:
 def convert(model: nn.Module, grid: float = 0.0) -> Any:
     """Convert every attention and linear layer of a copy of ``model``."""
     model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        if isinstance(module, nn.MultiheadAttention):
-            module.__class__ = QuantizedMultiheadAttention
-        elif isinstance(module, nn.Linear):
-            module.__class__ = SpiedLinear
-        else:
-            continue
-        own = module.named_parameters(recurse=False)
-        module.sites = {n: Spy(p, grid) for n, p in own if "weight" in n}
+    kinds = {nn.MultiheadAttention: QuantizedMultiheadAttention, nn.Linear: SpiedLinear}
+    for path, module in list(model.named_modules()):
+        kind = next((k for base, k in kinds.items() if isinstance(module, base)), None)
+        if kind is not None:
+            own = module.named_parameters(recurse=False)
+            install(module, path, {n: Spy(p, grid) for n, p in own if "weight" in n}, kind, None)
     disable_fast_path(model)
     return model
 
 
+def sites_of(module: nn.Module) -> Any:
+    converted = converted_of(module)
+    return {} if converted is None else converted.sites
+
+
 def spies(model: nn.Module) -> Iterator[tuple[str, Spy]]:
     for path, module in model.named_modules():
-        for name, spy in getattr(module, "sites", {}).items():
+        for name, spy in sites_of(module).items():
             yield f"{path}.{name}", spy
 
 
@@ -242,13 +248,13 @@ def test_a_weight_without_a_site_stays_in_float_and_out_proj_is_called() -> None
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(EMBED, HEADS, batch_first=True).eval()
     quantized = convert(layer, grid=0.5)
-    quantized.sites = {}
+    sites_of(quantized).clear()
     x = torch.randn(2, 3, EMBED)
     with torch.no_grad():
         assert not torch.allclose(quantized(x, x, x)[0], layer(x, x, x)[0])
-        quantized.out_proj.sites["weight"].grid = 0.0
+        sites_of(quantized.out_proj)["weight"].grid = 0.0
         torch.testing.assert_close(quantized(x, x, x)[0], layer(x, x, x)[0])
-    assert len(quantized.out_proj.sites["weight"].seen) == 2
+    assert len(sites_of(quantized.out_proj)["weight"].seen) == 2
 
 
 def test_what_attention_cannot_compute_is_refused() -> None:
@@ -336,7 +342,7 @@ def test_the_spies_would_notice_the_fused_path(mode: type[AbstractContextManager
         layer.activation_relu_or_gelu = 1
     with mode():
         model(randn(3, 4, EMBED))
-    assert all(not spy.reads for _, spy in spies(model))
+    assert all(not spy.seen for _, spy in spies(model))
 
 
 @pytest.mark.filterwarnings(NESTED, UNUSED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoquant.errors import TrialError
+from autoquant.methods.rounding import output_error
 from autoquant.nn import calibrate as module
-from autoquant.nn.calibrate import calibrate
+from autoquant.nn.calibrate import MissingStatistics, SiteStatistics, calibrate
 from autoquant.nn.convert import prepare
+from autoquant.quant.blocks import to_matrix
+from autoquant.spec.needs import EVERYTHING, Need
 
 
 def statistics_of(layer: nn.Module, *batches: Tensor) -> Any:
-    prepared = prepare(nn.Sequential(layer).eval(), lambda m: m(batches[0]))
+    prepared = prepare(nn.Sequential(copy.deepcopy(layer)).eval(), lambda m: m(batches[0]))
     found = calibrate(prepared, batches, lambda m, batch: m(batch))
     return found[prepared.sites[0].name]
 
@@ -73,12 +77,12 @@ def test_the_moments_of_a_convolution_are_those_of_its_windows(layer, shape):
     means = rows.mean(1)
     assert np.allclose(found.means, means, rtol=1e-4, atol=1e-6)
     about = expected - means[:, :, None] * means[:, None]
-    assert np.allclose(found.covariance, about, rtol=1e-3, atol=1e-5)
+    assert np.allclose(found.second_moments(centered=True), about, rtol=1e-3, atol=1e-5)
 
 
 def test_the_mean_of_a_large_batch_is_that_of_all_its_windows(monkeypatch):
     layer, x = nn.Conv2d(2, 3, 3, padding=1, stride=2), torch.randn(5, 2, 9, 8) + 1.0
-    whole = statistics_of(copy.deepcopy(layer), x)
+    whole = statistics_of(layer, x)
     monkeypatch.setattr(module, "GRAM_ROWS", 16)
     few = statistics_of(layer, x)
     assert torch.allclose(few.means, whole.means)
@@ -129,15 +133,115 @@ def test_the_moments_of_a_recurrent_weight_are_those_of_all_its_steps():
 def test_what_meets_no_weight_has_no_statistics_and_wide_inputs_have_a_diagonal(monkeypatch):
     found = statistics_of(nn.Embedding(4, 3), torch.tensor([1, 2]))
     assert (found.inputs, found.moments) == (None, None)
-    for layer in (nn.Conv3d(1, 2, 1), nn.ConvTranspose3d(1, 2, 1)):
-        found = statistics_of(layer, torch.randn(2, 1, 3, 3, 3))
-        assert found.moments is None
-        assert found.inputs.count == 54
+    assert found.keep(EVERYTHING).output_error(corrected=False) is None
     x = torch.randn(7, 5)
     full = statistics_of(nn.Linear(5, 2), x).moments
     monkeypatch.setattr(module, "GRAM_COLUMNS", 4)
     diagonal = statistics_of(nn.Linear(5, 2), x).moments
     assert torch.allclose(diagonal[0], full[0].diagonal(), atol=1e-6)
+
+
+TRANSPOSED = [
+    (nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1, output_padding=1), (2, 3, 6)),
+    (nn.ConvTranspose1d(4, 6, 4, groups=2, stride=3, dilation=2), (2, 4, 5)),
+    (nn.ConvTranspose2d(3, 5, (3, 2), stride=(2, 1), padding=(2, 1)), (2, 3, 5, 4)),
+    (nn.ConvTranspose2d(4, 4, 3, groups=4, stride=2, dilation=(1, 2)), (2, 4, 3, 4)),
+    (nn.ConvTranspose3d(2, 3, (2, 1, 3), stride=(1, 2, 2), padding=(0, 0, 1)), (1, 2, 3, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        *CONVOLUTIONS,
+        *TRANSPOSED,
+        (nn.Conv3d(2, 4, 2, groups=2, stride=2), (2, 2, 4, 3, 4)),
+        (nn.Linear(5, 3), (2, 4, 5)),
+    ],
+)
+def test_moments_say_what_an_error_of_the_weight_adds_to_the_output(layer, shape):
+    """The mean square of the layer's output on the error alone, without moments."""
+    torch.manual_seed(0)
+    x = torch.randn(shape) + 0.3
+    found = statistics_of(layer, x)
+    error = copy.deepcopy(layer)
+    error.weight.data, error.bias = torch.randn_like(error.weight), None
+    with torch.no_grad():
+        y = error(x)
+    channels = y.shape[-1 if isinstance(layer, nn.Linear) else 1]
+    axis = 1 if isinstance(layer, tuple(type(t) for t, _ in TRANSPOSED)) else 0
+    delta = to_matrix(error.weight.detach(), axis)
+    expected = y.double().square().mean() * channels
+    assert float(output_error(delta, found.moments)) == pytest.approx(float(expected), rel=1e-3)
+    about = found.output_error(corrected=False)
+    assert float(about.of_blocks(delta, 1).sum()) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_tied_embedding_is_calibrated_as_the_layer_that_multiplies_it():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids))
+
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.tensor([[0, 3, 6, 6]])
+    rows = model.embed(ids)[0].detach()
+    prepared = prepare(model, lambda m: m(ids))
+    (found,) = calibrate(prepared, [ids], lambda m, batch: m(batch)).values()
+    assert torch.allclose(found.moments[0], rows.T @ rows / 4, atol=1e-6)
+
+
+NEEDS = [frozenset({need}) for need in Need]
+
+
+@pytest.mark.parametrize("needs", [frozenset(), *NEEDS, EVERYTHING])
+@pytest.mark.parametrize("layer", [nn.Linear(5, 2), nn.Conv2d(2, 3, 2)])
+def test_what_is_asked_for_is_what_everything_would_have_given(layer, needs):
+    x = torch.randn(6, 5) if isinstance(layer, nn.Linear) else torch.randn(2, 2, 4, 4)
+    prepared = prepare(nn.Sequential(copy.deepcopy(layer)).eval(), lambda m: m(x))
+    runs: list[None] = []
+
+    def run(model: nn.Module, batch: Tensor) -> None:
+        runs.append(None)
+        model(batch)
+
+    whole = calibrate(prepared, [x], run)["0"]
+    del runs[:]
+    for some in (calibrate(prepared, [x], run, {"0": needs})["0"], whole.keep(needs)):
+        same(some, whole, needs)
+    assert bool(runs) == bool(needs)
+
+
+def same(some: SiteStatistics, whole: SiteStatistics, needs: frozenset[Need]) -> None:
+    """Check each thing that is asked for, digit for digit, and that the rest is not to be had."""
+    asks: dict[Need, Callable[[SiteStatistics], Any]] = {
+        Need.RANGE: lambda s: s.distribution().counts.tolist(),
+        Need.MEANS: lambda s: s.mean_input().tolist(),
+        Need.OUTPUT_ERROR: lambda s: s.output_error(corrected=False).basis.tolist(),
+        Need.CENTERED_OUTPUT_ERROR: lambda s: s.output_error(corrected=True).diagonal.tolist(),
+        Need.MOMENTS: lambda s: s.second_moments(centered=False).tolist(),
+    }
+    for need, ask in asks.items():
+        if need in needs:
+            assert ask(some) == ask(whole)
+        elif need not in some.has:
+            with pytest.raises(MissingStatistics):
+                ask(some)
+    assert needs <= some.has
+
+
+def test_nothing_that_was_not_collected_can_be_kept():
+    x = torch.randn(3, 4)
+    prepared = prepare(nn.Sequential(nn.Linear(4, 2)).eval(), lambda m: m(x))
+    (found,) = calibrate(
+        prepared, [x], lambda m, batch: m(batch), {"0": frozenset({Need.MEANS})}
+    ).values()
+    with pytest.raises(MissingStatistics, match="output"):
+        found.keep(frozenset({Need.MEANS, Need.OUTPUT_ERROR}))
 
 
 def test_the_narrow_sites_come_first_where_the_budget_is_short(monkeypatch):

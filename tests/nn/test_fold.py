@@ -251,5 +251,7 @@ def test_outputs_are_compared_leaf_by_leaf():
         assert not same_outputs(a, {**a, key: value})
     assert not same_outputs(a, {"x": torch.ones(3)})
     assert not same_outputs(torch.tensor([1.0]), torch.tensor([float("nan")]))
+    masked = torch.tensor([1.0, -float("inf")])
+    assert same_outputs({"a": {"b": masked}}, {"a": {"b": masked.clone()}})
     assert not same_outputs(torch.tensor([1]), torch.tensor([2]))
     assert not same_outputs(torch.ones(1), 1.0)

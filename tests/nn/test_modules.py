@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from autoquant.methods.realize import Realizer
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
-from autoquant.nn.modules import QUANTIZED, quantized_class
-from autoquant.nn.sites import LAYOUTS
+from autoquant.nn.layouts import LAYOUTS
+from autoquant.nn.modules import QUANTIZED
 from autoquant.observers.calibration import activation_range
 from autoquant.observers.weights import weight_range
 from autoquant.spec.calibration import (
     ACTIVATION_CALIBRATIONS,
-    DATA_CALIBRATIONS,
     WEIGHT_CALIBRATIONS,
 )
+from autoquant.spec.needs import WEIGHT_NEEDS
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 
 Array = np.ndarray
@@ -141,7 +141,7 @@ SCHEMES = ["symmetric", "asymmetric"]
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_layer_computes_with_its_quantized_weight(kind, granularity, scheme):
     bench = Bench(kind)
-    for calibration in sorted(set(WEIGHT_CALIBRATIONS) - set(DATA_CALIBRATIONS)):
+    for calibration in sorted(set(WEIGHT_CALIBRATIONS) - set(WEIGHT_NEEDS)):
         for bits in range(2, 9):
             bench.check(WeightScheme(bits, granularity, scheme, calibration), None)
 
@@ -180,16 +180,5 @@ def test_an_embedding_looks_rows_up_in_its_quantized_table(granularity, scheme):
         assert torch.equal(table(indices), quantized_weight(weight, 0, choice)[indices])
 
 
-def test_every_layer_type_has_a_quantized_class_and_subclasses_keep_their_methods():
+def test_every_layer_type_has_a_way_to_compute():
     assert {layout.base for layout in LAYOUTS} == set(QUANTIZED)
-
-    class Named(nn.Linear):
-        def name(self):
-            return "mine"
-
-    kind = quantized_class(Named, nn.Linear)
-    assert kind.__name__ == "QuantizedNamed"
-    assert issubclass(kind, Named)
-    assert kind.forward is QUANTIZED[nn.Linear].forward
-    assert kind.name is Named.name
-    assert quantized_class(nn.Linear, nn.Linear) is QUANTIZED[nn.Linear]

@@ -52,12 +52,13 @@ def test_it_holds_packed_integers_scales_and_zero_points():
         "packed": ((4, 9 + 5), torch.uint8),
         "scale": ((4, 1), torch.float32),
         "zero_point": ((4, 1), torch.int8),
+        "like": ((0,), torch.float32),
     }
     packed, _ = packed_and_quantized(layer, WeightScheme(8, "per_tensor"))
-    assert set(packed.state_dict()) == {"packed", "scale"}
+    assert set(packed.state_dict()) == {"packed", "scale", "like"}
     activation = ActivationScheme(8, scale=0.5, zero_point=0)
     kept = PackedSite("linear", torch.float32, layer.weight, activation)
-    assert set(kept.state_dict()) == {"unquantized"}
+    assert set(kept.state_dict()) == {"unquantized", "like"}
     assert torch.equal(kept.weight, layer.weight)
     assert not kept.weight.requires_grad
     assert torch.equal(kept.quantize_input(torch.tensor([0.3])), torch.tensor([0.5]))

@@ -11,24 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from autoquant.nn.recurrent import (
-    QuantizedGRU,
-    QuantizedGRUCell,
-    QuantizedLSTM,
-    QuantizedLSTMCell,
-    QuantizedRNN,
-    QuantizedRNNCell,
-)
+from autoquant.nn.converted import converted_of, install
+from autoquant.nn.modules import QUANTIZED
 from autoquant.nn.runtime import Multiply, Rows
 
-QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LSTM: QuantizedLSTM,
-    nn.GRU: QuantizedGRU,
-    nn.RNN: QuantizedRNN,
-    nn.LSTMCell: QuantizedLSTMCell,
-    nn.GRUCell: QuantizedGRUCell,
-    nn.RNNCell: QuantizedRNNCell,
-}
 INPUTS, HIDDEN, PROJECTED = 3, 4, 2
 
 
@@ -45,6 +31,9 @@ class Spy:
     def weight(self) -> Tensor:
         self.reads += 1
         return on_grid(self.parameter, self.grid)
+
+    def bias(self, own: Tensor | None) -> Tensor | None:
+        return own
 
     def quantize_input(self, x: Tensor) -> Tensor:
         self.seen.append(x.detach())
@@ -66,11 +55,17 @@ def on_grid(x: Tensor, grid: float) -> Tensor:
 
 def convert(layer: nn.Module, grid: float = 0.0) -> Any:
     clone: Any = copy.deepcopy(layer)
-    clone.__class__ = QUANTIZED[type(layer)]
-    clone.sites = {
+    sites = {
         n: Spy(p, grid) for n, p in clone.named_parameters(recurse=False) if n.startswith("weight")
     }
+    install(clone, "", sites, QUANTIZED[type(layer)], None)
     return clone
+
+
+def sites_of(layer: nn.Module) -> Any:
+    converted = converted_of(layer)
+    assert converted is not None
+    return converted.sites
 
 
 def build(kind: type[nn.Module], **options: Any) -> Any:
@@ -151,7 +146,7 @@ def test_without_quantization_a_layer_computes_what_torch_does(case: tuple[Any, 
     if isinstance(x, PackedSequence):
         assert isinstance(actual[0], PackedSequence)
         assert (actual[0].unsorted_indices is None) == (expected[0].unsorted_indices is None)
-    assert all(spy.reads == 1 for spy in quantized.sites.values())
+    assert all(spy.reads == 1 for spy in sites_of(quantized).values())
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -267,7 +262,7 @@ def test_no_quantizer_sees_padding(kind: type[nn.Module]) -> None:
         x[:length, row] = torch.randn(length, INPUTS, dtype=torch.float64)
     quantized = convert(build(kind, num_layers=2, bidirectional=True))
     quantized(pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False))
-    for name, spy in quantized.sites.items():
+    for name, spy in sites_of(quantized).items():
         seen = torch.cat(spy.seen)
         assert not seen.isnan().any(), name
         assert len(seen) == sum(lengths), name
@@ -278,8 +273,8 @@ def test_the_projection_of_an_lstm_sees_the_hidden_state_before_it() -> None:
     torch.manual_seed(0)
     quantized = convert(build(nn.LSTM, proj_size=PROJECTED))
     quantized(torch.randn(3, 2, INPUTS, dtype=torch.float64))
-    assert [s.shape for s in quantized.sites["weight_hr_l0"].seen] == [(2, HIDDEN)] * 3
-    assert [s.shape for s in quantized.sites["weight_hh_l0"].seen] == [(2, PROJECTED)] * 3
+    assert [s.shape for s in sites_of(quantized)["weight_hr_l0"].seen] == [(2, HIDDEN)] * 3
+    assert [s.shape for s in sites_of(quantized)["weight_hh_l0"].seen] == [(2, PROJECTED)] * 3
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
@@ -287,10 +282,10 @@ def test_a_weight_without_a_site_stays_in_float(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     layer = build(kind, num_layers=2)
     quantized = convert(layer)
-    quantized.sites = {}
+    sites_of(quantized).clear()
     x = torch.randn(3, 2, INPUTS, dtype=torch.float64)
     assert_same(quantized(x), layer(x))
-    quantized.sites = {"weight_hh_l1": Spy(quantized.weight_hh_l1, grid=0.5)}
+    sites_of(quantized)["weight_hh_l1"] = Spy(quantized.weight_hh_l1, grid=0.5)
     assert not torch.allclose(quantized(x)[0], layer(x)[0])
 
 
@@ -348,7 +343,7 @@ def test_a_cell_computes_what_torch_does(
     state = None if not start else (h, c) if kind is nn.LSTMCell else h
     quantized = convert(cell)
     assert_same(quantized(x, state), cell(x, state))
-    assert all(spy.reads == 1 for spy in quantized.sites.values())
+    assert all(spy.reads == 1 for spy in sites_of(quantized).values())
     assert not torch.allclose(
         tensors(convert(cell, grid=0.5)(x, state))[0], tensors(cell(x, state))[0]
     )

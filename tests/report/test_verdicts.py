@@ -49,8 +49,8 @@ def test_the_confirmed_number_stands_beside_the_searched_one():
     seen, fresh = SplitResult(400, 0.83, 0.82, 0.01), SplitResult(436, 0.84, 0.8, 0.04)
     line = reported_line(Evidence("accuracy", True, seen, fresh, 4.0, 1, 4))
     assert line == (
-        "accuracy: float 0.8400, quantized 0.8000, drop 0.0400 (confirmed on 436 samples; on the "
-        "400 searched by: quantized 0.8200, drop 0.0100)"
+        "accuracy (higher is better): float 0.8400, quantized 0.8000, drop 0.0400 (confirmed on "
+        "436 samples; on the 400 searched by: quantized 0.8200, drop 0.0100)"
     )
     line = reported_line(Evidence("accuracy", True, seen, None, 4.0, 1, 4))
     assert line.endswith("drop 0.0100 (measured on the data that the search saw, 400 samples)")

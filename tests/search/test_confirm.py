@@ -135,7 +135,7 @@ class FakeSession:
         self.model = None
         self.identity = ModelIdentity("net", "ab")
         self.prepared = SimpleNamespace(folded={"bn": "a"}, engine=Engine())
-        self.sizes = SimpleNamespace(float_size_bytes=1600)
+        self.sizes = SimpleNamespace(float_size_bytes=1600, rest_weights=0)
         self.costs = SimpleNamespace(latency=None, operations=None)
         self.evaluator = SimpleNamespace(
             confirms=confirms,

@@ -7,7 +7,6 @@ import pytest
 from optuna.trial import TrialState
 
 from autoquant.errors import StudyError, TrialError
-from autoquant.search import loop
 from autoquant.search.goal import Goal, Measurement
 from autoquant.search.ledger import MEASURED, REASON, Ledger
 from autoquant.search.loop import FAILURES, Outcome, Stop, run_trials
@@ -68,9 +67,9 @@ def ledger(tmp_path, monkeypatch):
     return Ledger.create("s", None, {"x": 1})
 
 
-def run(ledger, measure=measure, trials=3, seconds=None, proposer=None, hears=None):
+def run(ledger, measure=measure, trials=3, schedule=None, proposer=None, hears=None):
     hears = hears or Hears()
-    stop = Stop(trials, seconds)
+    stop = Stop(trials, schedule)
     run_trials(ledger, MAPPING, proposer or Cycle(), GOAL, measure, stop, hears)
     return hears
 
@@ -218,12 +217,26 @@ def test_a_study_that_is_done_runs_nothing(ledger):
     assert run(ledger, trials=2).trials == []
 
 
-def test_time_ends_it_between_trials(ledger, monkeypatch):
-    clock = iter(range(1000))
-    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
-    run(ledger, trials=None, seconds=5.0)
-    assert len(ledger.trials()) == 4
-    assert run(ledger, trials=None, seconds=0.0).trials == []
+class Rations:
+    """A schedule with room for so many trials."""
+
+    def __init__(self, room):
+        self.room = room
+        self.took = []
+
+    def late(self):
+        return len(self.took) >= self.room
+
+    def trial(self, seconds):
+        self.took.append(seconds)
+
+
+def test_time_ends_it_between_trials(ledger):
+    schedule = Rations(4)
+    run(ledger, trials=None, schedule=schedule)
+    assert len(ledger.trials()) == len(schedule.took) == 4
+    assert all(seconds > 0 for seconds in schedule.took)
+    assert run(ledger, trials=None, schedule=Rations(0)).trials == []
 
 
 def test_the_best_is_known_from_before(ledger):

@@ -160,6 +160,14 @@ def test_a_budget_below_the_narrowest_recipe():
         check_budget(5, thirds, {"a": 2, "b": 1})
 
 
+def test_weights_that_stay_in_float_count_in_a_bit_budget():
+    spaces = {"a": SiteSpace({"weight_bits": (8, 4)}, None)}
+    check_budget(10, spaces, {"a": 50}, rest=50)
+    words = r"has 10 average weight bits, for 50% of the weights stay in float; give --bits 10 or"
+    with pytest.raises(UserError, match=words):
+        check_budget(8, spaces, {"a": 50}, rest=50)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("0", 0), ("0MB", 0), ("512MB", 512 * 10**6), (" 2 GiB", 2**31), ("1.5kb", 1500), ("9b", 9)],

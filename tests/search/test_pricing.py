@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from autoquant.errors import UserError
 from autoquant.measure import layers
 from autoquant.models.task import Task
+from autoquant.nn.converted import converted_of
 from autoquant.report.tables import latency_lines, preflight_lines, trials_table
 from autoquant.search import pricing
 from autoquant.search.extract import extract
@@ -60,7 +61,7 @@ def task_of(**parts: Any) -> Task:
 
 
 def layer_seconds(module: nn.Module) -> float:
-    slot = module.sites["weight"]  # type: ignore[index, union-attr]
+    slot: Any = module.forward.sites["weight"]  # type: ignore[union-attr]
     if slot.held is None:
         return FLOAT
     return HALF if slot.activation is None else FAST
@@ -71,7 +72,7 @@ def clock(call: Any) -> float:
     owner = getattr(call.func, "__self__", None)
     if isinstance(owner, nn.Module):
         return layer_seconds(owner)
-    return REST + sum(layer_seconds(m) for m in call.args[0] if hasattr(m, "sites"))
+    return REST + sum(layer_seconds(m) for m in call.args[0] if converted_of(m))
 
 
 @pytest.fixture(autouse=True)

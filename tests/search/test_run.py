@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -268,7 +269,7 @@ def test_what_a_reporter_hears():
         "preflight",
     ]
     study, goal, done, stop = events[begun]
-    assert (study, done, stop) == ("s", 0, Stop(5, None))
+    assert (study, done, stop) == ("s", 0, Stop(5))
     assert goal.max_drop == result.max_drop == 0.01
     assert [e[0] for e in events[begun + 1 :] if isinstance(e, tuple)] == list(range(5))
     assert events[-1] == "confirming"
@@ -322,18 +323,17 @@ def test_workers_on_one_study_try_different_recipes():
     assert all(sum(r.trials.values()) >= begun + 16 for r in results)
 
 
-def test_timeout_ends_a_search_without_a_number_of_trials(monkeypatch):
-    from autoquant.search import loop
-
-    clock = itertools.count()
-    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
-    result = searched(trials=None, timeout=8.0)
-    assert 1 <= sum(result.trials.values()) <= 8
+def test_timeout_ends_a_search_without_a_number_of_trials():
+    began = time.monotonic()
+    result = searched(trials=None, timeout=4.0)
+    assert time.monotonic() - began < 8
+    assert sum(result.trials.values()) >= 1
 
 
-def test_a_timeout_before_the_first_trial(monkeypatch):
-    with pytest.raises(StudyError, match="no trial was completed, so there is no recipe"):
+def test_a_timeout_that_nothing_fits_into_is_refused_before_the_study_begins():
+    with pytest.raises(UserError, match=r"^--timeout 1e-09s: .* give \d+s or more$"):
         searched(trials=None, timeout=1e-9)
+    assert not Path(".autoquant").exists()
 
 
 def test_a_budget_that_no_trial_keeps():
@@ -424,6 +424,24 @@ def test_state_hash():
     assert state_hash(nn.Sequential(*net(), nn.Linear(4, 4))) != digest
     scalar = nn.BatchNorm1d(3).to(torch.bfloat16)  # a tensor without dimensions, and odd dtypes
     assert state_hash(scalar) == state_hash(scalar)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_state_hash_of_sparse_and_complex_tensors(layout):
+    def made(value: complex, row: int) -> nn.Module:
+        model = nn.Linear(2, 2)
+        nn.init.ones_(model.weight)
+        nn.init.ones_(model.bias)
+        dense = torch.zeros(3, 3)
+        dense[row, 1] = 2.0
+        model.register_buffer("edges", dense.to_sparse(layout=layout))
+        model.register_buffer("turn", torch.tensor([value]).conj())
+        return model
+
+    digest = state_hash(made(1 + 2j, 0))
+    assert digest == state_hash(made(1 + 2j, 0))
+    assert digest != state_hash(made(1 - 2j, 0))
+    assert digest != state_hash(made(1 + 2j, 1))
 
 
 def test_source_needs_data():

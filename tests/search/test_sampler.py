@@ -65,23 +65,31 @@ def make_profile(spaces, numel):
 class Problem:
     """A model whose loss is a sum over sites of importance × damage."""
 
-    def __init__(self, spaces, goal, seed=0, rest=100):
+    def __init__(self, spaces, goal, seed=0, rest=100, rest_weights=0):
         rng = np.random.default_rng(seed)
         self.spaces, self.goal, self.rest = spaces, goal, rest
+        self.rest_weights = rest_weights
         self.mapping = ParameterMap(spaces)
         self.numel = {site: int(rng.integers(100, 2000)) for site in spaces}
         self.profile = make_profile(spaces, self.numel)
         self.importance = {site: float(rng.lognormal(0, 1.0)) for site in spaces}
 
     def sampler(self, seed=0):
-        return KnapsackSampler(self.mapping, self.profile, self.goal, self.rest, seed)
+        return KnapsackSampler(
+            self.mapping,
+            self.profile,
+            self.goal,
+            self.rest,
+            seed,
+            rest_weights=self.rest_weights,
+        )
 
     def measure(self, sites):
         loss = sum(w * self.profile.damage(n, sites[n]) for n, w in self.importance.items())
         bits = sum(self.numel[n] * s.weight_bits for n, s in sites.items())
         size = self.rest + bits // 8
-        total = sum(self.numel.values())
-        return Measurement(1.0, 3 * loss, max(loss, 1e-9), bits / total, size, 0.0)
+        average = (bits + 16 * self.rest_weights) / (sum(self.numel.values()) + self.rest_weights)
+        return Measurement(1.0, 3 * loss, max(loss, 1e-9), average, size, 0.0)
 
     def trial(self, number, sites):
         m = self.measure(sites)
@@ -162,6 +170,21 @@ def test_a_bit_budget_is_always_kept(bits):
         sites = sampler.propose(done, number)
         assert problem.measure(sites).average_weight_bits <= bits + 1e-9
         done.append(problem.trial(number, sites))
+
+
+def test_weights_that_stay_in_float_take_their_part_of_a_bit_budget():
+    spaces = plain_spaces(9, (8, 7, 6, 5, 4))
+    problem = Problem(spaces, Goal(0.05, 20_000, bits=9.0), rest_weights=4000)
+    sampler, done = problem.sampler(), []
+    spent = []
+    for number in range(10):
+        found = problem.measure(sampler.propose(done, number)).average_weight_bits
+        spent.append(found)
+        done.append(problem.trial(number, sampler.propose(done, number)))
+    assert max(spent) <= 9.0 + 1e-9
+    assert max(spent) > 8.8  # and what the layers may have is spent
+    for point in sampler.sweep(done, 5):
+        assert 16 > point.average_weight_bits > 16 * 4000 / (4000 + sum(problem.numel.values()))
 
 
 @st.composite

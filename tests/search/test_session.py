@@ -14,7 +14,7 @@ from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.search import session as module
 from autoquant.search.session import Session, choose_device, open_session
-from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 
 CPU = torch.device("cpu")
 WEIGHT = WeightScheme(4, "per_channel", "symmetric", "max")
@@ -176,8 +176,8 @@ def test_a_float_model_that_fails_on_the_data():
 
 def test_channels_last_where_the_model_takes_it():
     free, bound = opened(), opened(Net(contiguous=True))
-    assert free.model.conv.channels_last
-    assert not bound.model.conv.channels_last
+    assert free.model.conv.forward.channels_last
+    assert not bound.model.conv.forward.channels_last
     with torch.no_grad():
         x = batches()[0][0]
         assert torch.allclose(free.model(x), bound.model(x), atol=1e-5)
@@ -186,7 +186,7 @@ def test_channels_last_where_the_model_takes_it():
 def test_the_folds_of_a_recipe_are_repeated():
     task = Task(evaluation_data=batches, metric="accuracy")
     loaded = LoadedModel(Net().eval(), "module", "m", "0")
-    session = open_session(loaded, task, CPU, folded={})
+    session = open_session(loaded, task, CPU, recipe=Recipe({}))
     assert session.prepared.folded == {}
     assert any(part.name == "norm" for part in session.prepared.float_parts)
 

@@ -132,6 +132,10 @@ HEADER = Header.read(
             "higher_is_better": True,
             "size_bytes": 4000,
         },
+        sites=[
+            {"name": "a", "layer": "Linear", "matrix": [4, 6], "activation": True},
+            {"name": "b", "layer": "Linear", "matrix": [4, 2], "activation": True},
+        ],
         folded={"bn": "a"},
         options={"seed": 7},
     ),
@@ -140,7 +144,7 @@ HEADER = Header.read(
 
 
 def test_a_trial_as_a_recipe():
-    trial = make(3, value=0.88, drop=0.02, average_weight_bits=4.5, size_bytes=1000)
+    trial = make(3, value=0.88, drop=0.02, average_weight_bits=7.0, size_bytes=1000)
     trial.user_attrs[SCALES] = {"a": [0.5, 1]}
     site = SiteRecipe(WeightScheme(4), ActivationScheme(8))
     found = trial_recipe(trial, {"a": site}, HEADER)
@@ -148,7 +152,15 @@ def test_a_trial_as_a_recipe():
     assert found.model == ModelIdentity("net", "ab")
     assert (dict(found.folded), found.seed) == ({"bn": "a"}, 7)
     search = SplitResult(40, 0.9, 0.88, 0.02)
-    assert found.evidence == Evidence("accuracy", True, search, None, 4.5, 1000, 4000)
+    assert found.evidence == Evidence("accuracy", True, search, None, 7.0, 1000, 4000)
+
+
+def test_a_trials_recipe_tells_its_layers_width_from_that_of_all_weights():
+    trial = make(3, value=0.88, drop=0.02, average_weight_bits=9.5, size_bytes=1000)
+    site = SiteRecipe(WeightScheme(4))
+    evidence = trial_recipe(trial, {"a": site, "b": site}, HEADER).evidence
+    assert (evidence.average_weight_bits, evidence.layer_weight_bits) == (9.5, 4)
+    assert evidence.of_layers == 4
 
 
 def test_a_failed_trial_is_no_recipe():

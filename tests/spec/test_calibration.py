@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from autoquant.observers import calibration_names, is_calibration
 from autoquant.spec.calibration import (
     ACTIVATION_CALIBRATIONS,
-    DATA_CALIBRATIONS,
     PERCENTILES,
     WEIGHT_CALIBRATIONS,
     percentile_of,
 )
+from autoquant.spec.needs import WEIGHT_NEEDS
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_any_percentile_can_be_named(percent):
 def test_every_name_has_a_method():
     """The names are here, the methods with the observers: neither without the other."""
     assert [percentile_of(p) for p in PERCENTILES] == [99.9, 99.99, 99.999, 99.9999]
-    plain = set(WEIGHT_CALIBRATIONS) - set(DATA_CALIBRATIONS)
+    plain = set(WEIGHT_CALIBRATIONS) - set(WEIGHT_NEEDS)
     for name in plain | set(ACTIVATION_CALIBRATIONS):
         assert is_calibration(name)
     assert {"max", "moving_average", "entropy", "mse"} <= set(calibration_names())

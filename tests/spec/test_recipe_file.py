@@ -83,6 +83,16 @@ def test_a_recipe_survives_yaml(layers, seed):
     assert again.key() == first.key()
 
 
+def test_the_layers_own_width_is_written_where_it_differs():
+    result = SplitResult(4, 0.5, 0.4, 0.1)
+    plain = Evidence("evaluate", True, result, None, 8.0, 1, 4)
+    assert "layer_weight_bits" not in dumps(Recipe({"fc": SiteRecipe()}, None, plain))
+    mixed = replace(plain, average_weight_bits=12.5, layer_weight_bits=8.0)
+    text = dumps(Recipe({"fc": SiteRecipe()}, None, mixed))
+    assert "average_weight_bits: 12.5\nlayer_weight_bits: 8.0\n" in text
+    assert loads(text).evidence == mixed
+
+
 def test_a_recipe_without_a_second_split_says_so(tmp_path):
     result = SplitResult(0, 0.5, 0.4, 0.1)
     evidence = Evidence("evaluate", True, result, None, 8.0, 1, 4)
@@ -400,3 +410,40 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
         save(recipe(other=SiteRecipe()), path)
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+SCALED = ActivationScheme(8, "per_tensor", "asymmetric", "mse", 0.02, -3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("bits: 8, granularity: per_t", "bits: 4, granularity: per_t"),
+        ("scheme: asymmetric, calibration: mse", "scheme: symmetric, calibration: mse"),
+        ("calibration: mse", "calibration: max"),
+    ],
+)
+def test_a_scale_beside_another_scheme_than_it_was_calibrated_for(old, new):
+    text = dumps(recipe(fc=SiteRecipe(WeightScheme(4), replace(SCALED, zero_point=0))))
+    changed = text.replace(old, new)
+    assert changed != text
+    with pytest.raises(SpecError) as raised:
+        loads(changed, "r.yaml")
+    message = str(raised.value)
+    assert message.startswith("r.yaml: fc: activation: scale 0.02 was calibrated for '8 bits asym")
+    assert "delete scale and zero_point" in message
+    # Done as told, with or without the word on what it was calibrated for.
+    bare = changed.replace("scale: 0.02, zero_point: 0, ", "")
+    for done in (bare, bare.replace(", calibrated_for: 8 bits asymmetric mse", "")):
+        assert loads(done).sites["fc"].activation.scale is None
+
+
+def test_other_edits_leave_a_scale_in_peace():
+    text = dumps(recipe(fc=SiteRecipe(WeightScheme(8), SCALED)))
+    edited = text.replace("weight: {bits: 8", "weight: {bits: 4").replace("0.02", "0.03")
+    assert loads(edited).sites["fc"].activation == replace(SCALED, scale=0.03)
+
+
+def test_a_file_of_before_scales_said_what_they_are_for():
+    assert "calibrated_for" not in (ASSETS / "recipe_v1.yaml").read_text()
+    assert load(ASSETS / "recipe_v1.yaml").sites["features.0"].activation.zero_point == -128

@@ -34,6 +34,7 @@ from autoquant.kernels.gpu.launch import (
     takes,
 )
 from autoquant.kernels.gpu.tuning import bucket, tuned
+from autoquant.kernels.layout import is_channels_last
 from autoquant.kernels.operation import Clamp, Operation
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
@@ -221,9 +222,12 @@ class ConvProduct:
 
 
 def _like(x: Tensor, samples: int, channels: int, size: tuple[int, int]) -> Tensor:
-    """Return an empty output in the memory format that a float convolution of ``x`` returns."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    if last and not x.is_contiguous():
+    """Return an empty output in the memory format that a float convolution of ``x`` returns.
+
+    On a GPU it is cuDNN that gives channels last for channels last; torch's own kernels, which
+    compute where that is switched off, give a contiguous output for any input.
+    """
+    if is_channels_last(x) and (x.device.type == "cpu" or torch.backends.cudnn.enabled):
         return torch.empty(samples, *size, channels, device=x.device).permute(0, 3, 1, 2)
     return torch.empty(samples, channels, *size, device=x.device)
 

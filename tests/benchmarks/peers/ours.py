@@ -45,10 +45,14 @@ PROPOSALS = 20
 
 
 class Counter:
-    """A search's reporter that ends it after so many evaluations, and keeps the best after each."""
+    """A search's reporter that ends it after so many evaluations, and keeps the best after each.
 
-    def __init__(self, most: int) -> None:
+    Or after ``limit`` seconds of trials: --timeout would count the profile and the confirmation.
+    """
+
+    def __init__(self, most: int, limit: float) -> None:
         self.most = most
+        self.limit = limit
         self.curve: list[float] = []
         self.proposals = 0
         self._stop: Any = None
@@ -61,12 +65,15 @@ class Counter:
 
     def begin(self, study: str, goal: Any, done: Any, stop: Any) -> None:
         self._stop = stop
+        self._began = time.monotonic()
 
     def step(self, number: int, done: int, total: int) -> None:
         pass
 
     def trial(self, trial: Any, best: Any) -> None:
         self.proposals += 1
+        if time.monotonic() - self._began >= self.limit:
+            object.__setattr__(self._stop, "trials", self.proposals)
         if trial.state.name != "COMPLETE":
             return
         self.curve.append(math.inf if best is None else float(best.value))
@@ -84,7 +91,7 @@ def search(case: Case, bits: float, sampler: str, seed: int, trials: int, limit:
     are measured on the other half. Nothing is stopped early, but after ``limit`` seconds of trials
     the search ends with what it has.
     """
-    counter = Counter(trials)
+    counter = Counter(trials, limit)
     model, task = case.model_copy(), case.task()
     named = {"sampler": sampler} if sampler else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +102,6 @@ def search(case: Case, bits: float, sampler: str, seed: int, trials: int, limit:
             space=autoquant.SearchSpace.parse(SPACE, "peers"),
             bits=bits,
             trials=PROPOSALS * trials,
-            timeout=limit,
             seed=seed,
             prune=False,
             study="peers",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from math import inf
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from autoquant.nn.quantized_output import QuantizedOutput, as_real
+from autoquant.nn.layer_output import After, LayerOutput, as_real
 from autoquant.spec.recipe import ActivationScheme
 
 SCHEME = ActivationScheme(8, scale=0.5, zero_point=0)
@@ -17,14 +21,15 @@ REAL = torch.tensor([[0.1, -1.0], [2.4, 60.0]])
 Q = (REAL / 0.5).round().add(128).to(torch.uint8)
 
 
-def made() -> tuple[QuantizedOutput, list[int]]:
+def made() -> tuple[LayerOutput, list[int]]:
     asked: list[int] = []
 
-    def compute(source: Tensor) -> Tensor:
+    def compute(source: Tensor, done: After) -> Tensor:
         asked.append(1)
+        assert done is None
         return source.clone()
 
-    return QuantizedOutput.of(Q, REAL, SCHEME, compute, REAL.stride()), asked
+    return LayerOutput.of(Q, REAL, SCHEME, compute, REAL.stride()), asked
 
 
 def test_its_form_is_known_without_its_numbers():
@@ -117,17 +122,8 @@ def test_numbers_that_torch_does_not_watch_count_as_written():
     assert y.written
 
 
-def test_marks_are_told_from_what_it_is_made_of():
-    y, _ = made()
-    assert y.marks() == {}
-    y.note = "clamped"
-    assert y.marks() == {"note": "clamped"}
-    assert as_real(REAL) is REAL
-    assert as_real(None) is None
-
-
 def test_no_name_of_a_tensors_own_means_something_else():
-    ours = {*vars(QuantizedOutput), *QuantizedOutput.__annotations__}
+    ours = {*vars(LayerOutput), *LayerOutput.__annotations__}
     assert {name for name in ours if hasattr(Tensor, name)} <= {
         *("__module__", "__doc__", "__annotations__", "__torch_function__", "__torch_dispatch__"),
         *("__firstlineno__", "__static_attributes__"),
@@ -136,31 +132,89 @@ def test_no_name_of_a_tensors_own_means_something_else():
     assert torch.equal(y.real, REAL)
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_integers_of_a_gelu_are_its_own_and_nobody_elses(approximate):
-    asked: list[int] = []
+STEPS: dict[Any, Callable[[Tensor], Tensor]] = {
+    "none": F.gelu,
+    "tanh": nn.GELU("tanh"),
+    (0.0, inf): F.relu,
+    (0.0, 6.0): nn.ReLU6(),
+}
 
-    def compute(source: Tensor) -> Tensor:
-        asked.append(1)
-        return source.clone()
 
-    y = QuantizedOutput.of(Q, REAL, SCHEME, compute, REAL.stride(), approximate)
-    z = torch.nn.GELU(approximate)(torch.nn.Dropout(0.5).eval()(y))
-    assert type(z) is QuantizedOutput
-    assert z.q is Q
-    assert z.gelu is None
+def ahead(
+    after: After, scheme: ActivationScheme | None = SCHEME
+) -> tuple[LayerOutput, list[After]]:
+    """Return an output whose ``after`` is computed, and what is asked of it."""
+    asked: list[After] = []
+
+    def compute(source: Tensor, done: After) -> Tensor:
+        asked.append(done)
+        return STEPS[done](source) if done is not None else source.clone()
+
+    held = Q if scheme is not None else STEPS[after](REAL)
+    return LayerOutput.of(held, REAL, scheme, compute, REAL.stride(), after), asked
+
+
+@pytest.mark.parametrize("after", STEPS)
+def test_integers_of_what_follows_are_its_own_and_nobody_elses(after):
+    y, asked = ahead(after)
+    assert y.integers is None
+    z = STEPS[after](nn.Dropout(0.5).eval()(y))
+    assert type(z) is LayerOutput
+    assert z.integers is Q
+    assert STEPS[after](y).integers is Q  # as often as it is asked for
     assert not asked
-    expected = torch.nn.functional.gelu(REAL, approximate=approximate)
-    assert torch.equal(z + 0, expected)
+    assert torch.equal(z + 0, STEPS[after](REAL))
     assert torch.equal(y + 0, REAL)
-    # Another approximation, or what was written into, is computed from the real numbers.
-    other = {"none": "tanh", "tanh": "none"}[approximate]
-    found = torch.nn.functional.gelu(y, approximate=other)
-    assert type(found) is Tensor
-    assert torch.equal(found, torch.nn.functional.gelu(REAL, approximate=other))
+    assert asked == [after, None]
+    # Anything else that follows, or what was written into, is computed from the real numbers.
+    for other in set(STEPS) - {after}:
+        found = STEPS[other](y)
+        assert type(found) is Tensor
+        assert torch.equal(found, STEPS[other](REAL))
     y.mul_(2)
-    found = torch.nn.functional.gelu(y, approximate=approximate)
-    assert torch.equal(found, torch.nn.functional.gelu(2 * REAL, approximate=approximate))
+    assert torch.equal(STEPS[after](y), STEPS[after](2 * REAL))
+
+
+@pytest.mark.parametrize("after", [(0.0, inf), (0.0, 6.0)])
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_relu_that_was_computed_ahead_is_given_once_and_the_raw_numbers_to_all_others(
+    after, seen
+):
+    y, asked = ahead(after, None)
+    if seen:
+        assert torch.equal(y * 1, REAL)
+    one = STEPS[after](y)
+    assert type(one) is Tensor
+    assert asked == [None] * seen
+    one.add_(1)  # what its owner does with it reaches nobody else
+    assert torch.equal(STEPS[after](y), STEPS[after](REAL))
+    assert torch.equal(y + 0, REAL)
+
+
+@pytest.mark.parametrize("scheme", [None, SCHEME])
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize(
+    ("after", "write"),
+    [
+        ((0.0, inf), nn.ReLU(inplace=True)),
+        ((0.0, inf), torch.relu_),
+        ((0.0, inf), Tensor.relu_),
+        ((0.0, 6.0), nn.ReLU6(inplace=True)),
+        ((0.0, 6.0), lambda x: F.hardtanh(x, 0.0, 6.0, inplace=True)),
+    ],
+)
+def test_a_relu_in_place_changes_the_output_for_all_who_hold_it(scheme, seen, after, write):
+    y, _ = ahead(after, scheme)
+    view = y.view(4) if seen else None
+    before = y.changes + y.written
+    z = write(y)
+    assert y.changes + y.written > before
+    assert torch.equal(z + 0, STEPS[after](REAL))
+    assert torch.equal(y + 0, STEPS[after](REAL))
+    z.mul_(2)
+    assert torch.equal(y + 0, 2 * STEPS[after](REAL))
+    if view is not None:
+        assert torch.equal(view, 2 * STEPS[after](REAL).view(4))
 
 
 def test_a_dropout_that_drops_has_the_real_numbers():

@@ -1,0 +1,214 @@
+"""A layer's output of which more is computed already than its numbers: what is expected of it next.
+
+That is its ReLU, or the integers that the one layer that reads it would make of it. To the user's
+code it is a float32 tensor like any other. Whoever touches it beside those gets the real numbers,
+computed then: nothing depends on a guess about what comes next, only the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autoquant.kernels.layout import lies_channels_last
+from autoquant.kernels.operation import Clamp
+from autoquant.spec.recipe import ActivationScheme
+
+After = Clamp | str | None
+"""What is done with an output: a ReLU's least and largest number, a GELU's approximation."""
+
+Compute = Callable[[Tensor, After], Tensor]
+"""The bytes that a layer read, and what is done with its output → the real numbers of that."""
+
+_FORM = frozenset(
+    {
+        *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "grad_fn"),
+        *("is_quantized", "is_sparse", "is_mkldnn", "is_meta", "is_nested", "names"),
+    }
+)
+_ASKED = frozenset(
+    {
+        *("dim", "size", "stride", "numel", "is_contiguous", "__len__", "is_floating_point"),
+        *("is_complex", "is_conj", "is_neg", "is_inference", "element_size", "get_device"),
+    }
+)
+"""Attributes and methods that read nothing of a tensor but its form."""
+
+
+class LayerOutput(Tensor):
+    """An output of which ``held`` is computed: what ``ahead`` makes of it, None for itself.
+
+    With ``scheme``, ``held`` are the integers, uint8, that it makes of that; else real numbers.
+    ``compute`` gives the output, which lies in memory as ``stride`` says, from ``source``, the
+    integers that the layer read. Nobody writes into ``source`` or into integers.
+    """
+
+    held: Tensor | None
+    source: Tensor
+    scheme: ActivationScheme | None
+    compute: Compute
+    ahead: After
+    done: After
+    channels_last: bool
+    changes: int
+    _real: Tensor | None
+    _made: int
+
+    @staticmethod
+    def of(
+        held: Tensor,
+        source: Tensor,
+        scheme: ActivationScheme | None,
+        compute: Compute,
+        stride: tuple[int, ...],
+        ahead: After = None,
+        done: After = None,
+    ) -> LayerOutput:
+        """Return the output; ``done`` is what was done with the layer's own already."""
+        y: LayerOutput = Tensor._make_wrapper_subclass(
+            LayerOutput, held.shape, strides=stride, dtype=torch.float32, device=held.device
+        )
+        y.held, y.source, y.scheme, y.compute = held, source, scheme, compute
+        y.ahead, y.done = ahead, done
+        y.channels_last = lies_channels_last(held.shape, stride)
+        y.changes = 0
+        y._real, y._made = None, 0
+        return y
+
+    @property
+    def seen(self) -> bool:
+        """Whether anybody has the real numbers."""
+        return self._real is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether the real numbers were written into, or may have been: ``held`` is another's."""
+        real = self._real
+        return real is not None and (real.is_inference() or real._version != self._made)
+
+    @property
+    def integers(self) -> Tensor | None:
+        """The integers that stand for these very numbers, None where there are none."""
+        if self.scheme is None or self.ahead is not None or self.written:
+            return None
+        return self.held
+
+    def dequantized(self) -> Tensor:
+        """Return the real numbers, always the same tensor."""
+        if self._real is None:
+            self._see(self.compute(self.source, self.done))
+        assert self._real is not None
+        return self._real
+
+    def activated(self, step: Step) -> Tensor | None:
+        """Return the output after ``step``, None where something else was expected."""
+        if step.after != self.ahead or self.written or self.held is None:
+            return None
+        held, scheme = self.held, self.scheme
+        if not step.inplace:
+            if scheme is None:  # whoever has it may write into it
+                self.held = None
+                return held
+            return LayerOutput.of(
+                held, self.source, scheme, self.compute, self.stride(), None, self.ahead
+            )
+        self.changes += 1
+        if scheme is None:
+            self.held = None
+            if self._real is not None:
+                return self._real.copy_(held)
+            self._see(held)
+            return held
+        if self._real is not None:
+            return None
+        self.done, self.ahead = self.ahead, None
+        return self
+
+    def _see(self, real: Tensor) -> None:
+        self._real = real
+        self._made = 0 if real.is_inference() else real._version
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Answer what is asked of the form; for all else put the real numbers in its place."""
+        if leaves_alone(func, args, kwargs):
+            return args[0]
+        step = step_of(func, args, kwargs)
+        if step is not None and isinstance(args[0], LayerOutput):
+            found = args[0].activated(step)
+            if found is not None:
+                return found
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            plain = name in _FORM
+        else:
+            plain = name in _ASKED
+        if plain:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map(as_real, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Put the real numbers in its place, where code reached it without torch's functions."""
+        args, kwargs = pytree.tree_map(as_real, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An activation that a call of torch computes: ``inplace`` writes it into its argument."""
+
+    after: After
+    inplace: bool = False
+
+
+_RELU: Clamp = (0.0, math.inf)
+_STEPS: dict[Any, Step] = {
+    torch.relu: Step(_RELU),
+    torch.relu_: Step(_RELU, True),
+    Tensor.relu: Step(_RELU),
+    Tensor.relu_: Step(_RELU, True),
+}
+_WITH_INPLACE: dict[Any, Clamp] = {F.relu: _RELU, F.relu6: (0.0, 6.0)}
+
+
+def step_of(func: Any, args: tuple[Any, ...], kwargs: Any) -> Step | None:
+    """Return the activation that a call of torch makes of its first argument, None for others."""
+    if len(args) == 1:
+        if func in _WITH_INPLACE:
+            return Step(_WITH_INPLACE[func], bool((kwargs or {}).get("inplace", False)))
+        if func in _STEPS and not kwargs:
+            return _STEPS[func]
+        if func is F.gelu:
+            return Step(str((kwargs or {}).get("approximate", "none")))
+    if func is F.hardtanh:
+        given = dict(zip(("min_val", "max_val", "inplace"), args[1:], strict=False))
+        given.update(kwargs or {})
+        low, high = given.get("min_val", -1.0), given.get("max_val", 1.0)
+        if low == 0.0 < high:
+            return Step((0.0, float(high)), bool(given.get("inplace", False)))
+    return None
+
+
+def leaves_alone(func: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
+    """Return whether a call of torch gives its first argument as it is: a dropout at rest."""
+    return func is F.dropout and len(args) == 1 and not (kwargs or {}).get("training", True)
+
+
+def as_real(x: Any) -> Any:
+    """Return the real numbers of a LayerOutput, anything else as it is."""
+    return x.dequantized() if isinstance(x, LayerOutput) else x

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from autoquant.models.trees import Tree, batch_size, take
+from autoquant.models.trees import Tree, batch_size, sample
 
 if TYPE_CHECKING:
     from autoquant.models.data import Splits
@@ -40,7 +40,7 @@ def sample_digests(batches: Iterable[Tree]) -> Iterator[bytes]:
     for inputs in batches:
         for i in range(batch_size(inputs)):
             state = hashlib.blake2b(digest_size=16)
-            _feed(state, take(inputs, [i]))
+            _feed(state, sample(inputs, i))
             yield state.digest()
 
 

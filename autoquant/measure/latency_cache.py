@@ -21,9 +21,10 @@ RUNS = ("kernels", "nn", "quant")
 
 
 def cache_path() -> Path:
-    """Return where the times are kept."""
-    folder = os.environ.get("XDG_CACHE_HOME") or str(Path("~").expanduser() / ".cache")
-    return Path(folder) / "autoquant" / "latency.json"
+    """Return where the times are kept: by the XDG standard, a relative path means nothing."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    root = folder if folder.is_absolute() else Path("~").expanduser() / ".cache"
+    return root / "autoquant" / "latency.json"
 
 
 @functools.cache

@@ -62,6 +62,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def is_archive(path: Path) -> bool:
+    """Return whether ``save_archive`` wrote the file."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return RECIPE_KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
 INDICES, VALUES = "@indices", "@values"
 """Ends of the names of a sparse tensor's two parts."""
 

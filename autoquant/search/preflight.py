@@ -16,6 +16,7 @@ from autoquant.methods.realize import CACHE_BYTES
 from autoquant.models.chance import chance_level
 from autoquant.models.evidence import FunctionEvidence
 from autoquant.models.metrics import drop
+from autoquant.models.rereading import check_rereads
 from autoquant.models.sample_statistics import class_count
 from autoquant.models.usercode import guarded
 from autoquant.nn.archive import load_archive, save_archive
@@ -63,11 +64,13 @@ class Preflight:
 def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     """Check a session; UserError names what would fail.
 
-    The float metric is finite and repeats; a uniform recipe is measured, written, loaded back and
-    gives the same outputs; the largest candidate fits in memory.
+    The data are the same when they are read again; the float metric is finite and repeats; a
+    uniform recipe is measured, written, loaded back and gives the same outputs; the largest
+    candidate fits in memory.
     """
     process = psutil.Process()
     before = process.memory_info().rss
+    check_rereads(session.task, session.splits)
     try:
         reading = session.baseline("search")
         _check_repeats(session, reading.value)

@@ -244,14 +244,17 @@ def open_session(
     recipe: Recipe | None = None,
     backend: str = "auto",
     say: Say = lambda _: None,
+    splits: Splits | None = None,
 ) -> Session:
     """Prepare a model for its task: read the data, fold, find the sites, calibrate.
 
     A session of one ``recipe`` repeats its folds instead of looking for them, and calibrates what
-    it needs alone; without one, all that any recipe may need.
+    it needs alone; without one, all that any recipe may need. ``splits`` are the task's data, where
+    they have been read already.
     """
-    say("reading the data")
-    splits = make_splits(task)
+    if splits is None:
+        say("reading the data")
+        splits = make_splits(task)
     evaluator = Evaluator(task, splits, device)
     model = move(loaded.module, device)
     example = evaluator.example()

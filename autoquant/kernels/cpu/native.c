@@ -407,7 +407,7 @@ static inline float exponential(float x) {
     union {
         int32_t i;
         float f;
-    } power = {((int32_t)n + 127) << 23};
+    } power = {((int32_t)(n == n ? n : 0.0f) + 127) << 23}; /* NaN stays in p */
     return p * power.f;
 }
 

@@ -72,6 +72,8 @@ def test_the_tests_of_the_library_pass_under_sanitizers(watched):
         watched,
         "-m",
         "pytest",
+        "-s",
+        "-rs",
         "-p",
         "tests.kernels.cpu.sanitized",
         "-p",

@@ -82,14 +82,14 @@ def decoded(given: Sequence[Any], outputs: Any) -> Steps | None:
         rows = outputs.cpu().reshape(samples, -1)
         if rows.shape[1] > most or not torch.equal(rows.long(), chosen[:, : rows.shape[1]]):
             return None
-        return Steps(scores, torch.full((samples,), rows.shape[1]))
+        return Steps(scores, torch.full((samples,), rows.shape[1], dtype=torch.int64))
     lengths = []
     for row, own in zip(outputs, chosen.tolist(), strict=True):
         tokens = [row] if isinstance(row, int) else row
         if not isinstance(tokens, list | tuple) or list(tokens) != own[: len(tokens)]:
             return None
         lengths.append(1 if isinstance(row, int) else min(len(tokens) + 1, most))
-    return Steps(scores, torch.tensor(lengths))
+    return Steps(scores, torch.tensor(lengths, dtype=torch.int64))
 
 
 def divergences(steps: Steps, given: Sequence[Any]) -> np.ndarray | None:

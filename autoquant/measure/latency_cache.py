@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,28 +14,21 @@ from typing import Any
 
 import torch
 
+from autoquant.user_cache import cache_folder, processor_name
+
 FORMAT = 1
 RUNS = ("kernels", "nn", "quant")
 """Packages whose code runs when a layer does; any change in them makes a new key."""
 
 
 def cache_path() -> Path:
-    """Return where the times are kept: by the XDG standard, a relative path means nothing."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = folder if folder.is_absolute() else Path("~").expanduser() / ".cache"
-    return root / "autoquant" / "latency.json"
+    """Return where the times are kept."""
+    return cache_folder() / "latency.json"
 
 
-@functools.cache
 def device_name(device: torch.device) -> str:
     """Return the name of the processor or the accelerator."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 @functools.cache

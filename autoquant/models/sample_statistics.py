@@ -34,6 +34,9 @@ def as_tensor(values: Any, what: str, device: torch.device | None = None) -> Ten
             tensor = torch.stack([value.detach() for value in values])
         else:
             tensor = torch.as_tensor(values)
+            if tensor.is_floating_point() and not hasattr(values, "dtype"):
+                # Plain numbers would be rounded to whatever the default dtype is.
+                tensor = torch.as_tensor(values, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TrialError(f"{what} of type {type(values).__name__} are not numbers") from error
     if tensor.is_floating_point():
@@ -176,7 +179,7 @@ def _numbers(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
 
 def _elements(x: Tensor) -> Tensor:
     """Return the number of elements of each sample: [n]."""
-    return torch.full((len(x),), x[0].numel() if len(x) else 0, device=x.device)
+    return torch.full((len(x),), x[0].numel() if len(x) else 0, dtype=torch.int64, device=x.device)
 
 
 def squared_error(outputs: Any, targets: Any) -> Array:

@@ -260,7 +260,7 @@ class _Work:
         self, changes: Mapping[str, Changes], samples: _Samples, alone: Mapping[str, Probe]
     ) -> tuple[Mapping[str, UsesOfWeight], int]:
         """Return fresh probes for many samples a run, for the sites that allow it; and how many."""
-        anchor = torch.zeros((), device=next(iter(changes.values())).nothing.device)
+        anchor = torch.zeros_like(next(iter(changes.values())).nothing[0])
         anchor.requires_grad_(True)
         first, size, inputs = next(samples.runs(TRIED))
         found: dict[str, UsesOfWeight] = {}

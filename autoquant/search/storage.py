@@ -64,9 +64,8 @@ class Storage:
                     f"postgresql://…, mysql://…) or a file that ends in {SUFFIX}"
                 )
             return cls(text, Path(os.path.abspath(text)))
-        from sqlalchemy.engine import (
-            make_url,
-        )  # it sets its log's level, where it is not needed too
+        # It sets the level of its log, so it is imported only where it is needed.
+        from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
 
         try:

@@ -1,8 +1,7 @@
 """Forms of convolutions, and which of them oneDNN may be asked for at all.
 
-A convolution that is wrong in oneDNN may write beyond its buffers, which no comparison of numbers
-shows. So what is known to do that is refused by rule, and everything else is compared with the
-reference before it is used (``verification``).
+Forms that oneDNN is known to get wrong wherever it runs are refused by rule; everything else is
+tried before it is used (``verification``).
 """
 
 from __future__ import annotations
@@ -29,11 +28,7 @@ class Geometry:
 
 
 def may_be_tried(g: Geometry) -> bool:
-    """Return whether a convolution may be tried: false for those known to read or write astray.
-
-    With AMX, kernels whose rows or planes are dilated write beyond a block of oneDNN's own, and
-    the process dies later, somewhere else: 53 of 18,000 random ones, found with an allocator that
-    ends every block at a page that can't be written; none of 34,000 others, nor any without AMX.
+    """Return whether a convolution may be tried: false for those known to go wrong.
 
     There must be an output, and each of its numbers must see at least one that is not padding:
     where one sees none, oneDNN reads beyond the input, and the process may die. Of groups with one
@@ -47,9 +42,6 @@ def may_be_tried(g: Geometry) -> bool:
     depthwise = weight[0] == o.groups > 1
     single = weight[1] == 1 and not depthwise
     if single and (o.groups > 1 or len(spatial) > 2):
-        return False
-    rows = zip(weight[2:-1], o.dilation[:-1], strict=True)
-    if g.amx and any(kernel > 1 and dilation > 1 for kernel, dilation in rows):
         return False
     width = 0
     for n, kernel, stride, padding, dilation in zip(

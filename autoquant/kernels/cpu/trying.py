@@ -1,18 +1,23 @@
 """The child process of ``verification``: tries convolutions, and says what came out.
 
-Geometries come as lines of JSON on standard input; each is answered by ``right``, ``wrong``, or
-``failed`` where it could not be tried, for want of memory say. Whatever libraries print goes
-nowhere.
+Its first line is ``guarded`` where the allocator of ``guard.c`` watches over memory, else
+``unguarded``. Geometries come as lines of JSON on standard input; each is answered by ``right``,
+``wrong``, or ``failed`` where it could not be tried, for want of memory say. One that writes beyond
+its memory ends the process. Whatever libraries print goes nowhere.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import json
 import math
 import os
 import select
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,18 +69,39 @@ def is_right(g: Geometry) -> bool:
         weight, ActivationScheme(8, scale=1.0, zero_point=zero_point - 128), g.operation
     )
     limit = (-size / 3, size / 2)
-    found = [
-        product.run(x, 1.0, bias, None),
-        product.run(x, 1.0, None, limit),
-    ]
+    with guarded():
+        found = [product.run(x, 1.0, bias, None), product.run(x, 1.0, None, limit)]
     wanted = [sum_, exact.clamp(*limit)]
     if any(_furthest(y, z) > TOLERANCE * size for y, z in zip(found, wanted, strict=True)):
         return False
     if product.axes == 3:  # oneDNN hands on no bytes of volumes
         return True
     step = size / 150
-    stored = product.run(x, 1.0, bias, (0.0, math.inf), (step, 3))
+    with guarded():
+        stored = product.run(x, 1.0, bias, (0.0, math.inf), (step, 3))
     return _furthest(stored, (sum_.clamp(min=0.0) / step + 3).clamp(0, 255)) <= 0.5 + 1e-3
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Watch the memory that is taken within the context, by any thread, until it is freed."""
+    guard = _guard() or (lambda on: None)
+    guard(1)
+    try:
+        yield
+    finally:
+        guard(0)
+
+
+@functools.cache
+def _guard() -> Callable[[int], None] | None:
+    """Return the switch of the allocator that was preloaded; None where none was."""
+    try:
+        switch = ctypes.CDLL(None).autoquant_guard
+    except (AttributeError, OSError, TypeError):  # TypeError: on Windows a name is needed
+        return None
+    switch.argtypes, switch.restype = [ctypes.c_int], None
+    return cast(Callable[[int], None], switch)
 
 
 def _furthest(found: Tensor, exact: Tensor) -> float:
@@ -88,7 +114,7 @@ def main() -> None:
     """Answer until the input ends, or nothing was asked for a while."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    print("ready", file=answers, flush=True)
+    print("unguarded" if _guard() is None else "guarded", file=answers, flush=True)
     while _is_asked():
         line = sys.stdin.readline()
         if not line:

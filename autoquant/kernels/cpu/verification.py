@@ -1,10 +1,13 @@
 """Which convolutions oneDNN computes rightly on this machine: each is tried before it is used.
 
 oneDNN has some dozens of kernels for convolutions, chosen by shape, strides, threads and processor.
-Some are wrong for some shapes, and some end the process. So each geometry is compared with the
-reference once, in a child process that may die, and the verdict is kept in the user's cache for
-this kind of processor, this torch, these settings and this code. What comes out wrong, or kills the
-child, is computed by the reference.
+Some are wrong for some shapes. Those for AMX also write beyond their memory for some, which changes
+no number at once, and ends the process later or never. So each geometry is compared with the
+reference once, in a child process that may die, under an allocator (``guard.c``) that ends it where
+anything is written beyond a block. The verdict is kept in the user's cache for this kind of
+processor, this torch, these settings and this code. What comes out wrong, or kills the child, is
+computed by the reference. Where the allocator is missing, nothing is taken that may use AMX:
+without AMX no convolution that gave the right numbers was ever seen to write astray.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import importlib.machinery
 import json
 import os
 import signal
@@ -27,11 +31,12 @@ from typing import IO
 import torch
 
 from autoquant.kernels.cpu.geometry import Geometry, may_be_tried
+from autoquant.kernels.cpu.instructions import has_amx
 from autoquant.user_cache import cache_folder, processor_digest
 
 SECONDS = 120.0
 """How long one comparison may take; beyond it the child is ended and the convolution refused."""
-RIGHT, WRONG = "right", "wrong"
+RIGHT, WRONG, GUARDED = "right", "wrong", "guarded"
 _KILLED = (-getattr(signal, "SIGKILL", 9), -getattr(signal, "SIGTERM", 15))
 """How a child ends that takes too long or too much memory: it may be otherwise next time."""
 _PACKAGE = Path(__file__).parents[2]
@@ -58,7 +63,8 @@ def verdicts_path() -> Path:
     digest.update(f"{processor_digest()} {torch.__version__}".encode())
     for name in sorted(n for n in os.environ if n.startswith(_SETTINGS)):
         digest.update(f"{name}={os.environ[name]}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    digest.update(f"{guard_path() is not None}".encode())
+    for path in sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".c")):
         digest.update(path.read_bytes())
     return cache_folder() / f"convolutions-{digest.hexdigest()[:16]}.jsonl"
 
@@ -149,9 +155,15 @@ class _Verdicts:
         if self._why_not is None:
             try:
                 self._child = _start()
-                if _line(self._child.stdout) == "ready":
+                greeting = _line(self._child.stdout)
+                if greeting == GUARDED or (greeting is not None and not has_amx()):
                     return self._child
-                self._why_not = f"it ended with status {self._child.wait()}"
+                self._child.kill()
+                status = self._child.wait()
+                if greeting is None:
+                    self._why_not = f"it ended with status {status}"
+                else:
+                    self._why_not = "nothing watches over its memory, as AMX needs: no C compiler"
             except (OSError, ValueError) as error:
                 self._why_not = str(error)
             self._child = None
@@ -187,7 +199,13 @@ def _start() -> subprocess.Popen[bytes]:
         "PYTHONPATH": os.pathsep.join([str(_PACKAGE), *([before] if before else [])]),
         "MALLOC_PERTURB_": "165",  # memory that was never written holds no zeros by luck
         "ONEDNN_VERBOSE": "0",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",  # all memory is freed, and looked at, at once
     }
+    guard = guard_path()
+    if guard is not None:
+        environment["LD_PRELOAD"] = " ".join(
+            [str(guard), *os.environ.get("LD_PRELOAD", "").split()]
+        )
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "autoquant.kernels.cpu.trying"],
         stdin=subprocess.PIPE,
@@ -196,6 +214,15 @@ def _start() -> subprocess.Popen[bytes]:
         env=environment,
         start_new_session=True,  # Ctrl-C is for the search; the child ends with its input
     )
+
+
+def guard_path() -> Path | None:
+    """Return the allocator of ``guard.c``, None where it was not built."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_guard{suffix}")
+        if sys.platform.startswith("linux") and path.exists():
+            return path
+    return None
 
 
 def _line(stream: IO[bytes] | None) -> str | None:

@@ -65,7 +65,7 @@ def test_what_this_processor_has_is_used(tmp_path):
     if not {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & set(os.environ):
         assert (found["vnni"], found["amx"]) == (has_vnni(), has_amx())
     assert found["vnni"] == (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
-    # With AMX, rows that are dilated are refused, and a few shapes that are wrong there.
+    # With AMX, a few shapes are wrong.
     assert len(found["plain_refused"]) <= (8 if found["amx"] else 0)
 
 

@@ -79,7 +79,7 @@ def test_a_geometry_is_written_and_read_as_it_is():
 
 def test_what_comes_out_wrong_is_refused_and_remembered(fresh, monkeypatch):
     started = child(
-        monkeypatch, "print('ready', flush=True)\nfor _ in open(0): print('wrong', flush=True)"
+        monkeypatch, "print('guarded', flush=True)\nfor _ in open(0): print('wrong', flush=True)"
     )
     assert not is_right(geometry())
     assert not is_right(geometry())
@@ -100,19 +100,19 @@ def test_what_comes_out_wrong_is_refused_and_remembered(fresh, monkeypatch):
     ],
 )
 def test_a_child_that_dies_is_an_answer(fresh, monkeypatch, death, remembered):
-    program = f"import os, signal; print('ready', flush=True); input(); {death}; os._exit(0)"
+    program = f"import os, signal; print('guarded', flush=True); input(); {death}; os._exit(0)"
     started = child(monkeypatch, program)
     assert not is_right(geometry())
     assert not is_right(geometry())  # not asked again in this process
     assert len(kept()) == remembered
-    child(monkeypatch, "print('ready', flush=True); input(); print('right', flush=True)")
+    child(monkeypatch, "print('guarded', flush=True); input(); print('right', flush=True)")
     verification._verdicts().close()
     assert is_right(geometry(threads=3))  # the next has a child of its own
     assert len(started) == (2 if "_exit" in death else 1)
 
 
 def test_a_child_that_ended_for_want_of_questions_is_started_anew(fresh, monkeypatch):
-    program = "print('ready', flush=True); input(); print('right', flush=True)"
+    program = "print('guarded', flush=True); input(); print('right', flush=True)"
     started = child(monkeypatch, program)
     assert all(is_right(geometry(threads=n)) for n in (1, 2, 3))
     assert len(started) == 3
@@ -120,12 +120,12 @@ def test_a_child_that_ended_for_want_of_questions_is_started_anew(fresh, monkeyp
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as idle:
         assert idle.wait(60) == 0
-        assert idle.stdout.read() == b"ready\n"
+        assert idle.stdout.read() == b"unguarded\n"
 
 
 def test_a_child_that_hangs_is_ended(fresh, monkeypatch):
     monkeypatch.setattr(verification, "SECONDS", 0.2)
-    child(monkeypatch, "print('ready', flush=True); input(); input()")
+    child(monkeypatch, "print('guarded', flush=True); input(); input()")
     assert not is_right(geometry())
     assert kept() == []
 
@@ -145,6 +145,42 @@ def test_without_a_child_everything_is_refused_and_it_is_said_once(fresh, monkey
         ActivationScheme(8, scale=0.1, zero_point=0),
     )
     assert product(torch.randn(2, 3, 9, 9), None) is None
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_what_may_use_amx_is_not_tried_without_the_guard(fresh, monkeypatch, amx):
+    monkeypatch.setattr(verification, "has_amx", lambda: amx)
+    child(
+        monkeypatch, "print('unguarded', flush=True)\nfor _ in open(0): print('right', flush=True)"
+    )
+    if not amx:
+        assert is_right(geometry())
+        return
+    with pytest.warns(RuntimeWarning, match="nothing watches over its memory"):
+        assert not is_right(geometry())
+    assert kept() == []
+
+
+ASTRAY = (
+    # kernel, stride, padding, dilation, groups, in / groups, out / groups, x: with AMX these write
+    # beyond blocks of oneDNN's own, and give the right numbers
+    ((7, 1), (1, 1), (3, 0), (1, 1), 1, 4, 8, (2, 4, 56)),
+    ((3, 3), (2, 1), (12, 12), (12, 12), 1, 96, 17, (2, 21, 1)),
+    ((3, 2, 5), (1, 2, 1), (1, 0, 2), (1, 1, 1), 8, 17, 17, (1, 1, 7, 7)),
+    ((11, 7), (1, 1), (10, 3), (2, 2), 1, 96, 2, (2, 23, 40)),
+)
+
+
+def test_what_writes_beyond_its_memory_is_refused_and_this_process_lives_on(fresh):
+    found = []
+    for kernel, stride, padding, dilation, groups, ins, outs, (batch, *spatial) in ASTRAY:
+        o = Operation(f"conv{len(kernel)}d", stride, padding, dilation, groups)
+        weight, x = (groups * outs, ins, *kernel), (batch, groups * ins, *spatial)
+        found.append(is_right(Geometry(o, weight, x, True, 1, has_amx())))
+    if has_amx():
+        assert found == [False] * len(ASTRAY)
+    assert is_right(geometry())
+    assert len(kept()) == len(ASTRAY) + 1
 
 
 def test_a_missing_python_is_said(fresh, monkeypatch):
@@ -205,7 +241,7 @@ def test_the_child_sees_a_wrong_number_and_a_wrong_byte(monkeypatch):
 def test_processes_that_fork_off_have_children_of_their_own(fresh, monkeypatch, answer):
     if not hasattr(os, "fork"):
         return
-    program = f"print('ready', flush=True)\nfor _ in open(0): print({answer!r}, flush=True)"
+    program = f"print('guarded', flush=True)\nfor _ in open(0): print({answer!r}, flush=True)"
     started = child(monkeypatch, program)
     assert is_right(geometry()) == (answer == "right")
     pid = os.fork()

@@ -18,11 +18,10 @@ from autoquant.models.evidence import FunctionEvidence
 from autoquant.models.metrics import drop
 from autoquant.models.sample_statistics import class_count
 from autoquant.models.usercode import guarded
+from autoquant.nn.agreement import difference
 from autoquant.nn.archive import load_archive, save_archive
-from autoquant.nn.convert import deploy
+from autoquant.nn.convert import restored
 from autoquant.nn.float_parts import FloatPart
-from autoquant.nn.fold import same_outputs
-from autoquant.nn.intake import copied
 from autoquant.nn.sites import Site
 from autoquant.search.pricing import LatencyReport
 from autoquant.search.session import Session
@@ -30,7 +29,9 @@ from autoquant.search.uniform import uniform
 from autoquant.spec.space import SiteSpace
 
 REPEATS = 1e-4
-"""Largest difference of two runs of the float model, relative to its largest output."""
+"""Largest difference of two runs of one model, relative to the largest number of a kind."""
+ROUNDING = 1e-6
+"""The same relative to the largest number of a whole output: of numbers that cancel out."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _check_repeats(session: Session, value: float) -> None:
     source = session.task.source
     example = session.evaluator.few(session.model)
     if session.task.evaluate is not None:
-        again = session.evaluator.read(session.model, "search").value
+        # Made ready for quantization the model rounds otherwise than the one that gave ``value``.
+        value, again = (session.evaluator.read(session.model, "search").value for _ in range(2))
         if abs(again - value) > REPEATS * max(abs(value), 1e-12):
             raise TaskError(
                 f"{source}: evaluate(model) returned {value:g} and then {again:g} on the same "
@@ -141,10 +143,11 @@ def _check_repeats(session: Session, value: float) -> None:
             )
     first = _run(session, session.model, example)
     second = _run(session, session.model, example)
-    if not same_outputs(first, second, REPEATS):
+    differs = difference(first, second, tolerance=REPEATS, rounding=ROUNDING)
+    if differs is not None:
         raise TaskError(
-            f"{source}: the float model gives different outputs for the same inputs; is something "
-            "drawn at random in forward, or left in training mode?"
+            f"{source}: the float model gives different outputs for the same inputs ({differs}); "
+            "is something drawn at random in forward, or left in training mode?"
         )
 
 
@@ -158,12 +161,12 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             expected = None if example is None else _run(session, session.model, example)
         deployed = session.realizer.deploy(done)
         # The copy stands for the architecture that the user has: converted, then given back.
-        skeleton = deploy(session.prepared, {})
+        architecture = restored(session.prepared)
         recipe = session.recipe(done)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"
             save_archive(deployed, recipe, path)
-            loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
+            loaded = load_archive(path, architecture)
         if example is None:
             return
         found = _run(session, loaded, example)
@@ -171,28 +174,12 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
     except OSError as error:
         raise UserError(f"a uniform 8-bit recipe can't be written: {error}") from error
-    if not same_outputs(expected, found, REPEATS):
+    differs = difference(expected, found, tolerance=REPEATS, rounding=ROUNDING)
+    if differs is not None:
         raise UserError(
-            "a uniform 8-bit recipe gives other outputs after it was written and loaded back; "
-            "does the model keep state between calls?"
+            "a uniform 8-bit recipe gives other outputs after it was written and loaded back "
+            f"({differs}); does the model keep state between calls?"
         )
-
-
-def _unfolded(model: torch.nn.Module, folded: Mapping[str, str]) -> torch.nn.Module:
-    """Return a folded model with its BatchNorms put back as neutral ones: the architecture."""
-    model = copied(model)
-    for norm, layer in folded.items():
-        target = model.get_submodule(layer)
-        weight = target.weight
-        assert isinstance(weight, torch.Tensor)
-        transposed = isinstance(target, torch.nn.modules.conv._ConvTransposeNd)
-        features = weight.shape[1 if transposed else 0]
-        parent, _, name = norm.rpartition(".")
-        kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}
-        kind = kinds.get(weight.dim(), torch.nn.BatchNorm3d)
-        neutral = kind(features, device=weight.device, dtype=weight.dtype).eval()
-        setattr(model.get_submodule(parent) if parent else model, name, neutral)
-    return model
 
 
 def _check_memory(session: Session, used: int) -> None:

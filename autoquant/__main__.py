@@ -2,4 +2,5 @@
 
 from autoquant.cli import main
 
-main()
+if __name__ == "__main__":  # processes that a task spawns import this module
+    main()

@@ -84,7 +84,9 @@ def test_search_can_be_called_whatever_was_imported_before():
         "        print(error)\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert child.stdout.splitlines() == ["no.py: no such task file"] * 2, child.stderr
+    assert child.stdout.splitlines() == [f"{Path('no.py').absolute()}: no such task file"] * 2, (
+        child.stderr
+    )
 
 
 def test_import_is_instant():

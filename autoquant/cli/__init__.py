@@ -17,6 +17,7 @@ import click
 from autoquant.cli.failures import report_failure
 from autoquant.cli.output import given_back
 from autoquant.cli.started import process_start
+from autoquant.cli.terminal import set_encoding
 from autoquant.kernels.cpu.heap import keep_freed_memory
 from autoquant.models.usercode import interruptible
 
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
     Without ``argv`` the process is ours: it began with the command, and ends with it.
     """
+    set_encoding()
     set_waiting()
     keep_freed_memory()  # this process is ours, and evaluates one candidate after another
     words = list(sys.argv[1:] if argv is None else argv)

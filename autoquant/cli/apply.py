@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -51,19 +52,21 @@ def command(
     from autoquant.spec.recipe_file import load
 
     loaded_recipe = load(Path(recipe))
-    from autoquant.export.model import check_model, quantize, write
+    from autoquant.export.model import check_model, check_output, quantize, write
     from autoquant.search.opening import check_folder
     from autoquant.search.session import choose_device
     from autoquant.search.source import Source
 
-    check_folder(Path(output).parent)
+    target = Path(os.path.abspath(output))  # before the task runs, which may change the folder
     chosen = choose_device(device)
     source = Source(model, task, data, metric, trust_pickle)
+    check_folder(target.parent)
+    check_output(target, {"recipe": recipe, **source.files})
     loaded_task = source.load_task() if task or data else None
     loaded = source.load(loaded_task)
     check_model(loaded_recipe, loaded, accept=accept_changes)
     module, calibrated = quantize(loaded, loaded_recipe, loaded_task, chosen)
-    written = write(module, calibrated, loaded_task, Path(output))
+    written = write(module, calibrated, loaded_task, target)
     if as_json:
         row = {"path": str(written.path), "kind": written.kind, "reason": written.reason}
         emit(row | {"size_bytes": written.path.stat().st_size})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from pathlib import Path
 
 import click
@@ -77,32 +79,41 @@ metric = "accuracy"
 def command(directory: str, device: str, as_json: bool) -> None:
     """Train a small CNN on handwritten digits in DIR (default: autoquant-demo) and search it.
 
-    Writes DIR/model.pt and DIR/task.py, prints the search command that you would type, and runs
-    it. Needs no network, and no GPU unless --device says so. The exit status is 0 whatever the
-    verdict is: it only shows how a search goes.
+    Writes DIR/model.pt and DIR/task.py, unless it did so before, prints the search command that you
+    would type, and runs it. A file there that is not the demo's is not overwritten. Needs no
+    network, and no GPU unless --device says so. The exit status is 0 whatever the verdict is: it
+    only shows how a search goes.
     """
     from autoquant.cli.search import run
     from autoquant.errors import UserError
     from autoquant.search.ledger import names
+    from autoquant.search.opening import RECIPE_FILE
     from autoquant.search.options import Options
     from autoquant.search.session import choose_device
-    from autoquant.spec.recipe_file import write_text
+    from autoquant.spec.outputs import check_target, is_signed, write_text
 
-    folder = Path(directory)
+    folder = Path(os.path.abspath(directory))  # the task may change the working directory
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; give a folder")
+        raise UserError(f"{directory}: is a file; give a folder")
     choose_device(device)
     task, model = folder / "task.py", folder / "model.pt"
-    write_text(task, TASK)
-    click.echo(f"training a digit classifier: {model}, {task}", err=True)
-    train(task, model)
+    check_target(task, lambda path: path.read_text(encoding="utf-8") == TASK)
+    check_target(folder / RECIPE_FILE, is_signed)
+    if not task.exists():
+        check_target(model, lambda path: False)  # somebody's own: it was there before the demo
+        write_text(task, TASK)
+    if model.exists():
+        say(f"trained before: {model}, {task}")
+    else:
+        say(f"training a digit classifier: {model}, {task}")
+        train(task, model)
     study = next(
         n for i in range(1, 10_000) if (n := f"demo-{i}" if i > 1 else "demo") not in names(None)
     )
     line = ["autoquant", "search", str(model), "--task", str(task), "--trials", str(TRIALS)]
     line += ["--study", study, "--out", str(folder)]
     line += [] if device == "auto" else ["--device", device]
-    click.echo(f"$ {shlex.join(line)}", err=True)
+    say(f"$ {shlex.join(line)}")
     options = Options(trials=TRIALS, device=device)
     run(
         str(model),
@@ -117,6 +128,11 @@ def command(directory: str, device: str, as_json: bool) -> None:
         str(folder),
         as_json,
     )
+
+
+def say(line: str) -> None:
+    """Print a line of progress on standard error."""
+    print(line, file=sys.stderr)
 
 
 def train(task_file: Path, path: Path) -> None:
@@ -138,4 +154,7 @@ def train(task_file: Path, path: Path) -> None:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    torch.save(model.eval().state_dict(), path)
+    # Whole or not at all: a demo that is run again takes what is there for trained.
+    part = path.with_name(f".{path.name}.part")
+    torch.save(model.eval().state_dict(), part)
+    part.replace(path)

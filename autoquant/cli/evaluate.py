@@ -53,6 +53,7 @@ def command(
         raise UserError("--max-drop judges a recipe; give --recipe, too")
     loaded_recipe = None if recipe is None else load(Path(recipe))
     from autoquant.export.model import check_model
+    from autoquant.models.direction import in_words
     from autoquant.report.tables import describe_bits, megabytes, plain_number
     from autoquant.report.verdicts import verdict_line
     from autoquant.search.remeasure import measure_recipe
@@ -69,9 +70,8 @@ def command(
         emit(found.plain())
         return status
     for name, split in found.splits.items():
-        line = (
-            f"{name} ({split.samples} samples): float {found.metric} {plain_number(split.baseline)}"
-        )
+        line = f"{name} ({split.samples} samples): float {found.metric} "
+        line += f"({in_words(found.higher_is_better)}) {plain_number(split.baseline)}"
         if loaded_recipe is not None:
             line += f", quantized {plain_number(split.quantized)}, drop {plain_number(split.drop)}"
             if split.interval is not None:

@@ -41,11 +41,13 @@ def command(
     from autoquant.report.tables import describe_bits
     from autoquant.search.extract import extract
     from autoquant.search.ledger import Ledger
+    from autoquant.spec.outputs import check_target, is_signed
     from autoquant.spec.recipe_file import save
 
     if sum(x is not None for x in (trial, bits, size)) > 1:
         raise UserError("--trial, --bits and --size each choose a recipe; give one")
-    ledger = Ledger.open(study, storage)
+    check_target(Path(output), is_signed)
+    ledger = Ledger.open(study, storage, write=False)
     recipe, chosen = extract(ledger, trial=trial, bits=bits, size=size)
     save(recipe, Path(output))
     evidence = recipe.evidence

@@ -74,7 +74,7 @@ def task_options(command: F) -> F:
             help="Load a pickled module, which runs the code in it. Only for files you trust.",
         ),
         click.option(
-            "--metric", metavar="NAME", help="Metric for --data (accuracy, mse, spearman, …)."
+            "--metric", metavar="NAME", help="Metric for --data (accuracy, mse, spearman ...)."
         ),
         click.option(
             "--data",

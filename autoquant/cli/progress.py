@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.text import Text
 
 from autoquant.cli.failures import Interrupted
 from autoquant.cli.output import emit
+from autoquant.libraries import unchanged
 from autoquant.models.usercode import interruptible
 from autoquant.report.tables import (
     console,
@@ -30,10 +28,16 @@ from autoquant.report.verdicts import reported_line, verdict_line
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import REASON
 from autoquant.search.loop import Stop
+from autoquant.search.opening import RECIPE_FILE
 from autoquant.search.preflight import Preflight
 from autoquant.search.result import SearchResult
 from autoquant.search.trials import measured
 from autoquant.spec.costs import describe_seconds
+
+with unchanged():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
 
 
 class ConsoleReporter:
@@ -171,6 +175,9 @@ class ConsoleReporter:
             out.print(
                 f"{result.speed.per_second:.2f} candidates a second; layers computed in: {layers}"
             )
+        if result.recipe_path.name != RECIPE_FILE:
+            own = result.recipe_path.with_name(RECIPE_FILE)
+            out.print(f"note: {own} was edited meanwhile, and is left as it is", markup=False)
         out.print(f"recipe: {result.recipe_path}", markup=False)
 
 

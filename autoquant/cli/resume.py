@@ -9,7 +9,10 @@ from autoquant.cli.loading import loading
 from autoquant.cli.options import Trials, json_option, memory_option, seconds, storage_option
 
 
-@click.command(epilog="Example: autoquant resume mobilenet --trials 200")
+@click.command(
+    epilog="Example: autoquant resume mobilenet --trials 200; after the model was moved: "
+    "autoquant resume mobilenet --model models/mobilenet.pt"
+)
 @click.argument("study", required=False)
 @storage_option
 @click.option(
@@ -26,9 +29,16 @@ from autoquant.cli.options import Trials, json_option, memory_option, seconds, s
 )
 @memory_option
 @click.option(
+    "--model", metavar="FILE", type=click.Path(), help="Where the model is now; the study keeps it."
+)
+@click.option("--task", metavar="TASK.py", type=click.Path(), help="Where the task file is now.")
+@click.option("--data", metavar="FILE", type=click.Path(), help="Where the data file is now.")
+@click.option("--out", metavar="DIR", type=click.Path(), help="Where recipe.yaml goes from now on.")
+@click.option(
     "--accept-changes",
     is_flag=True,
-    help="Go on although the model, the task or the space has changed since the study began.",
+    help="Go on although the model, the task, its data, the space or autoquant has changed since "
+    "the study began.",
 )
 @click.option(
     "--worker",
@@ -44,6 +54,10 @@ def command(
     trials: int | str | None,
     timeout: str | None,
     memory: str | None,
+    model: str | None,
+    task: str | None,
+    data: str | None,
+    out: str | None,
     accept_changes: bool,
     worker: int,
     as_json: bool,
@@ -51,7 +65,8 @@ def command(
     """Go on with STUDY (default: the newest) from its storage alone.
 
     The study knows its model, task, space and options. It gives the same trials as a study that
-    was never interrupted.
+    was never interrupted. A project that was moved or copied as a whole finds its own files; what
+    lies elsewhere now is named by --model, --task or --data.
 
     Several processes, on one machine or on several that share a database, may work on a study at
     the same time: `autoquant resume STUDY --worker 1` beside the search that began it, and so on.
@@ -59,6 +74,10 @@ def command(
 
     The exit status is that of a search: 0 PASS, 3 FAIL, 4 NOT PROVEN.
     """
+    from autoquant.errors import UserError
+
+    if task is not None and data is not None:
+        raise UserError("--task and --data are two sources of data; give one")
     with loading():
         from autoquant.cli.progress import searching
         from autoquant.search.run import resume
@@ -71,6 +90,10 @@ def command(
             trials=trials,
             timeout=limit,
             memory=memory,
+            model=model,
+            task=task,
+            data=data,
+            out=out,
             accept_changes=accept_changes,
             reporter=reporter,
             worker=worker,

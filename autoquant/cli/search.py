@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     "--objective",
     metavar="NAME",
     help="What is made small under --max-drop: size, bits, latency or bitops "
-    "(multiplications × weight bits × activation bits). Default: size.",
+    "(multiplications x weight bits x activation bits). Default: size.",
 )
 @click.option(
     "--trials",
@@ -195,7 +196,10 @@ def run(
         from autoquant.cli.progress import searching
         from autoquant.search.run import start
         from autoquant.search.source import Source, space_file
+        from autoquant.search.storage import Storage
 
+    # Before the task runs, which may change the working directory.
+    place, folder = Storage.parse(storage), Path(os.path.abspath(out))
     source = Source(model, task, data, metric, trust_pickle, space_file(space))
     with searching(as_json, storage) as reporter:
         loaded_task = source.load_task()
@@ -207,8 +211,8 @@ def run(
             chosen,
             options,
             study,
-            storage,
-            Path(out),
+            place,
+            folder,
             None,
             reporter,
             click.get_current_context().find_root().obj,

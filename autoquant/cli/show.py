@@ -32,10 +32,10 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
 
     from autoquant.report.tables import console, front_table, layers_table, trials_table
     from autoquant.search.ledger import MEASURED, REASON, Ledger
-    from autoquant.search.trials import FRONT, best_trial, front
+    from autoquant.search.trials import FRONT, RECIPE, best_trial, front
     from autoquant.spec.recipe_file import loads
 
-    ledger = Ledger.open(study, storage)
+    ledger = Ledger.open(study, storage, write=False)
     trials = ledger.trials()
     best = best_trial(trials)
     edge = front(trials)
@@ -63,8 +63,8 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
     out.print(trials_table(edge, "Pareto front, smallest first"))
     if ledger.header.get(FRONT):
         out.print(front_table(ledger.header[FRONT]))
-    if "recipe" in ledger.header:
-        out.print(layers_table(loads(ledger.header["recipe"], f"study {ledger.name}")))
+    if RECIPE in ledger.header:
+        out.print(layers_table(loads(ledger.header[RECIPE]["text"], f"study {ledger.name}")))
     if best is not None:
         out.print(f"best trial: {best.number}")
 
@@ -77,7 +77,7 @@ def _show_why(study: str | None, layer: str, storage: str | None, as_json: bool)
     from autoquant.search.ledger import Ledger
     from autoquant.search.why import shares, why
 
-    ledger = Ledger.open(study, storage)
+    ledger = Ledger.open(study, storage, write=False)
     found = why(ledger, layer)
     if as_json:
         emit(dataclasses.asdict(found))

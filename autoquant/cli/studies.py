@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from autoquant.cli.options import json_option, storage_option
@@ -15,29 +17,31 @@ def command(storage: str | None, as_json: bool) -> None:
     """List the studies, the newest first."""
     from autoquant.errors import StudyError
     from autoquant.report.tables import best_columns, console, studies_table
-    from autoquant.search.ledger import FOLDER, Ledger, names
+    from autoquant.search.header import Header
+    from autoquant.search.ledger import Ledger, names
+    from autoquant.search.storage import Storage
     from autoquant.search.trials import best_trial
 
     rows = []
-    for name in names(storage):
+    place = Storage.parse(storage)
+    for name in names(place):
         try:
-            ledger = Ledger.open(name, storage)
+            ledger = Ledger.open(name, place, write=False)
+            header, trials = Header.read(ledger.header, name), ledger.trials()
         except StudyError as error:
-            click.echo(f"note: {error}", err=True)
+            print(f"note: {error}", file=sys.stderr)
             continue
-        trials = ledger.trials()
-        header = ledger.header
         row = {
             "study": name,
-            "model": header["model"]["name"],
-            "space": header["space"]["name"],
+            "model": header.model.name,
+            "space": header.space.name,
             "trials": len(trials),
-            "created": header["created"].replace("T", " "),
+            "created": header.created.replace("T", " "),
         }
         rows.append(row | best_columns(best_trial(trials)))
     if as_json:
         emit(rows)
     elif not rows:
-        print(f"no study in {storage or FOLDER}; start one: autoquant search")
+        print(f"no study in {place.shown}; start one: autoquant search")
     else:
         console().print(studies_table(rows))

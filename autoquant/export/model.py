@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,20 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autoquant.errors import SpecError, TrialError, UserError
-from autoquant.export.pt2 import NotExportable, export_program, save_program
+from autoquant.export.pt2 import NotExportable, export_program, is_program, save_program
 from autoquant.methods.realize import Realizer
 from autoquant.models.data import make_splits
 from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task, run_forward
 from autoquant.models.usercode import guarded, interruptible
-from autoquant.nn.archive import SUFFIX, save_archive
+from autoquant.nn.archive import SUFFIX, is_archive, save_archive
 from autoquant.nn.convert import prepare
 from autoquant.nn.intake import copied
 from autoquant.search.session import open_session
 from autoquant.search.source import of_module
 from autoquant.spec.needs import needs_of
+from autoquant.spec.outputs import check_target
 from autoquant.spec.recipe import Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -124,18 +126,29 @@ def _shapes(tree: Any) -> Any:
     return str(structure), *(tuple(getattr(leaf, "shape", ())) for leaf in leaves)
 
 
+def check_output(path: Path, inputs: Mapping[str, str | Path | None] | None = None) -> None:
+    """Raise UserError where a model can't be written to ``path`` without loss to the user.
+
+    ``inputs`` are the files that are read; a model that `autoquant apply` wrote may be replaced.
+    """
+    check_target(path, is_archive if path.suffix == SUFFIX else is_program, inputs)
+
+
 def write(module: nn.Module, recipe: Recipe, task: Task | None, path: Path) -> Written:
     """Write a quantized model to ``path``: a .pt2 where it can be one, else a safe archive.
 
     The archive goes beside, with its own suffix, and its reason is returned. Wherever ``module``
-    was, it is moved to the CPU first: a program is loaded where it was exported.
+    was, it is moved to the CPU first: a program is loaded where it was exported. Raises UserError
+    where a file is there that no such call wrote.
     """
+    check_output(path)
     module, reason = move(module, torch.device("cpu")), None
     if path.suffix != SUFFIX:
         reason = _try_program(module, task, path)
         if reason is None:
             return Written(path, "pt2", None)
     target = path.with_suffix(SUFFIX)
+    check_output(target)
     save_archive(module, recipe, target)
     return Written(target, "archive", reason)
 

@@ -18,9 +18,11 @@ from torch.utils import _pytree as pytree
 
 from autoquant.errors import ModelFileError
 from autoquant.models.usercode import guarded
-from autoquant.nn.agreement import difference
+from autoquant.nn.agreement import disagreement
 from autoquant.nn.fold import without_norms
 
+MARK = "written_by_autoquant"
+"""An extra file in a .pt2 that says where it came from, so that it may be replaced."""
 ROUNDING = 1e-5
 """Difference of a program's outputs, relative to the largest, that other operators explain."""
 
@@ -71,7 +73,7 @@ def export_program(
 
 
 def _agree(expected: Any, found: Any) -> bool:
-    return difference(expected, found, rounding=ROUNDING) is None
+    return disagreement(expected, found, rounding=ROUNDING) is None
 
 
 def _one_line(error: Exception) -> str:
@@ -85,7 +87,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
+        with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere:
             warnings.simplefilter("ignore")
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 yield
@@ -139,7 +141,7 @@ def save_program(program: Any, path: Path) -> None:
         _strip(program)
         try:
             with _quiet():
-                torch.export.save(program, whole)
+                torch.export.save(program, whole, extra_files={MARK: "1"})
         except NotImplementedError as error:  # a type of output that nobody has registered
             raise NotExportable(_one_line(error)) from error
         _compress(whole, small, path.stem)
@@ -150,6 +152,15 @@ def save_program(program: Any, path: Path) -> None:
         for temporary in (whole, small):
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def is_program(path: Path) -> bool:
+    """Return whether ``save_program`` wrote the file."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith(f"/{MARK}") for name in file.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _compress(source: Path, target: Path, folder: str) -> None:

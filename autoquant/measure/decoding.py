@@ -63,7 +63,7 @@ def steps_of(given: Sequence[Any], samples: int) -> Tensor | None:
     if not parts or len({p.shape[2] for p in parts}) > 1 or parts[0].shape[2] < 2:
         return None
     found = torch.cat(parts, 1).log_softmax(-1)
-    return found if bool(found.isfinite().all()) else None
+    return None if bool(found.isnan().any()) else found  # −∞ is what was masked
 
 
 def decoded(given: Sequence[Any], outputs: Any) -> Steps | None:
@@ -82,14 +82,14 @@ def decoded(given: Sequence[Any], outputs: Any) -> Steps | None:
         rows = outputs.cpu().reshape(samples, -1)
         if rows.shape[1] > most or not torch.equal(rows.long(), chosen[:, : rows.shape[1]]):
             return None
-        return Steps(scores, torch.full((samples,), rows.shape[1]))
+        return Steps(scores, torch.full((samples,), rows.shape[1], dtype=torch.int64))
     lengths = []
     for row, own in zip(outputs, chosen.tolist(), strict=True):
         tokens = [row] if isinstance(row, int) else row
         if not isinstance(tokens, list | tuple) or list(tokens) != own[: len(tokens)]:
             return None
         lengths.append(1 if isinstance(row, int) else min(len(tokens) + 1, most))
-    return Steps(scores, torch.tensor(lengths))
+    return Steps(scores, torch.tensor(lengths, dtype=torch.int64))
 
 
 def divergences(steps: Steps, given: Sequence[Any]) -> np.ndarray | None:
@@ -106,7 +106,8 @@ def divergences(steps: Steps, given: Sequence[Any]) -> np.ndarray | None:
     differs = p.argmax(-1) != q.argmax(-1)
     before = differs.cumsum(1) - differs.long()  # how often they differed before a step
     counts = (before == 0) & (torch.arange(common) < steps.lengths[:, None])
-    terms = (p.exp() * (p - q)).sum(-1) * counts
+    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
+    terms = torch.where(counts, terms, 0.0)
     return torch.stack([terms.sum(1), counts.sum(1).double()], 1).numpy()
 
 

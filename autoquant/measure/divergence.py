@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from autoquant.errors import TrialError
 from autoquant.measure.decoding import Steps, decoded, divergences
 from autoquant.models.evidence import Evidence
 from autoquant.models.metrics import METRICS, MetricInfo
+from autoquant.models.sample_statistics import float_leaves
 
 KEEP_BYTES = 1 << 30
 """Most bytes of float outputs that are kept to compare quantized ones with."""
@@ -80,9 +82,8 @@ class FloatOutputs:
         if not all(_comparable(o, f) for o, f in shared):
             found = self._by_steps(split, given)
             return _disagreement(shared) if found is None else (found.evidence.score(), found)
-        name = "kl" if classes and shared[0][0].dim() == 2 else "noise_to_signal"
-        if name != "kl" and not all(bool(f.isfinite().all()) for _, f in shared):
-            return None, None  # masked with −∞: no signal to compare the noise with
+        scores = isinstance(shared[0][0], Tensor) and shared[0][0].dim() == 2
+        name = "kl" if classes and scores else "noise_to_signal"
         distance = _distance(name, shared)
         return distance.evidence.score(), distance
 
@@ -111,8 +112,13 @@ def bytes_of(outputs: Any) -> int:
 
 
 def _comparable(a: Any, b: Any) -> bool:
-    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
-    return tensors and a.is_floating_point() and a.shape == b.shape
+    """Return whether the floating-point tensors of two outputs pair off; there is one or more."""
+    try:
+        pairs = float_leaves(a, b)
+    except TrialError:  # lists whose samples differ in shape
+        return False
+    same = all(x.is_floating_point() and x.shape == y.shape and x.dim() for x, y in pairs)
+    return bool(pairs) and same and len({len(x) for x, _ in pairs}) == 1
 
 
 def _distance(name: str, pairs: list[tuple[Any, Any]]) -> Distance:

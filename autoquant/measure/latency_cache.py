@@ -7,13 +7,14 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from autoquant.user_cache import cache_folder, processor_name
 
 FORMAT = 1
 RUNS = ("kernels", "nn", "quant")
@@ -22,20 +23,12 @@ RUNS = ("kernels", "nn", "quant")
 
 def cache_path() -> Path:
     """Return where the times are kept."""
-    folder = os.environ.get("XDG_CACHE_HOME") or str(Path("~").expanduser() / ".cache")
-    return Path(folder) / "autoquant" / "latency.json"
+    return cache_folder() / "latency.json"
 
 
-@functools.cache
 def device_name(device: torch.device) -> str:
     """Return the name of the processor or the accelerator."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 @functools.cache

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autoquant.errors import OutOfMemory, TrialError
 from autoquant.measure.outputs import as_words
 from autoquant.measure.reuse import Reuse
 from autoquant.methods.realize import Realizer
+from autoquant.nn.leaves import frozen, leaves
 from autoquant.spec.recipe import SiteRecipe, WeightScheme
 
 CHANGED = SiteRecipe(WeightScheme(4))
@@ -88,7 +88,7 @@ def _expected(
         try:
             realizer.apply(recipe)
             with reuse.paused():
-                expected[i] = _frozen(run())
+                expected[i] = [x for _, x in frozen(run())]
         except OutOfMemory:
             raise
         except TrialError:
@@ -99,21 +99,12 @@ def _expected(
     return expected
 
 
-def _frozen(outputs: Any) -> Any:
-    """Return outputs that nobody writes into any more."""
-    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, outputs)
-
-
 def same_bits(a: Any, b: Any) -> bool:
-    """Return whether two outputs are the same, bit for bit, NaN included.
-
-    What is neither a tensor nor a number nor a container is compared by ``==``.
-    """
-    ours, form = pytree.tree_flatten(a)
-    theirs, their_form = pytree.tree_flatten(b)
-    if form != their_form or len(ours) != len(theirs):
-        return False
-    return all(map(_same, ours, theirs))
+    """Return whether two outputs hold the same, bit for bit, NaN included."""
+    ours, theirs = leaves(a), leaves(b)
+    return len(ours) == len(theirs) and all(
+        _same(x, y) for (_, x), (_, y) in zip(ours, theirs, strict=True)
+    )
 
 
 def _same(a: Any, b: Any) -> bool:

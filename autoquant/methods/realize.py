@@ -91,9 +91,8 @@ class Realizer:
             if inputs is None:
                 raise SpecError(f"{name}: activation: the calibration data have no input for it")
             lo, hi = activation_range(inputs, scheme.calibration, scheme.bits, scheme.symmetric)
-            p = choose_qparams(
-                torch.tensor(lo), torch.tensor(hi), scheme.bits, symmetric=scheme.symmetric
-            )
+            ends = torch.tensor([lo, hi], dtype=torch.float32)
+            p = choose_qparams(ends[0], ends[1], scheme.bits, symmetric=scheme.symmetric)
             self._ranges[key] = replace(
                 scheme, scale=p.scale.item(), zero_point=int(p.zero_point.item())
             )

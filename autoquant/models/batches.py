@@ -20,6 +20,10 @@ Pair = tuple[Tree, Tree]
 """(inputs, targets) of one batch; targets are None where the data has none."""
 
 
+class NoBatches(TaskError):
+    """The user's data are empty."""
+
+
 def read(
     source: str, name: str, function: Callable[[], Iterable[Any]]
 ) -> Iterator[tuple[int, Any]]:
@@ -45,7 +49,7 @@ def read(
         number += 1
         yield number, batch
     if not number:
-        raise TaskError(f"{source}: {name}() has no batches")
+        raise NoBatches(f"{source}: {name}() has no batches")
 
 
 def is_pair(batch: Any) -> bool:

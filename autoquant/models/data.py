@@ -7,31 +7,42 @@ again up to the user's batch size where their shapes fit.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from autoquant.errors import TaskError
 from autoquant.models.batches import Pair, as_inputs, as_pair, checked_size, is_pair, read
+from autoquant.models.digests import glimpse, sample_digests
 from autoquant.models.metrics import METRICS
 from autoquant.models.trees import Tree, batch_size, concat, take, to_device
 
 if TYPE_CHECKING:
     from autoquant.models.task import Task
 
-__all__ = ["Splits", "batch_size", "concat", "make_splits", "take", "to_device"]
+__all__ = [
+    "Splits",
+    "batch_size",
+    "calibration_inputs",
+    "concat",
+    "evaluation_pairs",
+    "make_splits",
+    "take",
+    "to_device",
+    "without_samples",
+]
 
 
 @dataclass(frozen=True, eq=False)
 class Splits:
     """Disjoint data, on the CPU: inputs to calibrate with, (inputs, targets) to measure with.
 
-    ``samples`` counts each part's samples, by its name; ``notes`` are lines for the user.
+    - ``samples`` counts each part's samples, by its name; ``notes`` are lines for the user.
+    - ``readings`` are quick digests of the batches as they were read, by the task's function, and
+      ``like`` is a batch of evaluation inputs: with these the data can be read again and compared.
     """
 
     calibrate: tuple[Tree, ...]
@@ -39,6 +50,8 @@ class Splits:
     confirm: tuple[Pair, ...]
     samples: dict[str, int]
     notes: tuple[str, ...]
+    readings: Mapping[str, tuple[bytes, ...]] = field(default_factory=dict)
+    like: Tree | None = None
 
 
 def make_splits(task: Task, seed: int = 0, calibration_samples: int = 512) -> Splits:
@@ -51,14 +64,17 @@ def make_splits(task: Task, seed: int = 0, calibration_samples: int = 512) -> Sp
     Raises TaskError for data that is empty, mismatched, or too little to split.
     """
     pairs = [] if task.evaluation_data is None else _evaluation(task)
+    like = pairs[0][0] if pairs else None
     calibrate: tuple[Tree, ...] = ()
+    readings = {"evaluation_data": tuple(glimpse(pair) for pair in pairs)}
     if task.calibration_data is not None:
-        calibrate = tuple(_calibration(task, calibration_samples, pairs[0][0] if pairs else None))
+        calibrate = tuple(calibration_inputs(task, calibration_samples, like))
+        readings["calibration_data"] = tuple(glimpse(inputs) for inputs in calibrate)
     notes: list[str] = []
     if task.evaluation_data is None:
         if task.evaluate_confirm is None:
             notes.append("without evaluate_confirm the drop is measured on data the search saw")
-        return Splits(calibrate, (), (), _count(calibrate, (), ()), tuple(notes))
+        return Splits(calibrate, (), (), _count(calibrate, (), ()), tuple(notes), readings)
     keep = _unseen(pairs, calibrate)
     dropped = sum(len(mask) - int(mask.sum()) for mask in keep)
     if dropped:
@@ -79,7 +95,26 @@ def make_splits(task: Task, seed: int = 0, calibration_samples: int = 512) -> Sp
     if own:
         calibrate = tuple(inputs for inputs, _ in chosen[0])
     search, confirm = tuple(chosen[1]), tuple(chosen[2])
-    return Splits(calibrate, search, confirm, _count(calibrate, search, confirm), tuple(notes))
+    count = _count(calibrate, search, confirm)
+    return Splits(calibrate, search, confirm, count, tuple(notes), readings, like)
+
+
+def without_samples(splits: Splits, known: Collection[bytes], length: int) -> Splits:
+    """Return the data without what is confirmed with and has inputs of ``known`` digests.
+
+    These are the first ``length`` bytes of what ``sample_digests`` gives.
+    """
+    kept: list[Pair] = []
+    for pair in splits.confirm:
+        own = [i for i, d in enumerate(sample_digests([pair[0]])) if d[:length] not in known]
+        if own:
+            kept.append(take(pair, own))
+    samples = splits.samples | {"confirm": sum(batch_size(inputs) for inputs, _ in kept)}
+    gone = splits.samples["confirm"] - samples["confirm"]
+    if not gone:
+        return splits
+    note = f"{gone} samples to confirm with were searched by before: not used"
+    return replace(splits, confirm=tuple(kept), samples=samples, notes=(*splits.notes, note))
 
 
 def _count(
@@ -126,38 +161,15 @@ def _pieces(
 
 def _unseen(pairs: Sequence[Pair], calibrate: Sequence[Tree]) -> list[np.ndarray]:
     """Return, a batch, which samples [n] are not among those calibrated with."""
-    seen = {digest for inputs in calibrate for digest in _digests(inputs)}
+    seen = set(sample_digests(calibrate))
     if not seen:
         return [np.ones(batch_size(inputs), dtype=bool) for inputs, _ in pairs]
-    return [np.array([digest not in seen for digest in _digests(inputs)]) for inputs, _ in pairs]
+    return [np.array([d not in seen for d in sample_digests([inputs])]) for inputs, _ in pairs]
 
 
-def _digests(inputs: Tree) -> Iterator[bytes]:
-    for i in range(batch_size(inputs)):
-        state = hashlib.blake2b(digest_size=16)
-        _feed(state, take(inputs, [i]))
-        yield state.digest()
-
-
-def _feed(state: Any, value: Any) -> None:
-    """Add ``value`` to a hash: type, shape and every bit."""
-    if isinstance(value, Tensor):
-        state.update(f"{value.dtype}{list(value.shape)}".encode())
-        state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        state.update(f"{type(value).__name__}{len(value)}".encode())
-        for key, part in items:
-            state.update(f"{key!r}:".encode())
-            _feed(state, part)
-    else:
-        state.update(f"{type(value).__name__}{value!r};".encode())
-
-
-def _evaluation(task: Task) -> list[Pair]:
-    """Return all batches of the evaluation data, checked."""
+def evaluation_pairs(task: Task) -> Iterator[Pair]:
+    """Yield the batches of the evaluation data, each checked by itself."""
     assert task.evaluation_data is not None
-    pairs = []
     for number, batch in read(task.source, "evaluation_data", task.evaluation_data):
         where = f"{task.source}: evaluation_data, batch {number}"
         inputs, targets = as_pair(batch, where)
@@ -166,7 +178,12 @@ def _evaluation(task: Task) -> list[Pair]:
                 f"{where} has no targets, which metric {task.metric!r} needs: "
                 "yield (inputs, targets)"
             )
-        pairs.append((inputs, targets))
+        yield inputs, targets
+
+
+def _evaluation(task: Task) -> list[Pair]:
+    """Return all batches of the evaluation data, checked."""
+    pairs = list(evaluation_pairs(task))
     with_targets = [targets is not None for _, targets in pairs]
     if any(with_targets) and not all(with_targets):
         number = with_targets.index(not with_targets[0]) + 1
@@ -180,7 +197,7 @@ def _needs_targets(task: Task) -> bool:
     return isinstance(task.metric, str) and not METRICS.get(task.metric).reference
 
 
-def _calibration(task: Task, most: int, like: Tree | None) -> Iterator[Tree]:
+def calibration_inputs(task: Task, most: int, like: Tree | None) -> Iterator[Tree]:
     """Yield batches of inputs up to ``most`` samples; ``like`` is a batch of evaluation inputs."""
     assert task.calibration_data is not None
     left = most

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autoquant.libraries import library
 from autoquant.models.evidence import Evidence
 from autoquant.models.metrics import MetricInfo
 
@@ -83,9 +84,9 @@ def _tail(share: float, n: int) -> float:
     Statistician 69:371): plain percentiles are too narrow for few samples, as resamples vary by
     (n − 1)/n of what samples do and the normal's tails are lighter than t's.
     """
-    from scipy.stats import norm, t
-
-    return float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(share, n - 1)))
+    stats = library("scipy.stats")
+    quantile = stats.t.ppf(share, n - 1)
+    return float(stats.norm.cdf(math.sqrt(n / (n - 1)) * quantile))
 
 
 def _chunks(total: int, size: int) -> list[int]:

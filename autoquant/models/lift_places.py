@@ -83,7 +83,7 @@ class Placer:
             layer = found.layer(**found.options)
         if "num_batches_tracked" in layer._buffers:
             layer._buffers["num_batches_tracked"] = extra.get(
-                "num_batches_tracked", torch.tensor(0)
+                "num_batches_tracked", torch.tensor(0, dtype=torch.int64)
             )
         for role, tensor in tensors.items():
             if role in layer._buffers:

@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 
+from autoquant.libraries import library
+
 TWO_SIDED = 1.959963984540054
 """Standard normal quantile of 97.5%: both ends of a 95% interval."""
 ONE_SIDED = 1.6448536269514722
@@ -86,8 +88,7 @@ def mcnemar(lost: int, gained: int) -> tuple[float, float]:
     McNemar's exact test: lost ~ Binomial(lost + gained, ½). The first is small where the second
     model is surely better, the other where it is surely worse; both are 1 without flips.
     """
-    from scipy.stats import binom
-
+    binom = library("scipy.stats").binom
     flips = lost + gained
     return float(binom.cdf(lost, flips, 0.5)), float(binom.sf(lost - 1, flips, 0.5))
 

@@ -34,6 +34,9 @@ def as_tensor(values: Any, what: str, device: torch.device | None = None) -> Ten
             tensor = torch.stack([value.detach() for value in values])
         else:
             tensor = torch.as_tensor(values)
+            if tensor.is_floating_point() and not hasattr(values, "dtype"):
+                # Plain numbers would be rounded to whatever the default dtype is.
+                tensor = torch.as_tensor(values, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TrialError(f"{what} of type {type(values).__name__} are not numbers") from error
     if tensor.is_floating_point():
@@ -176,7 +179,7 @@ def _numbers(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
 
 def _elements(x: Tensor) -> Tensor:
     """Return the number of elements of each sample: [n]."""
-    return torch.full((len(x),), x[0].numel() if len(x) else 0, device=x.device)
+    return torch.full((len(x),), x[0].numel() if len(x) else 0, dtype=torch.int64, device=x.device)
 
 
 def squared_error(outputs: Any, targets: Any) -> Array:
@@ -239,7 +242,7 @@ def divergence(outputs: Any, reference: Any) -> Array:
 def noise_and_signal(outputs: Any, reference: Any) -> Array:
     """Return [n, 2]: Σ(q − f)², Σf² over all floating-point tensors of a sample's outputs."""
     stats = np.zeros((0, 2))
-    pairs = list(_float_leaves(outputs, reference))
+    pairs = float_leaves(outputs, reference)
     if not pairs:
         raise TrialError(
             f"outputs of type {type(outputs).__name__} hold no floating-point tensors to compare"
@@ -249,14 +252,17 @@ def noise_and_signal(outputs: Any, reference: Any) -> Array:
         y = as_tensor(f, "the float model's outputs", x.device)
         if x.shape != y.shape or not x.ndim:
             raise _misfit(x, y, "outputs of one shape from both models, samples first")
-        part = _rows(_per_sample((x.double() - y).square()), _per_sample(y.double().square()))
+        # What both mask by the same infinity is neither noise nor signal.
+        noise = torch.where(x == y, 0.0, x.double() - y.double())
+        signal = torch.where(y.isinf(), 0.0, y.double())
+        part = _rows(_per_sample(noise.square()), _per_sample(signal.square()))
         if number and len(part) != len(stats):
             raise TrialError("the tensors of one output differ in their number of samples")
         stats = stats + part if number else part
     return stats
 
 
-def _float_leaves(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
+def float_leaves(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
     """Return the floating-point tensors of two outputs of one form, paired."""
     if isinstance(outputs, Tensor) and isinstance(reference, Tensor):
         return [(outputs, reference)] if reference.is_floating_point() else []
@@ -268,7 +274,7 @@ def _float_leaves(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
         shared = list(zip(outputs, reference, strict=False))
     else:
         return []
-    return [pair for q, f in shared for pair in _float_leaves(q, f)]
+    return [pair for q, f in shared for pair in float_leaves(q, f)]
 
 
 def _ragged(outputs: list[Any], reference: list[Any]) -> list[tuple[Tensor, Tensor]]:

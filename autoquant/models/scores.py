@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from autoquant.libraries import library
+
 Array = np.ndarray
 
 
@@ -54,23 +56,21 @@ def correlation(samples: Array) -> Array:
 
 def rank_correlation(samples: Array) -> Array:
     """Return Spearman's rho: Pearson's r of the ranks, ties at their mean rank."""
-    from scipy.stats import rankdata
-
-    return correlation(rankdata(samples, axis=-2))
+    return correlation(library("scipy.stats").rankdata(samples, axis=-2))
 
 
 def pearson(stats: Array) -> float:
     """Return SciPy's Pearson r of [n, 2]; NaN where one side is constant."""
-    from scipy.stats import pearsonr
-
-    return math.nan if _constant(stats) else float(pearsonr(stats[:, 0], stats[:, 1]).statistic)
+    if _constant(stats):
+        return math.nan
+    return float(library("scipy.stats").pearsonr(stats[:, 0], stats[:, 1]).statistic)
 
 
 def spearman(stats: Array) -> float:
     """Return SciPy's Spearman rho of [n, 2]; NaN where one side is constant."""
-    from scipy.stats import spearmanr
-
-    return math.nan if _constant(stats) else float(spearmanr(stats[:, 0], stats[:, 1]).statistic)
+    if _constant(stats):
+        return math.nan
+    return float(library("scipy.stats").spearmanr(stats[:, 0], stats[:, 1]).statistic)
 
 
 def _constant(stats: Array) -> bool:
@@ -87,19 +87,19 @@ def _class_pairs(stats: Array) -> tuple[Array, Array, bool]:
 
 def f1(stats: Array) -> float:
     """Return F1 of class 1 where there are two classes, else the mean F1 over classes present."""
-    from sklearn.metrics import f1_score
-
     _, pairs, binary = _class_pairs(stats)
     if not len(pairs):
         return math.nan
     average = "binary" if binary else "macro"
-    return float(f1_score(pairs[:, 1], pairs[:, 0], average=average, zero_division=0.0))
+    return float(
+        library("sklearn.metrics").f1_score(
+            pairs[:, 1], pairs[:, 0], average=average, zero_division=0.0
+        )
+    )
 
 
 def f1_terms(stats: Array) -> Any:
     """Return, sparse [n, 2c]: a class's true positives, and its predictions plus its targets."""
-    from scipy.sparse import coo_array
-
     sample, pairs, binary = _class_pairs(stats)
     classes = np.array([1]) if binary else np.unique(pairs)
     hits = pairs[:, 0] == pairs[:, 1]
@@ -109,7 +109,11 @@ def f1_terms(stats: Array) -> Any:
     known = np.isin(labels, classes)
     columns = 2 * np.searchsorted(classes, labels[known]) + kind[known]
     ones = np.ones(len(columns))
-    return coo_array((ones, (rows[known], columns)), (len(stats), 2 * len(classes))).tocsr()
+    return (
+        library("scipy.sparse")
+        .coo_array((ones, (rows[known], columns)), (len(stats), 2 * len(classes)))
+        .tocsr()
+    )
 
 
 def f1_of_totals(totals: Array) -> Array:

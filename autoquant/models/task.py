@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from autoquant.errors import TaskError
 from autoquant.models.datafile import read_data_file
 from autoquant.models.direction import name_of, sounds_smaller
 from autoquant.models.metrics import METRICS
-from autoquant.models.trees import batch_size, take
+from autoquant.models.taskfiles import new_module, run
+from autoquant.models.trees import CONSTANTS, batch_size, take
 from autoquant.models.usercode import guarded
 from autoquant.registry import unknown
 
@@ -135,7 +136,8 @@ def load_task(path: Path) -> Task:
     """Run the user's task file and return what it defines.
 
     Its folder is first on sys.path while it loads and stays at the end, for imports inside its
-    functions. Raises TaskError in one line, with file and line, for what goes wrong in it.
+    functions; processes that it starts can import it, too. Raises TaskError in one line, with file
+    and line, for what goes wrong in it.
     """
     if not path.is_file():
         raise TaskError(f"{path}: no such task file")
@@ -146,33 +148,25 @@ def load_task(path: Path) -> Task:
     if path.suffix != ".py":
         raise TaskError(f"{path}: a task file is a Python file and ends in .py")
     sha256 = hashlib.sha256(content).hexdigest()
-    module = _execute(path, content, f"autoquant_task_{sha256[:12]}")
+    module = _execute(path, content, sha256)
     _check_names(path, module)
     given = {name: getattr(module, name) for name in FIELDS if hasattr(module, name)}
     return Task(**given, source=str(path), sha256=sha256)
 
 
-def _execute(path: Path, content: bytes, name: str) -> ModuleType:
-    """Return the module made of a file's text, without writing bytecode beside it."""
-    module = ModuleType(name)
-    file = str(path.resolve())
-    module.__file__ = file
-    folder = str(path.resolve().parent)
-    # Classes look up their module by name, e.g. dataclasses and pickle in data loaders.
-    sys.modules[name] = module
-    sys.path.insert(0, folder)
+def _execute(path: Path, content: bytes, sha256: str) -> ModuleType:
+    """Return the module made of a file's text."""
+    module = new_module(path, sha256)
+
+    def failed(reason: str) -> TaskError:
+        return TaskError(f"{path}: failed to load: {reason}")
+
     try:
-        with guarded(
-            lambda reason: TaskError(f"{path}: failed to load: {reason}"), file, (SyntaxError,)
-        ):
-            exec(compile(content, file, "exec", dont_inherit=True), module.__dict__)
+        with guarded(failed, module.__file__, (SyntaxError,)):
+            run(module, content)
     except SyntaxError as error:
         where = f"{error.filename}:{error.lineno}"
         raise TaskError(f"{path}: syntax error: {error.msg} ({where})") from error
-    finally:
-        sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
     return module
 
 
@@ -229,16 +223,38 @@ def outputs_of(raw: Any) -> Any:
     """Return the part of a model's output that metrics take.
 
     ``logits`` where the output has it (Hugging Face), the first entry of a tuple, the fields of
-    any other dataclass as a dict; a list is one item a sample and is kept, as is the rest.
+    any other dataclass or mapping as a dict, also within each other, without those that hold
+    neither tensors nor numbers (a cache of keys and values is state, not output); a list is one
+    item a sample and is kept, as is the rest.
     """
     if isinstance(raw, Mapping):
-        return raw.get("logits", raw)
+        return raw["logits"] if "logits" in raw else _plain(raw)
     logits = getattr(raw, "logits", None)
     if isinstance(logits, Tensor):
         return logits
     if isinstance(raw, tuple) and raw:
         return outputs_of(raw[0])
     if dataclasses.is_dataclass(raw) and not isinstance(raw, type):
-        fields = {field.name: getattr(raw, field.name) for field in dataclasses.fields(raw)}
-        return {name: value for name, value in fields.items() if value is not None}
+        return _plain(raw)
     return raw
+
+
+PARTS = (Tensor, np.ndarray, np.generic, list, *CONSTANTS)
+"""What a part of an output is, beside tuples, mappings and dataclasses of such."""
+
+
+def _plain(value: Any) -> Any:
+    """Return mappings and dataclasses as dicts, and tuples, of nothing but PARTS."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        value = {name: part for name, part in fields if part is not None}
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items() if _is_part(part)}
+    if isinstance(value, tuple):
+        parts = [_plain(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, (*PARTS, tuple, Mapping)) or dataclasses.is_dataclass(value)

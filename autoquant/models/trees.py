@@ -70,6 +70,15 @@ def take(tree: Tree, indices: Sequence[int] | np.ndarray) -> Tree:
     )
 
 
+def sample(tree: Tree, i: int) -> Tree:
+    """Return one sample as a tree like ``tree``, whose tensors are views: to be read, not kept."""
+    return _rebuild(
+        tree,
+        lambda tensor: tensor[i : i + 1] if tensor.ndim else tensor,
+        lambda items: [items[i]],
+    )
+
+
 def to_device(tree: Tree, device: torch.device | str) -> Tree:
     """Return ``tree`` with every tensor, also those inside lists, on ``device``."""
 

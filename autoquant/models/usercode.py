@@ -90,7 +90,8 @@ class guarded:
             raise Interrupt from error
         if error is None or isinstance(error, self._passing):
             return
-        told_apart = signal.getsignal(signal.SIGINT) == _SIGNALS.take
+        # Where the signal is ignored, as in a background job of a shell, none can be meant.
+        told_apart = signal.getsignal(signal.SIGINT) in (_SIGNALS.take, signal.SIG_IGN)
         if isinstance(error, KeyboardInterrupt) and not told_apart:
             return
         raise self._failed(describe(error, self._file)) from error

@@ -7,12 +7,12 @@ which a score could change unseen next to coordinates in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from autoquant.nn.leaves import leaves
 
 TOLERANCE = 1e-3
 """Largest change of a number, relative to the largest of its kind, that rounding may explain."""
@@ -41,7 +41,7 @@ class Scales:
 
     def add(self, outputs: Any) -> None:
         """Take the numbers of one more batch into account."""
-        for path, leaf in leaves(outputs):
+        for path, leaf in _comparable(outputs).items():
             if not _is_real(leaf) or not leaf.numel():
                 continue
             size = leaf.detach().abs().float().nan_to_num(0.0, 0.0, 0.0).cpu()
@@ -68,7 +68,7 @@ class Scales:
         return found
 
 
-def difference(
+def disagreement(
     expected: Any,
     found: Any,
     scales: Scales | None = None,
@@ -82,7 +82,7 @@ def difference(
     difference, relative to the largest number of a whole output, that is none either.
     """
     scales = Scales(expected) if scales is None else scales
-    ours, theirs = dict(leaves(found)), dict(leaves(expected))
+    ours, theirs = _comparable(found), _comparable(expected)
     if ours.keys() != theirs.keys():
         odd = min(ours.keys() ^ theirs.keys())
         return f"{odd} is there {'only after' if odd in ours else 'only before'}"
@@ -122,19 +122,20 @@ def _differ(
     return f"{path} differs by {float(off.flatten()[worst]):.3g} where numbers are up to {size:.3g}"
 
 
-def leaves(outputs: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (path, leaf) of the tensors, numbers and strings that outputs hold."""
-    found, _ = pytree.tree_flatten_with_path(outputs)
-    for path, leaf in found:
+def _comparable(outputs: Any) -> dict[str, Any]:
+    """Return what outputs hold, by its place; complex numbers as pairs of real ones."""
+    found = {}
+    for path, leaf in leaves(outputs):
         if isinstance(leaf, float):
             leaf = torch.tensor(leaf, dtype=torch.float64)
         if isinstance(leaf, Tensor):
+            leaf = leaf.detach()
             if leaf.layout is not torch.strided:
                 leaf = leaf.to_dense()
             if leaf.is_complex():
                 leaf = torch.view_as_real(leaf.resolve_conj())
-        if isinstance(leaf, Tensor | bool | int | str):
-            yield f"output{pytree.keystr(path)}", leaf
+        found[f"output{path}"] = leaf
+    return found
 
 
 def _is_real(leaf: Any) -> bool:

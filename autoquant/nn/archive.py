@@ -64,6 +64,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def is_archive(path: Path) -> bool:
+    """Return whether ``save_archive`` wrote the file."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return RECIPE_KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
 INDICES, VALUES = "@indices", "@values"
 """Ends of the names of a sparse tensor's two parts."""
 
@@ -131,7 +140,7 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
     except (ModelFileError, SpecError) as error:
         raise ModelFileError(f"{other}: {error}") from error
     shifts = {
-        name: torch.zeros(known[name].matrix[0], device=devices[name])
+        name: torch.zeros(known[name].matrix[0], dtype=torch.float32, device=devices[name])
         for name, site in recipe.sites.items()
         if site.bias_correction
     }
@@ -172,7 +181,8 @@ def _empty(site: Site, recipe: SiteRecipe, device: torch.device) -> QuantizedWei
         return None
     rows, columns = site.matrix
     blocks = rows * columns // math.prod(block_size(scheme.granularity, site.matrix))
-    scale, zero_point = torch.ones(blocks, 1, device=device), torch.zeros(blocks, 1, device=device)
+    scale = torch.ones(blocks, 1, dtype=torch.float32, device=device)
+    zero_point = torch.zeros_like(scale)
     qparams = QParams(scale, zero_point, scheme.bits, scheme.symmetric)
     q = torch.zeros(rows, columns, dtype=torch.int8, device=device)
     return QuantizedWeight(q, qparams, scheme, site.shape, site.channel_axis)

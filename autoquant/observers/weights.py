@@ -89,11 +89,9 @@ def _mse(
     are those of a range that includes 0.
     """
     lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
-    both = torch.ones(len(blocks), 2, device=blocks.device)
-    if symmetric:
-        directions = [torch.tensor([1.0, 1.0])]
-    else:
-        directions = [torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])]
+    both = torch.ones(len(blocks), 2, dtype=torch.float32, device=blocks.device)
+    ends = [[1.0, 1.0]] if symmetric else [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
+    directions = [torch.tensor(e, dtype=torch.float32) for e in ends]
 
     def errors(factors: Tensor) -> Tensor:
         p = choose_qparams(lo * factors[..., 0], hi * factors[..., 1], bits, symmetric=symmetric)

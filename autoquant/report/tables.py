@@ -7,15 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
+from autoquant.libraries import unchanged
 from autoquant.models.direction import in_words
 from autoquant.search.ledger import REASON
 from autoquant.search.trials import measured
 from autoquant.spec.costs import LatencyEvidence, describe_seconds
 from autoquant.spec.recipe import Recipe, SiteRecipe
+
+with unchanged():
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
 
 if TYPE_CHECKING:
     from autoquant.nn.float_parts import FloatPart

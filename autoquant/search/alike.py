@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from autoquant.libraries import library
 from autoquant.search.profile import Profile
 
 FARTHEST = 1.5
@@ -49,11 +50,11 @@ def _clusters(shapes: np.ndarray) -> np.ndarray:
     """Return the label of each row of ``shapes`` [sites, widths]."""
     if len(shapes) < 2 or not shapes.shape[1]:
         return np.zeros(len(shapes), dtype=int)
-    from sklearn.cluster import AgglomerativeClustering
-
     # Euclidean distance over widths: the root of their number makes it a mean.
     scaled = shapes / np.sqrt(shapes.shape[1])
-    found = AgglomerativeClustering(
-        n_clusters=None, distance_threshold=FARTHEST, linkage="average"
-    ).fit(scaled)
+    found = (
+        library("sklearn.cluster")
+        .AgglomerativeClustering(n_clusters=None, distance_threshold=FARTHEST, linkage="average")
+        .fit(scaled)
+    )
     return np.asarray(found.labels_)

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
-from threadpoolctl import ThreadpoolController
 
+from autoquant.libraries import unchanged
 from autoquant.search.alike import groups
 from autoquant.search.profile import Profile
+
+with unchanged():
+    import scipy.linalg
+    from threadpoolctl import ThreadpoolController
 
 NOISE = 0.3
 """Relative error that the additive model is taken to have on one trial."""

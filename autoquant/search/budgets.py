@@ -14,8 +14,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+
+from autoquant.libraries import unchanged
+
+with unchanged():
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
 
 Array = NDArray[np.float64]
 Rows = Sequence[Array]

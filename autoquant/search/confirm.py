@@ -65,9 +65,10 @@ def confirm(
     With a maximum drop: the first (smallest) whose confirmed drop keeps it and which is not
     significantly worse than the incumbent by more than that; where none does, the one that comes
     nearest. With a budget all are measured, and the smallest is taken of those within one standard
-    error of the best, by the metric and by the distance to the float model's outputs, that are no
-    worse than the incumbent or than the float model. To be better than the float model counts for
-    nothing there: it is luck, of which the best of many has most. The choice is measured
+    error of the best, by the metric and by the distance to the float model's outputs, that lose no
+    more than the incumbent; one whose outputs are surely nearer than its may lose more by what the
+    metric can't tell. To be better than the float model counts for nothing there: it is luck, of
+    which the best of many has most. The choice is measured
     once more by the reference, so that whoever loads what is written finds the very numbers that
     are reported. The verdict is that of a single test: it is not corrected for the up to FINALISTS
     recipes that were looked at. Where the ``schedule`` has no time for all finalists, the safest
@@ -242,30 +243,47 @@ def _within_budget(
     if exact is None:
         plain = None
     while True:
-        most = math.inf if plain is None or exact is None else max(exact, 0.0)
-        chosen = _cheapest_of_the_best(jury, most) or plain
+        chosen = _cheapest_of_the_best(jury, plain, exact) or plain
         assert chosen is not None
         found = jury.exactly(chosen)
-        if found is not None and found.result.drop <= most:
+        if found is not None and _stands(jury, found, plain, exact):
             return found, jury.done
         if found is None and chosen is plain:
             plain = None
 
 
-def _cheapest_of_the_best(jury: _Jury, most: float) -> Finalist | None:
-    """Return the smallest recipe within one standard error of the best, its drop ``most`` or less.
+def _stands(jury: _Jury, finalist: Finalist, plain: Finalist | None, exact: float | None) -> bool:
+    """Return whether the incumbent, whose drop is ``exact``, leaves a recipe standing.
+
+    One that loses no more than it does, and no more than nothing. Or one that loses more by no more
+    than a standard error, and whose outputs are nearer to the float model's by more than one: of
+    few hundred samples a coarse recipe has some right by luck, and what is nearer has them wrong.
+    """
+    if plain is None or exact is None or finalist.recipe.key() == plain.recipe.key():
+        return True
+    more = finalist.result.drop - max(exact, 0.0)
+    if more <= 0:
+        return True
+    return more <= jury.spread(plain, finalist) and not jury.as_near(finalist, plain)
+
+
+def _cheapest_of_the_best(
+    jury: _Jury, plain: Finalist | None, exact: float | None
+) -> Finalist | None:
+    """Return the smallest recipe within one standard error of the best that is left standing.
 
     The error is that of the paired difference to the best (Breiman et al. 1984, Classification and
     Regression Trees, §3.4.3: among those that the data can not tell apart, the simplest). It is
     the best by the metric, and then, of what the metric can not tell apart, the nearest to the
     float model's outputs, which differ by far less noise. Of equal sizes the one of least loss.
-    ``most`` is the incumbent's drop, at least 0; None where nothing is within it.
+    None where the incumbent ``plain`` leaves nothing standing.
     """
     best = jury.best_by_loss()
     near = [
         f
         for f in jury.done
-        if f.result.drop <= most and (f is best or _lost(f) - _lost(best) <= jury.spread(best, f))
+        if _stands(jury, f, plain, exact)
+        and (f is best or _lost(f) - _lost(best) <= jury.spread(best, f))
     ]
     if not near:
         return None

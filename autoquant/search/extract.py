@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 from optuna.trial import TrialState
 
 from autoquant.errors import StudyError
+from autoquant.search.header import Header
 from autoquant.search.ledger import Ledger
 from autoquant.search.options import parse_size
 from autoquant.search.params import ParameterMap
-from autoquant.search.trials import best_trial, measured, trial_recipe
+from autoquant.search.trials import RECIPE, best_trial, measured, trial_recipe
 from autoquant.spec.recipe import Recipe
 from autoquant.spec.recipe_file import loads
 from autoquant.spec.space import SearchSpace
 
 
-@dataclass(frozen=True)
-class StoredSite:
-    """A site as a study's header keeps it: enough to resolve its space."""
-
-    name: str
-    layer: str
-    matrix: tuple[int, int]
-    activation: bool
-    corrects: bool = False
-
-    @classmethod
-    def read(cls, plain: Mapping[str, Any]) -> StoredSite:
-        """Return the site that a header describes."""
-        rows, columns = plain["matrix"]
-        return cls(
-            plain["name"],
-            plain["layer"],
-            (rows, columns),
-            plain["activation"],
-            plain.get("corrects", False),
-        )
-
-
 def mapping_of(ledger: Ledger) -> ParameterMap:
     """Return the parameters of a study, from its header."""
-    header = ledger.header
-    space = SearchSpace.parse(header["space"]["text"], header["space"]["name"])
-    return ParameterMap(space.resolve(StoredSite.read(s) for s in header["sites"]))
+    header = Header.read(ledger.header, ledger.name)
+    space = SearchSpace.parse(header.space.text, header.space.name)
+    return ParameterMap(space.resolve(header.sites))
 
 
 def extract(
@@ -60,10 +34,11 @@ def extract(
     The confirmed one; or that of ``trial``; or the least loss within ``bits`` or ``size``. Raises
     StudyError where there is none, naming the tightest budget that there is.
     """
-    header = ledger.header
+    header = Header.read(ledger.header, ledger.name)
     trials = ledger.trials()
-    if trial is None and bits is None and size is None and "recipe" in header:
-        return loads(header["recipe"], f"study {ledger.name}"), header["best"]
+    if trial is None and bits is None and size is None and RECIPE in ledger.header:
+        found = ledger.header[RECIPE]
+        return loads(found["text"], f"study {ledger.name}"), found["trial"]
     if trial is not None:
         if not 0 <= trial < len(trials):
             raise StudyError(f"study {ledger.name} has no trial {trial}; it has {len(trials)}")
@@ -73,7 +48,7 @@ def extract(
             raise StudyError(f"study {ledger.name}: trial {trial} is {state}, so it has no result")
     elif bits is not None or size is not None:
         key = "average_weight_bits" if bits is not None else "size_bytes"
-        limit = bits if bits is not None else parse_size(str(size), header["float"]["size_bytes"])
+        limit = bits if bits is not None else parse_size(str(size), header.baseline.size_bytes)
         rows = [(t, m) for t in trials if (m := measured(t)) is not None]
         within = [(t, m) for t, m in rows if m[key] <= limit + 1e-9]
         if not within:

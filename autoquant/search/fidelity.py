@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial
-from scipy.stats import spearmanr
 
+from autoquant.libraries import library
 from autoquant.search.params import ParameterMap
 from autoquant.search.profile import Profile
 from autoquant.search.trials import measured
@@ -43,4 +43,8 @@ def fidelity(
         found.append(m["loss"])
     if len(found) < FEWEST or len(set(found)) < 2 or len(set(predicted)) < 2:
         return None
-    return Fidelity(float(spearmanr(predicted, found).statistic), len(found), profile.samples)
+    return Fidelity(
+        float(library("scipy.stats").spearmanr(predicted, found).statistic),
+        len(found),
+        profile.samples,
+    )

@@ -10,97 +10,121 @@ import contextlib
 import datetime
 import errno
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
 
 from autoquant.errors import StudyError
-from autoquant.search.journal import Journal
+from autoquant.search.storage import FOLDER, SUFFIX, Storage, located
 
-FOLDER = Path(".autoquant")
 HEADER = "autoquant"
-"""User attribute of a study that holds all it needs to be resumed."""
+"""User attribute of a study that holds what it began with; it is written once."""
+NOTE = "autoquant:"
+"""How the user attributes begin that hold what was found since: one each, so that no worker
+overwrites what another one noted."""
 MEASURED = "measured"
 """User attribute of a trial that holds its measurement."""
 REASON = "reason"
 """User attribute of a failed trial that says why."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+class StudyTaken(StudyError):
+    """There is a study of that name already."""
 
 
 class Ledger:
-    """One study on its storage."""
+    """One study on its storage. ``header`` is what it began with, and all notes since.
 
-    def __init__(self, study: optuna.Study, where: str) -> None:
+    Places are given as ``--storage`` says them, or as a Storage: that stays the same place when the
+    working directory changes.
+    """
+
+    def __init__(self, study: optuna.Study, storage: Storage) -> None:
         self.study = study
-        self.where = where
+        self.storage = storage
         self.name = study.study_name
-        self.header: dict[str, Any] = dict(study.user_attrs.get(HEADER, {}))
-
-    @staticmethod
-    def exists(storage: str) -> bool:
-        """Return whether there is something at a storage URL that is a file."""
-        if storage.startswith("sqlite:///"):
-            return Path(storage[10:]).exists()
-        return "://" in storage or Path(storage).exists()
+        self.where = storage.shown if storage.shared else str(storage.file(self.name))
+        attrs = study.user_attrs
+        header = attrs.get(HEADER)
+        notes = {k.removeprefix(NOTE): v for k, v in attrs.items() if k.startswith(NOTE)}
+        self.header: dict[str, Any] = dict(header) | notes if isinstance(header, Mapping) else {}
 
     @classmethod
-    def check_free(cls, name: str, storage: str | None) -> None:
+    def check_free(cls, name: str, storage: Storage | str | None) -> None:
         """Raise StudyError where a study can't be called ``name``, before any work is done."""
         if not NAME.fullmatch(name):
             raise StudyError(
                 f"study name {name!r}: use letters, digits, '.', '_' and '-', at most 100"
             )
-        there = journal_path(name).exists() if storage is None else cls.exists(storage)
-        if there and _begun(name, storage):
-            where = "" if storage is None else f" --storage {storage}"
-            raise StudyError(
-                f"study {name} exists already in {storage or FOLDER}; continue it with `autoquant "
-                f"resume {name}{where}`, or give another --study"
-            )
+        place = located(storage)
+        with storage_errors(name):
+            if not place.exists(name):
+                return
+            try:
+                study = optuna.load_study(study_name=name, storage=place.open(name, write=False))
+            except KeyError:
+                return
+        if not _killed(study, place):
+            raise _taken(name, place, ours=HEADER in study.user_attrs)
 
     @classmethod
-    def create(cls, name: str, storage: str | None, header: Mapping[str, Any]) -> Ledger:
+    def create(cls, name: str, storage: Storage | str | None, header: Mapping[str, Any]) -> Ledger:
         """Start a study; StudyError where the name is taken or the storage can't be written.
 
-        A study of that name without a header is one that was killed while it was created: nothing
-        is in it yet, and it is taken over.
+        Of several processes that create one name at a time, one gets it: the storage takes each
+        name once. What was killed between that and the header is taken over in the folder of
+        studies, where nobody else's studies lie; the lock of the journal says that it is dead.
         """
-        cls.check_free(name, storage)
-        with storage_errors(name):
-            backend = open_storage(name, storage, create=True)
-            study = optuna.create_study(
-                study_name=name, storage=backend, direction="minimize", load_if_exists=True
-            )
-            study.set_user_attr(HEADER, dict(header))
-        return cls(study, storage or str(journal_path(name)))
+        place = located(storage)
+        cls.check_free(name, place)
+        with storage_errors(name), place.beginning(name) as (backend, alone):
+            try:
+                with quiet_optuna():
+                    study = optuna.create_study(
+                        study_name=name, storage=backend, direction="minimize"
+                    )
+            except optuna.exceptions.DuplicatedStudyError:
+                study = optuna.load_study(study_name=name, storage=backend)
+                if not (alone and _killed(study, place)):
+                    raise _taken(name, place, ours=True) from None
+            try:
+                study.set_user_attr(HEADER, dict(header))
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    backend.delete_study(study._study_id)
+                raise
+        return cls(study, place)
 
     @classmethod
-    def open(cls, name: str | None, storage: str | None) -> Ledger:
-        """Return a study by name, or the newest one where ``name`` is None."""
+    def open(cls, name: str | None, storage: Storage | str | None, *, write: bool = True) -> Ledger:
+        """Return a study by name, or the newest one where ``name`` is None.
+
+        Without ``write`` nothing is written, and the storage need not be writable.
+        """
+        place = located(storage)
         if name is None:
-            known = names(storage)
+            known = names(place)
             if not known:
-                raise StudyError(f"no study in {storage or FOLDER}; start one: autoquant search")
+                raise StudyError(f"no study in {place.shown}; start one: autoquant search")
             name = known[0]
-        if storage is None and not journal_path(name).exists():
-            known = names(None)
+        if not place.shared and not place.exists(name):
+            known = names(place)
             have = f"; there are {', '.join(known[:5])}" if known else ""
-            raise StudyError(f"no study {name!r} in {FOLDER}/{have}")
+            raise StudyError(f"no study {name!r} in {place.shown}/{have}")
         with storage_errors(name):
-            backend = open_storage(name, storage, create=False)
+            backend = place.open(name, write=write)
             try:
                 study = optuna.load_study(study_name=name, storage=backend)
             except KeyError:
-                raise StudyError(f"no study {name!r} in {storage or journal_path(name)}") from None
-        ledger = cls(study, storage or str(journal_path(name)))
+                where = place.shown if place.shared else place.file(name)
+                raise StudyError(f"no study {name!r} in {where}") from None
+        ledger = cls(study, place)
         if not ledger.header:
             raise StudyError(f"study {name} in {ledger.where} was not made by autoquant search")
         return ledger
@@ -116,21 +140,39 @@ class Ledger:
             self.study.add_trial(trial)
 
     def note(self, **fields: Any) -> None:
-        """Add fields to the study's header."""
-        self.header |= fields
-        with storage_errors(self.name):
-            self.study.set_user_attr(HEADER, self.header)
+        """Add fields to what is known of the study, or replace them."""
+        for field, value in fields.items():
+            with storage_errors(self.name):
+                self.study.set_user_attr(f"{NOTE}{field}", value)
+            self.header[field] = value
 
 
-def _begun(name: str, storage: str | None) -> bool:
-    """Return whether there is a study ``name`` with a header."""
-    with storage_errors(name):
-        try:
-            backend = open_storage(name, storage, create=False)
-            study = optuna.load_study(study_name=name, storage=backend)
-        except KeyError:
-            return False
-        return HEADER in study.user_attrs
+def _killed(study: optuna.Study, storage: Storage) -> bool:
+    """Return whether a study was killed while it was created: nothing is in it yet."""
+    return not storage.shared and not study.user_attrs and not study.get_trials(deepcopy=False)
+
+
+def _taken(name: str, storage: Storage, *, ours: bool) -> StudyTaken:
+    if not ours:
+        return StudyTaken(
+            f"study {name} exists already in {storage.shown} and is not autoquant's, or was killed "
+            "as it began; give another --study"
+        )
+    return StudyTaken(
+        f"study {name} exists already in {storage.shown}; continue it with `autoquant resume "
+        f"{name}{storage.words}`, or give another --study"
+    )
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keep Optuna's progress messages off the log inside, and give its verbosity back."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def finished(
@@ -171,41 +213,40 @@ def count(trials: Sequence[FrozenTrial]) -> dict[str, int]:
 
 def journal_path(name: str) -> Path:
     """Return where the embedded default keeps the study ``name``."""
-    return FOLDER / f"{name}.journal"
+    return FOLDER / f"{name}{SUFFIX}"
 
 
-def names(storage: str | None) -> list[str]:
-    """Return the names of all studies, newest first."""
-    if storage is None:
-        found = sorted(FOLDER.glob("*.journal"), key=lambda p: -p.stat().st_mtime)
-        return [path.name.removesuffix(".journal") for path in found]
+def names(storage: Storage | str | None, *, every: bool = False) -> list[str]:
+    """Return the names of all studies, newest first.
+
+    Of a storage that others share, those of ``autoquant search``, or ``every`` one.
+    """
+    place = located(storage)
+    if not place.shared:
+        assert place.path is not None
+        found = sorted(place.path.glob(f"*{SUFFIX}"), key=_written, reverse=True)
+        return [path.name.removesuffix(SUFFIX) for path in found]
     with storage_errors("all"):
-        studies = optuna.get_all_study_summaries(open_storage("", storage, create=False))
+        if every and not place.exists(""):
+            return []
+        studies = optuna.get_all_study_summaries(place.open("", write=False))
     # In the order of creation: a study that was killed before its first trial has no date.
     ordered = sorted(studies, key=lambda s: s._study_id, reverse=True)
-    return [s.study_name for s in ordered if HEADER in s.user_attrs]
+    return [s.study_name for s in ordered if every or HEADER in s.user_attrs]
 
 
-def open_storage(name: str, url: str | None, *, create: bool) -> BaseStorage:
-    """Return the storage at ``url``: a database URL, a ``.journal`` file, or the default."""
-    if url is None or url.endswith(".journal"):
-        path = journal_path(name) if url is None else Path(url)
-        if create:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ignore = path.parent / ".gitignore"
-            if path.parent.name == FOLDER.name and not ignore.exists():
-                ignore.write_text("*\n", encoding="utf-8")
-        elif not path.exists():
-            raise StudyError(f"no such journal: {path}")
-        return JournalStorage(Journal(path))
-    if "://" not in url:
-        raise StudyError(
-            f"--storage {url!r}: give a database URL (sqlite:///studies.db, postgresql://…, "
-            "mysql://…) or a file that ends in .journal"
-        )
-    if url.startswith("sqlite:///") and not create and not Path(url[10:]).exists():
-        raise StudyError(f"no such database: {url[10:]}")
-    return RDBStorage(url)
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # a link to a file that is gone: whoever opens it is told
+        return 0.0
+
+
+def _database_errors() -> tuple[type[Exception], ...]:
+    """Return what a database raises; its library is loaded where there is one."""
+    library = sys.modules.get("sqlalchemy.exc")
+    own = () if library is None else (library.SQLAlchemyError,)
+    return (optuna.exceptions.StorageInternalError, *own)
 
 
 @contextlib.contextmanager
@@ -221,8 +262,9 @@ def storage_errors(name: str) -> Iterator[None]:
             ) from error
         where = f": {error.filename}" if error.filename else ""
         raise StudyError(f"study {name}: {error.strerror or error}{where}") from error
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = error if isinstance(error, SQLAlchemyError) else error.__cause__ or error
+    except _database_errors() as error:
+        internal = isinstance(error, optuna.exceptions.StorageInternalError)
+        cause = (error.__cause__ or error) if internal else error
         line = str(getattr(cause, "orig", None) or cause).splitlines()[0]
         raise StudyError(f"study {name}: the database says: {line}") from error
     except ModuleNotFoundError as error:

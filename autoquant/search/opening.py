@@ -6,26 +6,30 @@ import datetime
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from autoquant.errors import UserError
 from autoquant.measure.size import weight_bytes
+from autoquant.models.digests import digests
 from autoquant.models.files import LoadedModel
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task
 from autoquant.search.goal import Goal
-from autoquant.search.ledger import Ledger, names
+from autoquant.search.header import Baseline, Header, SavedSpace, StoredSite, versions
+from autoquant.search.ledger import names
 from autoquant.search.options import Options, parse_latency, parse_size
+from autoquant.search.places import Places
 from autoquant.search.preflight import Preflight
 from autoquant.search.pricing import header_of
 from autoquant.search.profile import weight_schemes
 from autoquant.search.session import Session
-from autoquant.search.source import Source, absolute, space_header
-from autoquant.spec.recipe import SiteRecipe
-from autoquant.spec.space import SearchSpace, SiteSpace
+from autoquant.search.source import Source
+from autoquant.search.storage import Storage, located
+from autoquant.spec.outputs import check_target, is_signed
+from autoquant.spec.recipe import ModelIdentity, SiteRecipe
+from autoquant.spec.space import SearchSpace, SiteSpace, shipped
 
-FORMAT = 1
-"""Version of a study's header."""
+RECIPE_FILE = "recipe.yaml"
+"""What a search writes."""
 
 
 def check_size(size: str | None, session: Session, spaces: Mapping[str, SiteSpace]) -> None:
@@ -53,6 +57,12 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: nothing can be written there: {path} is no folder")
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: nothing can be written there: {path} is not writable")
+
+
+def check_out(folder: Path, source: Source) -> None:
+    """Raise UserError where the recipe could not be written to ``folder`` after long work."""
+    check_folder(folder)
+    check_target(folder / RECIPE_FILE, is_signed, source.files)
 
 
 def make_goal(session: Session, options: Options, found: Preflight) -> Goal:
@@ -83,55 +93,47 @@ def header_of_study(
     options: Options,
     found: Preflight,
     goal: Goal,
-    out: Path,
-) -> dict[str, Any]:
-    """Return all that a study must know to be resumed or shown, ready to be written as JSON."""
-    return {
-        "format": FORMAT,
-        "created": datetime.datetime.now().isoformat(timespec="seconds"),
-        "model": {
-            "path": absolute(source.model),
-            "name": loaded.name,
-            "sha256": loaded.sha256,
-            "trust_pickle": source.trust_pickle,
-        },
-        "task": {
-            "path": absolute(source.task),
-            "data": absolute(source.data),
-            "metric": source.metric,
-            "sha256": task.sha256,
-        },
-        "space": space_header(space, source),
-        "options": options.plain(),
-        "out": str(out.resolve()),
-        "sites": [
-            {
-                "name": s.name,
-                "layer": s.layer,
-                "matrix": list(s.matrix),
-                "activation": s.activation,
-                "corrects": s.corrects,
-            }
+    places: Places,
+) -> Header:
+    """Return all that a study must know to be resumed or shown."""
+    ships = source.space is None and space.name in shipped()
+    assert session.evaluator.metric is not None
+    return Header(
+        datetime.datetime.now().isoformat(timespec="seconds"),
+        versions(),
+        ModelIdentity(loaded.name, loaded.sha256),
+        source.trust_pickle,
+        task.sha256,
+        source.metric,
+        digests(session.splits),
+        SavedSpace(
+            space.name, space.text, ships and SearchSpace.load(space.name).text == space.text
+        ),
+        options,
+        places,
+        tuple(
+            StoredSite(s.name, s.layer, s.matrix, s.activation, s.corrects)
             for s in session.prepared.sites
-        ],
-        "folded": dict(session.prepared.folded),
-        "float": {
-            "metric": found.metric,
-            "value": found.value,
-            "samples": found.samples.get("search", 0),
-            "higher_is_better": session.evaluator.metric.higher_is_better,  # type: ignore[union-attr]
-            "size_bytes": session.sizes.float_size_bytes,
-        },
-        "max_drop": goal.max_drop,
-        **header_of(session.costs, found.latency),
-    }
+        ),
+        dict(session.prepared.folded),
+        Baseline(
+            found.metric,
+            found.value,
+            found.samples.get("search", 0),
+            session.evaluator.metric.higher_is_better,
+            session.sizes.float_size_bytes,
+        ),
+        goal.max_drop,
+        header_of(session.costs, found.latency),
+    )
 
 
-def new_name(model: str, storage: str | None) -> str:
+def new_name(model: str, storage: Storage | str | None) -> str:
     """Return a study name that is not taken: the model's, with a number where needed."""
     plain = (c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in model)
     stem = "".join(plain).strip(".-_")[:80] or "study"
-    taken = set(names(storage)) if storage is None or Ledger.exists(storage) else set()
+    place = located(storage)
+    taken = set(names(place, every=True))
     if stem not in taken:
         return stem
     return next(f"{stem}-{i}" for i in range(2, len(taken) + 3) if f"{stem}-{i}" not in taken)

@@ -16,22 +16,23 @@ from autoquant.methods.realize import CACHE_BYTES
 from autoquant.models.chance import chance_level
 from autoquant.models.evidence import FunctionEvidence
 from autoquant.models.metrics import drop
+from autoquant.models.rereading import check_rereads
 from autoquant.models.sample_statistics import class_count
 from autoquant.models.usercode import guarded
-from autoquant.nn.agreement import difference
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.convert import restored
 from autoquant.nn.float_parts import FloatPart
+from autoquant.nn.leaves import difference, frozen, leaves, leaves_differ
 from autoquant.nn.sites import Site
 from autoquant.search.pricing import LatencyReport
+from autoquant.search.repeats import first_to_differ
 from autoquant.search.session import Session
 from autoquant.search.uniform import uniform
+from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SiteSpace
 
 REPEATS = 1e-4
 """Largest difference of two runs of one model, relative to the largest number of a kind."""
-ROUNDING = 1e-6
-"""The same relative to the largest number of a whole output: of numbers that cancel out."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,13 @@ class Preflight:
 def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     """Check a session; UserError names what would fail.
 
-    The float metric is finite and repeats; a uniform recipe is measured, written, loaded back and
-    gives the same outputs; the largest candidate fits in memory.
+    The data are the same when they are read again; the float metric is finite and repeats; a
+    uniform recipe is measured, written, loaded back and gives the same outputs; the largest
+    candidate fits in memory.
     """
     process = psutil.Process()
     before = process.memory_info().rss
+    check_rereads(session.task, session.splits)
     try:
         reading = session.baseline("search")
         _check_repeats(session, reading.value)
@@ -141,13 +144,17 @@ def _check_repeats(session: Session, value: float) -> None:
                 f"{source}: metric {metric.name} returned {value:g} and then {again:g} on the same "
                 "outputs and targets; seed what it draws at random"
             )
-    first = _run(session, session.model, example)
-    second = _run(session, session.model, example)
-    differs = difference(first, second, tolerance=REPEATS, rounding=ROUNDING)
-    if differs is not None:
+    # A model may write into what it returned before.
+    first = frozen(_run(session, session.model, example))
+    second = leaves(_run(session, session.model, example))
+    what = leaves_differ(first, second, REPEATS)
+    if what is not None:
+        where = first_to_differ(
+            session.model, lambda: _run(session, session.model, example), REPEATS
+        )
         raise TaskError(
-            f"{source}: the float model gives different outputs for the same inputs ({differs}); "
-            "is something drawn at random in forward, or left in training mode?"
+            f"{source}: the float model gives different outputs for the same inputs: {what}; "
+            f"{where}"
         )
 
 
@@ -174,12 +181,28 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
         raise UserError(f"a uniform 8-bit recipe fails: {error}") from error
     except OSError as error:
         raise UserError(f"a uniform 8-bit recipe can't be written: {error}") from error
-    differs = difference(expected, found, tolerance=REPEATS, rounding=ROUNDING)
-    if differs is not None:
+    what = difference(expected, found, REPEATS)
+    if what is not None:
         raise UserError(
-            "a uniform 8-bit recipe gives other outputs after it was written and loaded back "
-            f"({differs}); does the model keep state between calls?"
+            "a uniform 8-bit recipe gives other outputs after it was written and loaded back: "
+            f"{what}{_state(session, sites, example, expected)}"
         )
+
+
+def _state(session: Session, sites: Mapping[str, SiteRecipe], example: Any, expected: Any) -> str:
+    """Return in words whether the model that was not written gives the same outputs again."""
+    session.realizer.apply(sites)
+    try:
+        with session.prepared.engine.reference():
+            again = difference(expected, _run(session, session.model, example), REPEATS)
+            if again is None:
+                return ""
+            where = first_to_differ(
+                session.model, lambda: _run(session, session.model, example), REPEATS
+            )
+    finally:
+        session.realizer.to_float()
+    return f"; the model itself gives other outputs when it is called again ({again}; {where})"
 
 
 def _check_memory(session: Session, used: int) -> None:

@@ -199,9 +199,9 @@ def _too_slow(options: Options, fastest: float | None, model: LatencyModel) -> s
     )
 
 
-def saved_costs(session: Session, header: Mapping[str, Any]) -> None:
+def saved_costs(session: Session, kept: Mapping[str, Any]) -> None:
     """Give the session the costs that a study keeps, so that its trials go on as they began."""
-    latency, macs = header.get("latency"), header.get("macs")
+    latency, macs = kept.get("latency"), kept.get("macs")
     session.costs = replace(
         session.costs,
         latency=None if latency is None else LatencyModel.read(latency),

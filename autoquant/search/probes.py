@@ -65,7 +65,9 @@ class Changes:
         self.candidates = candidates
         self.schemes = [realizer.activation(name, a) for a in candidates.activations]
         parameter = slot.parameter.detach()
-        self.nothing = torch.zeros(slot.site.matrix[0], device=parameter.device)
+        self.nothing = torch.zeros(
+            slot.site.matrix[0], dtype=torch.float32, device=parameter.device
+        )
         changes, shifts = [], []
         for scheme in candidates.weights:
             held = realizer.held(name, SiteRecipe(scheme, None, None, candidates.corrected))

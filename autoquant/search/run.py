@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,34 @@ from torch import nn
 
 from autoquant.errors import StudyError, TaskError, TrialError, UserError
 from autoquant.measure.evaluator import Bar, Watch
+from autoquant.models.data import make_splits
 from autoquant.models.files import LoadedModel, sha256_of
 from autoquant.models.metrics import parse_max_drop
-from autoquant.models.task import Task, load_task
+from autoquant.models.task import Task
 from autoquant.models.usercode import interruptible
 from autoquant.search import samplers
+from autoquant.search.checks import (
+    SEEN,
+    check_data,
+    check_float,
+    check_versions,
+    compare,
+    saved_source,
+    saved_space,
+    saved_task,
+    seen_samples,
+)
 from autoquant.search.confirm import confirm
 from autoquant.search.enough import Enough
 from autoquant.search.fidelity import fidelity
 from autoquant.search.finalists import finalists, incumbent
 from autoquant.search.goal import Goal
-from autoquant.search.ledger import MEASURED, Ledger, count
+from autoquant.search.header import Header
+from autoquant.search.ledger import MEASURED, Ledger, StudyTaken, count
 from autoquant.search.loop import Outcome, Stop, run_trials
 from autoquant.search.opening import (
-    FORMAT,
-    check_folder,
+    RECIPE_FILE,
+    check_out,
     check_size,
     header_of_study,
     make_goal,
@@ -39,6 +53,7 @@ from autoquant.search.opening import (
 )
 from autoquant.search.options import AUTO, Options, check, check_budget, parse_size
 from autoquant.search.params import ParameterMap
+from autoquant.search.places import Places
 from autoquant.search.preflight import preflight
 from autoquant.search.pricing import (
     LatencyCheck,
@@ -52,17 +67,11 @@ from autoquant.search.reporter import Reporter, Silent
 from autoquant.search.result import SearchResult, Speed
 from autoquant.search.schedule import Schedule
 from autoquant.search.session import Session, choose_device, open_session
-from autoquant.search.source import (
-    Source,
-    compare,
-    of_module,
-    saved_space,
-    saved_task,
-    source_of,
-    space_file,
-)
-from autoquant.search.trials import FRONT, best_trial, measured
+from autoquant.search.source import Source, of_module, space_file
+from autoquant.search.storage import Storage
+from autoquant.search.trials import FRONT, RECIPE, best_trial, measured
 from autoquant.search.uniform import baselines
+from autoquant.spec.outputs import check_target, is_signed
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import dumps, save
 from autoquant.spec.space import SearchSpace, SiteSpace
@@ -100,6 +109,9 @@ def search(
 ) -> SearchResult:
     """Find the best recipe for ``model`` and write it to ``out``/recipe.yaml.
 
+    A file of that name that was edited, or is not autoquant's, is refused at the beginning; one
+    that is edited while the search runs is left, and the recipe goes beside it (``recipe_path``).
+
     ``model`` is a module, which is left as it is, or a model file; ``task`` a Task or a task file;
     ``space`` a search space, the name of one, or its file. Without a budget the answer is the
     smallest model that loses at most ``max_drop`` (None: "1%"); with ``bits`` or ``size``, the best
@@ -127,19 +139,20 @@ def search(
         prune,
         memory,
     )
-    file = None if isinstance(task, Task) else str(task)
-    if not isinstance(task, Task):
-        task = load_task(Path(task))
+    # Before the task runs, which may change the working directory.
+    place, folder = Storage.parse(storage), Path(os.path.abspath(out))
     chosen = space if isinstance(space, SearchSpace) else SearchSpace.load(space)
-    kept = None if isinstance(space, SearchSpace) else space_file(space)
-    if isinstance(model, nn.Module):
-        source = Source("", file, space=kept)
-        loaded = of_module(model)
-    else:
-        source = Source(str(model), file, trust_pickle=trust_pickle, space=kept)
-        loaded = source.load(task)
+    source = Source(
+        "" if isinstance(model, nn.Module) else str(model),
+        None if isinstance(task, Task) else str(task),
+        trust_pickle=trust_pickle,
+        space=None if isinstance(space, SearchSpace) else space_file(space),
+    )
+    if not isinstance(task, Task):
+        task = source.load_task()
+    loaded = of_module(model) if isinstance(model, nn.Module) else source.load(task)
     return start(
-        loaded, task, source, chosen, options, study, storage, Path(out), own, reporter or Silent()
+        loaded, task, source, chosen, options, study, place, folder, own, reporter or Silent()
     )
 
 
@@ -151,7 +164,7 @@ def start(
     space: SearchSpace,
     options: Options,
     study: str | None,
-    storage: str | None,
+    storage: Storage,
     out: Path,
     own: BaseSampler | None,
     reporter: Reporter,
@@ -159,6 +172,7 @@ def start(
 ) -> SearchResult:
     """Check everything, create the study, and run it; nothing is written before all is checked.
 
+    ``out`` is absolute. A study without a name gets the model's, with a number where that is taken.
     ``began`` is when the command did, on the clock of ``time.monotonic``: now, unless given.
     """
     began = time.monotonic() if began is None else began
@@ -168,9 +182,8 @@ def start(
         parse_size(options.size, 1)
     if own is None:
         samplers.check(options.sampler)
-    check_folder(out)
-    study = study or new_name(loaded.name, storage)
-    Ledger.check_free(study, storage)
+    check_out(out, source)
+    Ledger.check_free(study or new_name(loaded.name, storage), storage)
     session = open_session(
         loaded, task, choose_device(options.device), backend=options.backend, say=reporter.say
     )
@@ -192,9 +205,28 @@ def start(
             f"{time.monotonic() - began:.1f} s, a trial and its confirmation take about "
             f"{schedule.least:.1f} s more; give {math.ceil(1.5 * needed)}s or more"
         )
-    header = header_of_study(session, loaded, task, source, space, options, found, goal, out)
-    ledger = Ledger.create(study, storage, header)
+
+    def header(name: str) -> Mapping[str, Any]:
+        places = Places.of(source, out, storage, name)
+        beginning = header_of_study(
+            session, loaded, task, source, space, options, found, goal, places
+        )
+        return beginning.plain() | {SEEN: seen_samples(session.splits)}
+
+    ledger = _create(study, loaded.name, storage, header)
     return _run(ledger, session, spaces, goal, options, out, own, reporter, began, schedule)
+
+
+def _create(
+    study: str | None, model: str, storage: Storage, header: Callable[[str], Mapping[str, Any]]
+) -> Ledger:
+    while True:
+        name = study or new_name(model, storage)
+        try:
+            return Ledger.create(name, storage, header(name))
+        except StudyTaken:  # where nobody asked for that name, another one does as well
+            if study is not None:
+                raise
 
 
 def _schedule(
@@ -215,8 +247,10 @@ def resume(
     timeout: float | None = None,
     memory: str | None = None,
     accept_changes: bool = False,
-    model: nn.Module | None = None,
-    task: Task | None = None,
+    model: nn.Module | str | os.PathLike[str] | None = None,
+    task: Task | str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
     sampler: BaseSampler | None = None,
     reporter: Reporter | None = None,
     worker: int = 0,
@@ -227,19 +261,21 @@ def resume(
     Several processes may work on one study at a time, each with another ``worker`` number from 0
     on: it makes their proposals differ. ``trials``, ``timeout`` and ``memory`` replace the study's
     own; ``timeout`` counts from ``began``, on the clock of ``time.monotonic``: now, unless given.
-    A study of a module or Task in Python needs them again. Raises StudyError where the model,
-    the task or the space is not what the study began with, unless ``accept_changes``.
+    ``model``, ``task`` (or ``data``, a data file) and ``out`` say where these are now, and the
+    study keeps that; a study of a module or Task in Python needs them again.
+
+    Raises StudyError where the model, the task, its data, the space, the float model's metric or
+    this release is not what the study began with, unless ``accept_changes``; data that were
+    searched by before are then not confirmed with.
     """
     began = time.monotonic() if began is None else began
     reporter = reporter or Silent()
-    ledger = Ledger.open(study, storage)
-    header = ledger.header
-    if header.get("format") != FORMAT:
-        raise StudyError(
-            f"study {ledger.name}: written in format {header.get('format')!r}, this release reads "
-            f"{FORMAT}"
-        )
-    options = Options.read(header["options"])
+    # Before the task runs, which may change the working directory.
+    place = Storage.parse(storage)
+    target = None if out is None else Path(os.path.abspath(out))
+    ledger = Ledger.open(study, place)
+    name, header = ledger.name, Header.read(ledger.header, ledger.name)
+    options = header.options
     if trials is not None or timeout is not None:
         options = replace(options, trials=trials, timeout=timeout)
     if memory is not None:
@@ -247,44 +283,61 @@ def resume(
     check(options)
     if sampler is None and options.sampler not in samplers.names():
         raise StudyError(
-            f"study {ledger.name} was begun with a sampler of one's own ({options.sampler}): "
+            f"study {name} was begun with a sampler of one's own ({options.sampler}): "
             "go on with autoquant.resume(sampler=…)"
         )
-    source = source_of(header)
-    task = task or saved_task(ledger.name, source)
-    compare(ledger.name, "task", header["task"]["sha256"], task.sha256, accept_changes)
-    if model is not None:
+    notes = check_versions(name, header.versions, accept_changes)
+    source = saved_source(header, place, model, task, data)
+    target = header.places.find_out(place, name) if target is None else target
+    check_out(target, source)
+    task = task if isinstance(task, Task) else saved_task(name, source)
+    compare(name, "task", header.task, task.sha256, accept_changes)
+    if isinstance(model, nn.Module):
         loaded = of_module(model)
-        compare(ledger.name, "model", header["model"]["sha256"], loaded.sha256, accept_changes)
+        compare(name, "model", header.model.sha256, loaded.sha256, accept_changes)
     elif source.model:
         if not Path(source.model).exists():
-            raise StudyError(f"study {ledger.name}: its model is gone: {source.model}")
+            raise StudyError(
+                f"study {name}: its model is gone: {source.model}; say where it is: --model FILE"
+            )
         found = sha256_of(Path(source.model))
-        compare(ledger.name, "model", header["model"]["sha256"], found, accept_changes)
+        compare(name, "model", header.model.sha256, found, accept_changes)
         loaded = source.load(task)
     else:
         raise StudyError(
-            f"study {ledger.name} is of a module in Python: go on with autoquant.resume(model=…)"
+            f"study {name} is of a module in Python: go on with autoquant.resume(model=…)"
         )
-    space = saved_space(ledger.name, header, accept_changes)
+    space = saved_space(name, header, source.space, accept_changes)
+    reporter.say("reading the data")
+    seen = ledger.header.get(SEEN, "")
+    splits = check_data(name, make_splits(task), header, seen, accept_changes)
     session = open_session(
-        loaded, task, choose_device(options.device), backend=options.backend, say=reporter.say
+        loaded,
+        task,
+        choose_device(options.device),
+        backend=options.backend,
+        say=reporter.say,
+        splits=splits,
     )
-    if [s.name for s in session.prepared.sites] != [s["name"] for s in header["sites"]]:
+    if [s.name for s in session.prepared.sites] != [s.name for s in header.sites]:
         raise StudyError(
-            f"study {ledger.name}: the model has other layers than when the study began; start a "
-            "new study"
+            f"study {name}: the model has other layers than when the study began; start a new study"
         )
     spaces = space.resolve(session.prepared.sites)
     reporter.say("preflight")
     flight = preflight(session, spaces)
-    saved_costs(session, header)
-    reporter.preflight(flight)
+    check_float(name, header, flight, accept_changes)
+    saved_costs(session, header.costs)
+    reporter.preflight(replace(flight, notes=(*flight.notes, *notes)))
     goal = make_goal(session, options, flight)
-    out = Path(header["out"])
+    places = Places.of(source, target, place, name)
+    if places != header.places:
+        ledger.note(places=places.plain())
+    if (more := seen_samples(splits, seen)) != seen:
+        ledger.note(**{SEEN: more})
     schedule = _schedule(session, options, began, again=True)
     return _run(
-        ledger, session, spaces, goal, options, out, sampler, reporter, began, schedule, worker
+        ledger, session, spaces, goal, options, target, sampler, reporter, began, schedule, worker
     )
 
 
@@ -400,9 +453,9 @@ def _run(
         raise StudyError(f"study {ledger.name}: {error}") from error
     recipe, checks = _time_result(session, chosen.recipe, ledger.header)
     evidence, asked = recipe.evidence, options.max_drop is not None or not goal.budgeted
-    path = out / "recipe.yaml"
+    path = _free(out, ledger.name)
     # The study first: `autoquant export` then has the recipe even where ``path`` can't be written.
-    ledger.note(recipe=dumps(recipe), best=chosen.trial)
+    ledger.note(**{RECIPE: {"text": dumps(recipe), "trial": chosen.trial}})
     save(recipe, path)
     return SearchResult(
         ledger.name,
@@ -422,6 +475,18 @@ def _run(
         None if evidence is None or not asked else evidence.verdict,
         () if schedule is None else (*schedule.skipped, *skipped),
     )
+
+
+def _free(out: Path, study: str) -> Path:
+    """Return where the recipe goes: beside one that was edited while the search ran."""
+    beside = (out / f"recipe-{study}-{i}.yaml" for i in itertools.count(1))
+    for path in itertools.chain([out / RECIPE_FILE], beside):
+        try:
+            check_target(path, is_signed)
+        except UserError:
+            continue
+        return path
+    raise AssertionError("unreachable")
 
 
 def _exact_seconds(session: Session, sites: Mapping[str, SiteRecipe]) -> float | None:

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autoquant.errors import UserError
 from autoquant.models.usercode import guarded
 from autoquant.registry import Registry
-from autoquant.search.ledger import MEASURED, finished
+from autoquant.search.ledger import MEASURED, finished, quiet_optuna
 from autoquant.search.params import ParameterMap
 from autoquant.search.sampler import KnapsackSampler
 from autoquant.spec.recipe import SiteRecipe, choices_key
@@ -232,7 +232,7 @@ def _has_state(trial: FrozenTrial) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Optuna's remarks on its own samplers (experimental, blind to constraints) to itself."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_optuna():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", message="Constraints have been set")
         yield

@@ -22,6 +22,8 @@ CONFIRMATION = 0.4
 """Share of the time from the first trial on that more than one finalist may take."""
 INTERVAL = 0.5
 """Share of that time that the interval of the drop may take; a longer one is left out."""
+CHEAP = 0.5
+"""Seconds of an interval that is never left out, however late it is."""
 EXACT = 3.0
 """Times of the float model that the reference takes, as long as it was not measured."""
 RECENT = 5
@@ -127,11 +129,11 @@ class Schedule:
         """Return whether there is time to say how sure the choice's drop on a split is."""
         seconds = self._interval * (1.0 if split == "search" else self._share)
         what = f"how sure the drop on the {split} data is, which takes about {seconds:.0f} s"
-        return self._noted(seconds <= self.left, what)
+        return self._noted(seconds <= max(self.left, CHEAP), what)
 
     def affords_comparison(self) -> bool:
         """Return whether there is time to say how sure the difference of two finalists is."""
-        spare = self.left - self.confirmation(0)
+        spare = max(self.left - self.confirmation(0), CHEAP)
         return self._noted(self._interval * self._share <= spare, "how sure finalists differ")
 
     def _noted(self, affordable: bool, what: str) -> bool:

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from autoquant.errors import AutoquantError, TrialError
 from autoquant.measure.decoding import decoded, scoring
 from autoquant.methods.realize import Realizer
 from autoquant.models.trees import batch_size, take
 from autoquant.models.usercode import guarded
+from autoquant.nn.leaves import leaves
 from autoquant.nn.slots import SiteSlot
 from autoquant.search.probes import (
     LATER,
@@ -260,7 +260,7 @@ class _Work:
         self, changes: Mapping[str, Changes], samples: _Samples, alone: Mapping[str, Probe]
     ) -> tuple[Mapping[str, UsesOfWeight], int]:
         """Return fresh probes for many samples a run, for the sites that allow it; and how many."""
-        anchor = torch.zeros((), device=next(iter(changes.values())).nothing.device)
+        anchor = torch.zeros_like(next(iter(changes.values())).nothing[0])
         anchor.requires_grad_(True)
         first, size, inputs = next(samples.runs(TRIED))
         found: dict[str, UsesOfWeight] = {}
@@ -328,16 +328,16 @@ class _Objective:
 
     def of(self, outputs: Any, first: int, size: int) -> Tensor | None:
         """Return what to differentiate, None without gradient; Mixed where samples are."""
-        leaves = [
+        found = [
             leaf
-            for leaf in pytree.tree_leaves(outputs)
+            for _, leaf in leaves(outputs)
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
         ]
-        if not leaves:
+        if not found:
             return None
-        if size > 1 and any(not leaf.dim() or len(leaf) != size for leaf in leaves):
+        if size > 1 and any(not leaf.dim() or len(leaf) != size for leaf in found):
             raise Mixed
-        return self._label(leaves[0], first) if self.classes else self._project(leaves, first, size)
+        return self._label(found[0], first) if self.classes else self._project(found, first, size)
 
     def of_steps(
         self, given: Sequence[Any], first: int, size: int, lengths: Tensor | None = None
@@ -393,6 +393,8 @@ class _Objective:
         for leaf in leaves:
             shape = leaf.shape[1:] if size > 1 else leaf.shape
             signs = [torch.randint(0, 2, shape, generator=draw) * 2.0 - 1.0 for draw in draws]
+            # Scores that are masked by −∞ are no part of what changes.
+            leaf = torch.where(leaf.isfinite(), leaf, torch.zeros_like(leaf))
             total = total + (leaf.float() * torch.stack(signs).reshape(leaf.shape).to(leaf)).sum()
             powers += leaf.detach().double().square().reshape(size, -1).sum(1).cpu()
         if not bool(powers.isfinite().all()):

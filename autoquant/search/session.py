@@ -248,6 +248,7 @@ def open_session(
     recipe: Recipe | None = None,
     backend: str = "auto",
     say: Say = lambda _: None,
+    splits: Splits | None = None,
     baselines: tuple[str, ...] = ("search", "confirm"),
 ) -> Session:
     """Prepare a model for its task: read the data, fold, find the sites, calibrate.
@@ -255,9 +256,11 @@ def open_session(
     The baseline of the splits in ``baselines`` is measured before anything is done to the model,
     and what is done is held against it. A session of one ``recipe`` repeats its folds instead of
     looking for them, and calibrates what it needs alone; without one, all that any recipe may need.
+    ``splits`` are the task's data, where they have been read already.
     """
-    say("reading the data")
-    splits = make_splits(task)
+    if splits is None:
+        say("reading the data")
+        splits = make_splits(task)
     evaluator = Evaluator(task, splits, device)
     model = move(loaded.module, device)
     example = evaluator.example()

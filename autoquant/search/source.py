@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from autoquant.errors import StudyError, UserError
+from autoquant.errors import UserError
 from autoquant.models.files import LoadedModel, load
 from autoquant.models.task import Task, data_task, load_task
 from autoquant.nn.intake import copied, take
-from autoquant.spec.space import SearchSpace, shipped
+from autoquant.spec.space import shipped
 
 
 @dataclass(frozen=True)
 class Source:
     """Where model, task and search space come from; what a study keeps to find them again.
 
-    ``space`` is the space's file, None for one that ships with the package.
+    ``space`` is the space's file, None for one that ships with the package. Paths are made absolute
+    here, before any code of the user's runs, which may change the working directory; the model's is
+    empty for a module in Python.
     """
 
     model: str
@@ -31,6 +32,22 @@ class Source:
     metric: str | None = None
     trust_pickle: bool = False
     space: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "task", "data", "space"):
+            path = getattr(self, name)
+            if path:
+                object.__setattr__(self, name, os.path.abspath(path))
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """The files that are read, by what they are called."""
+        return {
+            "model": self.model or None,
+            "task": self.task,
+            "data file": self.data,
+            "search space": self.space,
+        }
 
     def load_task(self) -> Task:
         """Return the task; UserError where none is given."""
@@ -44,18 +61,6 @@ class Source:
         """Return the model."""
         build = None if task is None else task.load_model
         return load(Path(self.model), load_model=build, trust_pickle=self.trust_pickle)
-
-
-def source_of(header: Mapping[str, Any]) -> Source:
-    """Return where a study's model and task come from."""
-    task = header["task"]
-    return Source(
-        header["model"]["path"] or "",
-        task["path"],
-        task["data"],
-        task["metric"],
-        header["model"]["trust_pickle"],
-    )
 
 
 def space_file(space: str | Path) -> str | None:
@@ -92,54 +97,3 @@ def _dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (tensor.resolve_conj().resolve_neg(),)
     coordinates = tensor.to_sparse_coo().coalesce()
     return coordinates.indices(), coordinates.values()
-
-
-def space_header(space: SearchSpace, source: Source) -> dict[str, Any]:
-    """Return what a study keeps of its space; one made in Python has no place to be compared."""
-    ships = source.space is None and space.name in shipped()
-    return {
-        "name": space.name,
-        "path": absolute(source.space),
-        "shipped": ships and SearchSpace.load(space.name).text == space.text,
-        "text": space.text,
-        "sha256": _sha256(space.text),
-    }
-
-
-def compare(study: str, what: str, then: str, now: str, accept: bool) -> None:
-    """Raise StudyError where ``what`` is no longer what the study began with."""
-    if then != now and not accept:
-        raise StudyError(
-            f"study {study}: the {what} has changed since the study began (sha256 {then[:12]}… → "
-            f"{now[:12]}…); start a new study, or go on with --accept-changes"
-        )
-
-
-def saved_task(study: str, source: Source) -> Task:
-    """Return the task of a study; StudyError where it was one in Python."""
-    if source.task is None and source.data is None:
-        raise StudyError(
-            f"study {study} is of a Task in Python: go on with autoquant.resume(task=…)"
-        )
-    return source.load_task()
-
-
-def saved_space(study: str, header: Mapping[str, Any], accept: bool) -> SearchSpace:
-    """Return the space as the study keeps it, which its trials are of, accepted changes or not.
-
-    Where it came from a file that is still there, or ships, that must hold the same text.
-    """
-    saved = header["space"]
-    if saved["shipped"] or (saved["path"] and Path(saved["path"]).exists()):
-        now = SearchSpace.load(saved["name"] if saved["shipped"] else Path(saved["path"]))
-        compare(study, "space", saved["sha256"], _sha256(now.text), accept)
-    return SearchSpace.parse(saved["text"], saved["name"])
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def absolute(path: str | None) -> str | None:
-    """Return ``path`` as it is found from anywhere."""
-    return str(Path(path).resolve()) if path else None

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from autoquant.errors import TaskError, TrialError, UserError
 from autoquant.measure.divergence import KEEP_BYTES, bytes_of
 from autoquant.measure.evaluator import FEW, Evaluator
 from autoquant.models.data import batch_size, take, to_device
 from autoquant.models.task import outputs_of
-from autoquant.nn.agreement import Scales, difference, tolerance_of
+from autoquant.nn.agreement import Scales, disagreement, tolerance_of
 from autoquant.nn.convert import Prepared, use_channels_last, uses_channels_last
 from autoquant.nn.untouched import Confirming, Seen, look
+from autoquant.search.repeats import first_to_differ
 
 ROUNDING = 1e-5
 """Differences, relative to the largest number of an output, that are none where there is nothing
@@ -144,7 +146,7 @@ class Untouched:
         self._scales.add(outputs)
         self._room -= bytes_of(outputs)
         if self._room >= 0:
-            self._kept[batch[:2]] = outputs
+            self._kept[batch[:2]] = _copied(outputs)
         return outputs
 
     # --- surgery ---------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ class Untouched:
                 raise
             found = self.outputs(prepared.model, batch[2])
         if not loose:
-            return difference(expected, found, self._scales, self._tolerance)
+            return disagreement(expected, found, self._scales, self._tolerance)
         return _loosely(expected, found, self._scales, LOOSE * self._tolerance)
 
     def _needs_contiguous(self, prepared: Prepared, batch: Batch) -> bool:
@@ -223,14 +225,15 @@ class Untouched:
             return
         split, index, inputs = batch
         where = "what evaluate reads" if inputs is None else f"batch {index} of the {split} data"
-        with torch.no_grad():
-            first, second = (self.outputs(prepared.model, inputs) for _ in range(2))
-        again = difference(first, second, self._scales, self._tolerance)
+        first, second = (_copied(self.outputs(prepared.model, inputs)) for _ in range(2))
+        again = disagreement(first, second, self._scales, self._tolerance)
         if again is not None:
+            parted = first_to_differ(
+                prepared.model, lambda: self.run(prepared.model, inputs), self._tolerance
+            )
             raise TaskError(
-                f"{self.task.source}: the float model gives different outputs for the same inputs "
-                f"({again}, on {where}); is something drawn at random in forward, or left in "
-                "training mode?"
+                f"{self.task.source}: the float model gives different outputs for the same inputs: "
+                f"{again}, on {where}; {parted}"
             )
         raise UserError(
             f"made ready for quantization the float model gives other outputs ({wrong}, on "
@@ -240,13 +243,13 @@ class Untouched:
 
 def _loosely(expected: Any, found: Any, scales: Scales, tolerance: float) -> str | None:
     """Return what differs beyond rounding: of decisions some few may flip at a tie."""
-    said = difference(expected, found, scales, tolerance, rounding=ROUNDING)
+    said = disagreement(expected, found, scales, tolerance, rounding=ROUNDING)
     both = (expected, found)
     if said is None or not all(_decides(outputs) for outputs in both):
         return said
     if len(expected) != len(found):
         return said
-    flips = sum(difference(a, b) is not None for a, b in zip(*both, strict=True))
+    flips = sum(disagreement(a, b) is not None for a, b in zip(*both, strict=True))
     return None if flips <= max(1, FLIPS * len(expected)) else said
 
 
@@ -255,6 +258,11 @@ def _decides(outputs: Any) -> bool:
     if isinstance(outputs, Tensor):
         return outputs.dim() > 0 and not outputs.is_floating_point()
     return isinstance(outputs, list)
+
+
+def _copied(outputs: Any) -> Any:
+    """Return outputs that nobody writes into: a model may, into what it returned before."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, outputs)
 
 
 def _heard(value: Any, returned: list[Any]) -> Any:

@@ -9,22 +9,18 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from autoquant.search.header import Header
 from autoquant.search.ledger import MEASURED
 from autoquant.spec.costs import LatencyEvidence, average_bits
-from autoquant.spec.recipe import (
-    FLOAT_SITE,
-    Evidence,
-    ModelIdentity,
-    Recipe,
-    SiteRecipe,
-    SplitResult,
-)
+from autoquant.spec.recipe import FLOAT_SITE, Evidence, Recipe, SiteRecipe, SplitResult
 
 SCALES = "scales"
 """User attribute of a trial: site → [scale, zero point] of its static activation quantizer."""
 
 FRONT = "front"
-"""Field of a study's header: the front that it foretells, recipes that were not measured."""
+"""Field that a study notes: the front that it foretells, recipes that were not measured."""
+RECIPE = "recipe"
+"""Field that a study notes: the text of the recipe that it found, and its trial's number."""
 
 
 def scales(sites: Mapping[str, SiteRecipe]) -> dict[str, list[float]]:
@@ -49,47 +45,42 @@ def with_scales(
     return done
 
 
-def trial_recipe(
-    trial: FrozenTrial, sites: Mapping[str, SiteRecipe], header: Mapping[str, Any]
-) -> Recipe:
+def trial_recipe(trial: FrozenTrial, sites: Mapping[str, SiteRecipe], header: Header) -> Recipe:
     """Return a trial as a recipe, with what the search measured of it; not confirmed."""
     m = measured(trial)
     assert m is not None
-    base = header["float"]
-    result = SplitResult(base["samples"], base["value"], m["value"], m["drop"])
+    base = header.baseline
+    result = SplitResult(base.samples, base.value, m["value"], m["drop"])
     evidence = Evidence(
-        base["metric"],
-        base["higher_is_better"],
+        base.metric,
+        base.higher_is_better,
         result,
         None,
         m["average_weight_bits"],
         m["size_bytes"],
-        base["size_bytes"],
+        base.size_bytes,
         _latency(m, header),
         m.get("bit_operations"),
-        header.get("float_bit_operations"),
+        header.costs.get("float_bit_operations"),
         layer_weight_bits=_layer_bits(sites, header, m["average_weight_bits"]),
     )
-    identity = ModelIdentity(header["model"]["name"], header["model"]["sha256"])
     calibrated = with_scales(sites, trial.user_attrs.get(SCALES, {}))
-    return Recipe(calibrated, identity, evidence, header["folded"], header["options"]["seed"])
+    return Recipe(calibrated, header.model, evidence, header.folded, header.options.seed)
 
 
-def _layer_bits(
-    sites: Mapping[str, SiteRecipe], header: Mapping[str, Any], average: float
-) -> float | None:
+def _layer_bits(sites: Mapping[str, SiteRecipe], header: Header, average: float) -> float | None:
     """Return the average width in the layers alone, None where all weights have ``average``."""
     widths = [
-        (math.prod(row["matrix"]), sites.get(row["name"], FLOAT_SITE).weight_bits)
-        for row in header["sites"]
+        (math.prod(site.matrix), sites.get(site.name, FLOAT_SITE).weight_bits)
+        for site in header.sites
     ]
     found = average_bits(widths, 0)
     return None if math.isclose(found, average) else found
 
 
-def _latency(m: Mapping[str, Any], header: Mapping[str, Any]) -> LatencyEvidence | None:
+def _latency(m: Mapping[str, Any], header: Header) -> LatencyEvidence | None:
     """Return what a trial predicted of its latency, None where its study did not ask."""
-    table = header.get("latency")
+    table = header.costs.get("latency")
     if table is None or m.get("latency") is None:
         return None
     return LatencyEvidence(

@@ -10,12 +10,13 @@ from autoquant.errors import StudyError
 from autoquant.registry import unknown
 from autoquant.search.ledger import Ledger
 from autoquant.search.profile import Profile
+from autoquant.search.trials import RECIPE
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.recipe_file import loads
 
 FIELD = "profile"
-"""Field of a study's header."""
+"""Field that a study notes."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Why:
 
 
 def plain(profile: Profile) -> dict[str, Any]:
-    """Return a profile as a study's header keeps it."""
+    """Return a profile as a study notes it."""
     sites = {}
     for name, weights in profile.weight_damage.items():
         errors = profile.errors.get(name, {})
@@ -115,9 +116,9 @@ def _kept(ledger: Ledger) -> Mapping[str, Any]:
 
 
 def _recipe(ledger: Ledger) -> Mapping[str, SiteRecipe] | None:
-    if "recipe" not in ledger.header:
+    if RECIPE not in ledger.header:
         return None
-    return loads(ledger.header["recipe"], f"study {ledger.name}").sites
+    return loads(ledger.header[RECIPE]["text"], f"study {ledger.name}").sites
 
 
 def _choices(rows: Sequence[Sequence[Any]], chosen: Any) -> tuple[Choice, ...]:

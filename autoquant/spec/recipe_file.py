@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from autoquant.spec.documents import (
 )
 from autoquant.spec.formats import FLOAT_BITS, FORMATS
 from autoquant.spec.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES
+from autoquant.spec.outputs import check_target, is_signed, signed, write_text
 from autoquant.spec.recipe import (
     VERSION,
     ActivationScheme,
@@ -362,24 +361,10 @@ _Dumper.add_representer(dict, _represent)
 
 
 def save(recipe: Recipe, path: Path) -> None:
-    """Write ``recipe`` to ``path``, whole or not at all; SpecError where it can't be written."""
-    write_text(path, dumps(recipe))
+    """Write ``recipe`` to ``path``, whole or not at all.
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise SpecError(f"{path}: cannot write: {error.strerror}") from None
+    Raises UserError where it can't be written, or a file is there that is not a recipe as this
+    function wrote it.
+    """
+    check_target(path, is_signed)
+    write_text(path, signed(dumps(recipe)))

@@ -145,15 +145,17 @@ def against_uniform(bench: Bench, folder: Path, trials: int, seeds: int, bits: f
         for sites in baselines(bench.spaces)
         if bench.session.costs.of(sites).average_weight_bits <= bits + 1e-9
     ]
-    gains, worse, below = [], 0, 0
+    gains, nearer, worse, below = [], [], 0, 0
     for seed in range(seeds):
         result = bench.search(folder, seed, trials=trials, bits=bits)
         rivals = {choices_key(s): bench.session.measure(s, "search")[0].loss for s in plain}
         best = min(plain, key=lambda s: rivals[choices_key(s)])
         with bench.session.prepared.engine.reference():
-            mine, theirs = (
-                bench.session.measure(s, "confirm")[0].drop for s in (result.recipe.sites, best)
+            ours, plainest = (
+                bench.session.measure(s, "confirm")[0] for s in (result.recipe.sites, best)
             )
+        mine, theirs = ours.drop, plainest.drop
+        nearer.append(ours.loss / plainest.loss)
         gains.append(100 * (theirs - mine))
         worse += mine > max(theirs, 0.0) + 1e-12
         below += mine > theirs + 1e-12
@@ -164,6 +166,7 @@ def against_uniform(bench: Bench, folder: Path, trials: int, seeds: int, bits: f
         f"{seeds - worse} of {seeds}",
         f"{seeds - below} of {seeds}",
         f"{np.median(gains):+.2f} ({min(gains):+.2f} … {max(gains):+.2f})",
+        f"{np.median(nearer):.2f} ({min(nearer):.2f} … {max(nearer):.2f})",
     ]
 
 
@@ -252,6 +255,7 @@ UNIFORM = (
     "no worse than the best uniform recipe, or than float",
     "no worse than the uniform recipe, be it better than float",
     "points better (median, least … most)",
+    "distance to the float outputs, of the uniform's (median, least … most)",
 )
 COVERAGE = (
     "model",

@@ -31,7 +31,11 @@ def test_a_part_of_the_evidence_is_that_of_those_samples():
 
 
 def test_the_report_has_every_model_that_is_known():
-    row = {"stop": ["x", "1", "2", "3"], "beside": ["x", "1", "2", "3"], "sure": list("xabcde")}
+    row = {
+        "stop": ["x", "1", "2", "3"],
+        "beside": ["x", "1", "2", "3", "4"],
+        "sure": list("xabcde"),
+    }
     text = report({"g2p": row, "minilm": row})
     assert text.count("\n| x |") == 3 * 2
     assert set(TITLES) >= {"g2p", "minilm"}

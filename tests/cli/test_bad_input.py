@@ -179,7 +179,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "empty": (lambda p: (p / "model.pt").write_bytes(b""), ("model.pt: empty",)),
     "a text": (
         lambda p: (p / "model.pt").write_text("hello, this is no model"),
-        ("load_model() raised", "for model.pt, which holds no model that torch can read"),
+        ("load_model() raised", "model.pt, which holds no model that torch can read"),
     ),
     "a picture": (
         lambda p: (p / "model.pt").write_bytes(b"\x89PNG" + bytes(99)),
@@ -570,7 +570,7 @@ def test_debug_shows_the_traceback(project, cli):
     assert result.status == 2
     assert result.out == ""
     assert "Traceback (most recent call last)" in result.err
-    assert result.err.splitlines()[-1].startswith("error: task.py: syntax error")
+    assert result.err.splitlines()[-1].startswith(f"error: {project}/task.py: syntax error")
 
 
 def test_debug_is_taken_anywhere(project, cli):

@@ -28,7 +28,7 @@ def test_search_prints_one_object_and_progress_elsewhere(project, cli, checked):
     found = json.loads(result.out)
     checked(found, project)
     assert found["study"] == "model"
-    assert Path(found["recipe"]) == Path("made/here/recipe.yaml")
+    assert Path(found["recipe"]) == project / "made/here/recipe.yaml"
     assert sum(found["trials"].values()) == 12
     assert "float accuracy" in result.err
     assert "study model" in result.err
@@ -152,7 +152,7 @@ def test_evaluate_reproduces_the_recipe(searched, cli, source):
     for name in ("average_weight_bits", "size_bytes", "float_size_bytes"):
         assert found[name] == recipe[name]
     text = cli("evaluate", *words).out
-    assert "search (160 samples): float accuracy" in text
+    assert "search (160 samples): float accuracy (higher is better) 0." in text
     assert "average weight bits" in text
     if source == "best":
         assert found["verdict"] == recipe["metric"]["verdict"]
@@ -222,7 +222,8 @@ def test_data_instead_of_a_task(project, cli, checked):
     assert recipe["metric"]["confirm"]["samples"] == 120
     words = ("apply", "recipe.yaml", "model.pt2", "--data", "data.npz", "--json")
     written = json.loads(cli(*words).out)
-    assert (written["path"], written["kind"], written["reason"]) == ("quantized.pt2", "pt2", None)
+    assert Path(written["path"]) == project / "quantized.pt2"
+    assert (written["kind"], written["reason"]) == ("pt2", None)
     assert written["size_bytes"] == (project / "quantized.pt2").stat().st_size
 
 

@@ -129,7 +129,8 @@ def test_archive_restored_by_load(demo, cli):
     words = ("d/recipe.yaml", "d/model.pt", "--task", "d/task.py", "-o", "q.safetensors")
     written = cli("apply", *words)
     assert written.status == 0
-    assert "autoquant.load('q.safetensors', model)" in written.out
+    path = str(Path("q.safetensors").absolute())
+    assert f"autoquant.load({path!r}, model)" in written.out
     # The file is as large as the search said, but for names and the recipe.
     size = Path("q.safetensors").stat().st_size
     assert recipe["size_bytes"] < size < recipe["size_bytes"] + 8192

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autoquant.kernels.cpu.instructions import has_vnni
 from autoquant.kernels.operation import LINEAR, Operation
 from autoquant.nn.weights import weight_qparams
 from autoquant.quant.affine import choose_qparams, quantize
@@ -13,6 +14,8 @@ from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme, WeightScheme
 
 SCHEMES = ("symmetric", "asymmetric")
+MOST_BITS = 8 if has_vnni() else 7
+"""Widest symmetric weights whose products with 8-bit activations oneDNN adds up exactly here."""
 
 
 def quantized(weight: Tensor, scheme: WeightScheme) -> QuantizedWeight:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from autoquant.errors import UserError
-from autoquant.kernels.cpu import native, onednn
+from autoquant.kernels.cpu import instructions, native, onednn
 from autoquant.kernels.engine import Engine, make_engine
 from autoquant.kernels.operation import LINEAR
 from autoquant.spec.recipe import ActivationScheme, WeightScheme
@@ -61,10 +61,10 @@ def test_the_reference_is_chosen_by_name_or_for_a_while():
 
 
 def test_what_makes_it_slower_is_said(monkeypatch):
-    monkeypatch.setattr(onednn, "has_vnni", lambda: False)
+    monkeypatch.setattr(instructions, "has_vnni", lambda: False)
     monkeypatch.setattr(native, "library", lambda: None)
     assert [note.split(":")[0] for note in make_engine(CPU).notes] == [
-        "this processor has no VNNI",
+        "oneDNN uses no VNNI here",
         "the compiled quantizer is missing (no C compiler when autoquant was installed)",
     ]
     monkeypatch.setattr(onednn, "missing", lambda device: "this torch was built without oneDNN")

@@ -22,7 +22,7 @@ def _restore_imports():
     yield
     sys.path[:] = path
     for name in set(sys.modules) - modules:
-        if name.startswith(("autoquant_task_", "helper_")):
+        if name.startswith(("autoquant.models.taskfiles.", "helper_")):
             del sys.modules[name]
 
 
@@ -297,3 +297,5 @@ def test_outputs_of_finds_the_part_that_counts():
     assert outputs_of((Classified(x), 1)) is x
     assert outputs_of(Output(x)) == {"hidden": x}
     assert outputs_of(["a", "b"]) == ["a", "b"]
+    nested = {"hidden": Output(x), "pair": (x, Output(x)), "cache": object()}
+    assert outputs_of(nested) == {"hidden": {"hidden": x}, "pair": (x, {"hidden": x})}

@@ -87,6 +87,12 @@ def test_where_interrupts_cannot_be_told_apart_they_pass():
     assert type(seen[0]) is KeyboardInterrupt
 
 
+def test_where_the_signal_is_ignored_an_interrupt_is_the_codes_own():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with pytest.raises(TrialError, match="KeyboardInterrupt"), guarded(failed):
+        raise KeyboardInterrupt
+
+
 def test_one_line_whatever_the_error_says():
     class Mute(Exception):
         def __str__(self) -> str:

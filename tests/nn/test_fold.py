@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from autoquant.errors import SpecError, TrialError
 from autoquant.methods.realize import Realizer
-from autoquant.nn.agreement import difference
+from autoquant.nn.agreement import disagreement
 from autoquant.nn.convert import prepare
 from autoquant.nn.fold import fold
 from autoquant.nn.untouched import Confirming, look
@@ -163,7 +163,7 @@ def test_outputs_stay_the_same_whatever_the_model_does_with_the_convolution(mode
     prepared = prepare(model, run)
     plain = isinstance(model.between, nn.Identity)
     assert prepared.folded == ({"norm": "conv"} if plain else {})
-    assert difference(before, run(model), tolerance=1e-6) is None
+    assert disagreement(before, run(model), tolerance=1e-6) is None
     if not plain:
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 

@@ -18,9 +18,10 @@ from autoquant.nn.convert import deploy, prepare
 from autoquant.nn.converted import converted_of
 from autoquant.nn.layer_output import LayerOutput
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from tests.kernels.cases import MOST_BITS
 
 CPU = torch.device("cpu")
-INT8 = SiteRecipe(WeightScheme(8), ActivationScheme(8))
+INT8 = SiteRecipe(WeightScheme(MOST_BITS), ActivationScheme(8))
 torch.manual_seed(0)
 X = torch.randn(4, 3, 9, 9)
 
@@ -324,7 +325,7 @@ def test_integers_are_handed_on_only_to_who_takes_them():
             SiteRecipe(),
             SiteRecipe(WeightScheme(4)),
             SiteRecipe(None, wide),
-            SiteRecipe(WeightScheme(8), per_token),
+            SiteRecipe(WeightScheme(MOST_BITS), per_token),
         ):
             realizer.apply({"a": INT8, "b": site})
             model(X)
@@ -459,7 +460,7 @@ def test_what_is_between_linear_layers_is_part_of_the_first(case, handed, bits):
             assert (None if found.reader is None else "b", found.after) == handed
         assert torch.equal(model(data), expected)
         realizer = Realizer(prepared, calibrate(prepared, [data], lambda m, x: m(x)))
-        site = SiteRecipe(WeightScheme(8), ActivationScheme(bits, scheme="asymmetric"))
+        site = SiteRecipe(WeightScheme(MOST_BITS), ActivationScheme(bits, scheme="asymmetric"))
         realizer.apply({"a": site, "b": site})
         given = []
         model.b.register_forward_pre_hook(lambda _, args: given.append(type(args[0])))

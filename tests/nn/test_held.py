@@ -9,6 +9,7 @@ from autoquant.nn.held import HeldWeight
 from autoquant.nn.sites import find_sites
 from autoquant.nn.weights import quantize_weight
 from autoquant.spec.recipe import ActivationScheme, WeightScheme
+from tests.kernels.cases import MOST_BITS
 
 CPU = torch.device("cpu")
 EIGHT = ActivationScheme(8, scale=0.1, zero_point=0)
@@ -18,7 +19,9 @@ def held(engine, scheme=None):
     torch.manual_seed(0)
     layer = nn.Linear(32, 6)
     (site,), _ = find_sites(layer)
-    return HeldWeight(quantize_weight(layer.weight, site, scheme or WeightScheme(8)), engine), layer
+    return HeldWeight(
+        quantize_weight(layer.weight, site, scheme or WeightScheme(MOST_BITS)), engine
+    ), layer
 
 
 def test_products_are_packed_once_for_each_use():

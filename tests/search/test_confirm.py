@@ -324,13 +324,28 @@ def test_within_a_budget_to_be_better_than_float_counts_for_nothing():
     """A narrow uniform recipe that was lucky does not beat one that is nearer and loses nothing."""
     rng = np.random.default_rng(0)
     near = rng.exponential(0.01, 200)
-    recipes = {(8, 8): (2, 3), (4, 4): (0, 20), (6, 6): (1, 0)}
+    recipes = {(8, 8): (2, 3), (4, 4): (0, 20), (6, 6): (9, 0)}
     distances = {(8, 8): near, (4, 4): 5 * near, (6, 6): near / 2}
     bits, chosen, _ = confirmed(WithOutputs(recipes, distances), rival=(4, 4))
     assert bits == (8, 8)
     assert chosen.result.drop == pytest.approx(-1 / 200)
-    # Nearer still, but it loses something on the data on which the uniform one does not.
+    # Nearer too, but both lose more than luck explains where the uniform one loses nothing.
     recipes[8, 8] = (9, 0)
+    assert confirmed(WithOutputs(recipes, distances), rival=(4, 4))[0] == (4, 4)
+
+
+def test_a_coarse_incumbent_that_is_lucky_on_few_samples_does_not_shut_out_what_is_nearer():
+    rng = np.random.default_rng(0)
+    near = rng.exponential(0.01, 200)
+    recipes = {(8, 8): (1, 0), (4, 4): (3, 3)}
+    distances = {(8, 8): near, (4, 4): 5 * near}
+    # One sample of 200 worse, on seven that differ, and five times as near.
+    assert confirmed(WithOutputs(recipes, distances), rival=(4, 4))[0] == (8, 8)
+    # Worse by more than one standard error, or no nearer for sure: the incumbent stays.
+    recipes[8, 8] = (9, 0)
+    assert confirmed(WithOutputs(recipes, distances), rival=(4, 4))[0] == (4, 4)
+    recipes[8, 8] = (1, 0)
+    distances[4, 4] = rng.permutation(near)
     assert confirmed(WithOutputs(recipes, distances), rival=(4, 4))[0] == (4, 4)
 
 

@@ -6,30 +6,20 @@ import pytest
 from optuna.trial import TrialState
 
 from autoquant.errors import StudyError, UserError
-from autoquant.search.extract import StoredSite, extract, mapping_of
+from autoquant.search.extract import extract, mapping_of
+from autoquant.search.header import StoredSite
 from autoquant.search.ledger import MEASURED, REASON, Ledger, finished
 from autoquant.search.trials import SCALES
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 from autoquant.spec.recipe_file import dumps
+from tests.search.headers import plain_header
 
-SPACE = "autoquant_space: 1\nname: mine\nrules:\n  - {weight_bits: [8, 4], activation_bits: 8}\n"
-HEADER = {
-    "space": {"name": "mine", "text": SPACE},
-    "sites": [
+HEADER = plain_header(
+    sites=[
         {"name": "a", "layer": "Linear", "matrix": [4, 8], "activation": True},
         {"name": "b", "layer": "Embedding", "matrix": [10, 8], "activation": False},
-    ],
-    "folded": {},
-    "float": {
-        "samples": 40,
-        "value": 0.9,
-        "metric": "accuracy",
-        "higher_is_better": True,
-        "size_bytes": 1000,
-    },
-    "model": {"name": "net", "sha256": "ab"},
-    "options": {"seed": 0},
-}
+    ]
+)
 A8 = ActivationScheme(8)
 
 
@@ -96,7 +86,7 @@ def test_the_best_feasible_trial_where_none_is_confirmed(ledger):
 
 def test_the_confirmed_recipe_where_there_is_one(ledger):
     recipe = Recipe({"a": SiteRecipe(WeightScheme(3))})
-    ledger.note(recipe=dumps(recipe), best=7)
+    ledger.note(recipe={"text": dumps(recipe), "trial": 7})
     assert extract(Ledger.open("s", None)) == (recipe, 7)
     assert extract(ledger, trial=0)[1] == 0
 

@@ -115,20 +115,15 @@ def test_names_that_are_taken_missing_or_impossible():
         Ledger.open("theirs", "sqlite:///theirs.db")
 
 
-@pytest.mark.parametrize("storage", [None, "sqlite:///s.db"])
-def test_a_study_that_was_killed_while_it_was_created_is_taken_over(storage):
-    url = storage or journal_path("s")
-    if storage is None:
-        Ledger.create("s", None, {"a": 1})
-        lines = url.read_bytes().splitlines(keepends=True)
-        url.write_bytes(lines[0])
-    else:
-        optuna.create_study(study_name="s", storage=url, direction="minimize")
-    ledger = Ledger.create("s", storage, {"b": 2})
+def test_a_study_that_was_killed_while_it_was_created_is_taken_over():
+    Ledger.create("s", None, {"a": 1})
+    lines = journal_path("s").read_bytes().splitlines(keepends=True)
+    journal_path("s").write_bytes(lines[0])
+    ledger = Ledger.create("s", None, {"b": 2})
     ledger.add(trial(0.3))
-    assert Ledger.open("s", storage).header == {"b": 2}
+    assert Ledger.open("s", None).header == {"b": 2}
     with pytest.raises(StudyError, match="exists already"):
-        Ledger.create("s", storage, {})
+        Ledger.create("s", None, {})
 
 
 def refused(call, *words):
@@ -170,6 +165,17 @@ def test_notes_are_kept_and_added_to():
     ledger.note(best=3)
     ledger.note(a=2)
     assert Ledger.open("s", None).header == {"a": 2, "deep": {"b": [1, 2]}, "best": 3}
+    assert ledger.header == Ledger.open("s", None).header
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///s.db"])
+def test_what_one_worker_notes_no_other_takes_back(storage):
+    first = Ledger.create("s", storage, {"a": 1})
+    second = Ledger.open("s", storage)
+    first.note(profile=[1], best=3)
+    second.note(state={"x": 2})
+    found = Ledger.open("s", storage).header
+    assert found == {"a": 1, "profile": [1], "best": 3, "state": {"x": 2}}
 
 
 def test_everything_of_a_trial_is_kept():

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoquant.errors import StudyError
-from autoquant.search.extract import StoredSite
+from autoquant.search.header import StoredSite
 from autoquant.search.params import ParameterMap
 from autoquant.search.uniform import baselines, uniform
 from autoquant.spec.recipe import (

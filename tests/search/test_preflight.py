@@ -19,6 +19,7 @@ from autoquant.report.tables import preflight_lines
 from autoquant.search import preflight as module
 from autoquant.search.preflight import Preflight, preflight
 from autoquant.search.session import Session, open_session
+from autoquant.spec.recipe import SiteRecipe, WeightScheme
 from autoquant.spec.space import SearchSpace
 
 CPU = torch.device("cpu")
@@ -102,6 +103,7 @@ class Wrapped(nn.Module):
         self.net = net()
         self.change = change
         self.calls = 0
+        self.kept: dict[Any, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -114,12 +116,47 @@ class Wrapped(nn.Module):
         lambda m, y: y + 0.01 * torch.randn_like(y),
         lambda m, y: y * (1 + 0.01 * m.calls),
         lambda m, y: nn.functional.dropout(y, 0.5, training=True),
+        lambda m, y: m.kept.setdefault(y.shape, torch.zeros_like(y)).add_(y),
     ],
-    ids=["random", "stateful", "dropout"],
+    ids=["random", "stateful", "dropout", "written again"],
 )
 def test_outputs_that_do_not_repeat(change):
-    with pytest.raises(TaskError, match=r"t\.py: the float model gives different outputs"):
+    with pytest.raises(
+        TaskError, match=r"t\.py: the float model gives different outputs"
+    ) as raised:
         check(Wrapped(change))
+    assert "same inputs: the output differs by " in str(raised.value)
+    # What it wraps is all right.
+    assert "the first module that differs is the model itself (Wrapped), given" in str(raised.value)
+
+
+class Decoder(nn.Module):
+    """A decoder as Hugging Face has them: scores, some of them masked, and a cache."""
+
+    class Cache:
+        def __init__(self, keys: Tensor) -> None:
+            self.layers = [types.SimpleNamespace(keys=keys)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        scores = self.net(x)
+        scores = torch.cat([scores, torch.full_like(scores[:, :1], -float("inf"))], 1)
+        return {"hidden": {"scores": scores}, "past_key_values": Decoder.Cache(scores * 2)}
+
+
+def test_outputs_are_compared_by_the_tensors_that_they_hold():
+    found = check(
+        Decoder(), task_of(evaluation_data=[(x, None) for x, _ in batches()], metric=None)
+    )
+    assert (found.metric, found.value) == ("noise_to_signal", 0.0)
+    session = session_of(Decoder(), task_of(metric=None))
+    preflight(session, SearchSpace.load("default").resolve(session.prepared.sites))
+    sites = {site.name: SiteRecipe(WeightScheme(4)) for site in session.prepared.sites}
+    m = session.measure(sites, "search")[0]
+    assert 0 < m.loss == m.value < 1
 
 
 def test_noise_of_the_size_of_rounding_is_no_matter():

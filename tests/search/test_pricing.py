@@ -19,7 +19,7 @@ from autoquant.nn.converted import converted_of
 from autoquant.report.tables import latency_lines, preflight_lines, trials_table
 from autoquant.search import pricing
 from autoquant.search.extract import extract
-from autoquant.search.ledger import HEADER, Ledger
+from autoquant.search.ledger import Ledger
 from autoquant.search.preflight import Preflight
 from autoquant.search.pricing import LatencyCheck
 from autoquant.search.reporter import Silent
@@ -283,18 +283,6 @@ def test_a_resumed_study_keeps_its_table(sampler, monkeypatch):
         "uniform 4 bits",
         "result",
     ]
-
-
-def test_a_study_from_before_is_resumed():
-    searched(trials=5)
-    ledger = Ledger.open("s", None)
-    header = dict(ledger.header)
-    header["options"] = {
-        k: v for k, v in header["options"].items() if k not in ("max_latency", "objective")
-    }
-    ledger.study.set_user_attr(HEADER, header)
-    result = resume("s", model=net(), task=task_of(), trials=8)
-    assert sum(result.trials.values()) == 8
 
 
 def test_a_task_that_only_has_evaluate():

@@ -235,7 +235,7 @@ def test_the_recipe_is_in_the_study_even_where_it_cannot_be_written(monkeypatch)
     monkeypatch.setattr(module, "save", save)
     with pytest.raises(UserError, match="cannot write"):
         searched()
-    assert "autoquant_recipe" in Ledger.open("s", None).header["recipe"]
+    assert "autoquant_recipe" in Ledger.open("s", None).header["recipe"]["text"]
 
 
 class Heard(Silent):
@@ -403,7 +403,7 @@ def test_measure_recipe_of_code_that_fails():
 def test_a_study_of_another_format(tmp_path):
     searched(trials=2)
     Ledger.open("s", None).note(format=99)
-    with pytest.raises(StudyError, match="study s: written in format 99, this release reads 1"):
+    with pytest.raises(StudyError, match="study s: written in format 99, this release reads 2"):
         resume("s", model=net(), task=task_of())
 
 

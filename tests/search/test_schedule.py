@@ -117,3 +117,11 @@ def test_the_clock_of_the_command_line_starts_with_the_process():
     began = time.monotonic()
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert 0.9 < float(child.stdout) <= time.monotonic() - began + 0.1
+
+
+def test_what_costs_nothing_is_not_left_out_however_late_it_is(monkeypatch):
+    monkeypatch.setattr(proposing.Schedule, "left", -1.0)
+    monkeypatch.setattr(proposing.Schedule, "least", -2.0)
+    result, _ = timed(slow_task(0.0), trials=14, timeout=600)
+    assert "13 of 14 trials" in result.skipped
+    assert result.recipe.evidence.confirm.interval is not None

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
+from autoquant.search.header import Header
 from autoquant.search.ledger import MEASURED, REASON, finished
 from autoquant.search.trials import (
     SCALES,
@@ -26,6 +27,7 @@ from autoquant.spec.recipe import (
     SplitResult,
     WeightScheme,
 )
+from tests.search.headers import plain_header
 
 
 def make(number, state=TrialState.COMPLETE, **m):
@@ -121,19 +123,24 @@ def test_a_trial_keeps_the_calibrated_numbers():
     assert with_scales(bare, {}) == bare
 
 
-HEADER = {
-    "float": {
-        "samples": 40,
-        "value": 0.9,
-        "metric": "accuracy",
-        "higher_is_better": True,
-        "size_bytes": 4000,
-    },
-    "model": {"name": "net", "sha256": "ab"},
-    "sites": [{"name": "a", "matrix": [4, 6]}, {"name": "b", "matrix": [4, 2]}],
-    "folded": {"bn": "a"},
-    "options": {"seed": 7},
-}
+HEADER = Header.read(
+    plain_header(
+        float={
+            "samples": 40,
+            "value": 0.9,
+            "metric": "accuracy",
+            "higher_is_better": True,
+            "size_bytes": 4000,
+        },
+        sites=[
+            {"name": "a", "layer": "Linear", "matrix": [4, 6], "activation": True},
+            {"name": "b", "layer": "Linear", "matrix": [4, 2], "activation": True},
+        ],
+        folded={"bn": "a"},
+        options={"seed": 7},
+    ),
+    "s",
+)
 
 
 def test_a_trial_as_a_recipe():

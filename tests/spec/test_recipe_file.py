@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoquant.errors import SpecError
+from autoquant.errors import SpecError, UserError
 from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS, WEIGHT_CALIBRATIONS
 from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.formats import FORMATS
@@ -406,7 +406,7 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(SpecError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         save(recipe(other=SiteRecipe()), path)
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autoquant.kernels.cpu import native, onednn
+from autoquant.kernels.cpu import instructions, native, onednn
 from autoquant.kernels.operation import Operation, Product
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
@@ -34,9 +34,9 @@ class CpuBackend:
     def notes(self) -> tuple[str, ...]:
         """Return what makes this backend slower than it could be, a line each."""
         found = []
-        if not onednn.has_vnni():
+        if not instructions.has_vnni():
             found.append(
-                "this processor has no VNNI: products of integers are slower, and those of two "
+                "oneDNN uses no VNNI here: products of integers are slower, and those of two "
                 "8-bit operands are computed in float"
             )
         if native.library() is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoquant.kernels.cpu.native import library
+from autoquant.kernels.cpu.library import call, library
 
 
 def gru_gates(x: Tensor, y: Tensor, h: Tensor) -> Tensor | None:
@@ -14,13 +14,10 @@ def gru_gates(x: Tensor, y: Tensor, h: Tensor) -> Tensor | None:
     ``x`` and ``y`` are [rows, 3 n] with the gates reset, update, new, and ``h`` [rows, n]. None
     where the library is missing or the tensors are not float32 on a CPU, row after row.
     """
-    native = library()
-    if native is None or not _takes(x, y, h) or y.shape[1] != 3 * h.shape[1]:
+    if library() is None or not _takes(x, y, h) or y.shape[1] != 3 * h.shape[1]:
         return None
     out = torch.empty_like(h)
-    native.gru_gates(
-        x.data_ptr(), y.data_ptr(), h.data_ptr(), out.data_ptr(), *h.shape, x.stride(0)
-    )
+    call("gru_gates", x, y, h, out, *h.shape, x.stride(0))
     return out
 
 
@@ -30,19 +27,10 @@ def lstm_gates(x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
     ``x`` and ``y`` are [rows, 4 n] with the gates in, forget, new, out, and ``c`` [rows, n]. None
     where the library is missing or the tensors are not float32 on a CPU, row after row.
     """
-    native = library()
-    if native is None or not _takes(x, y, c) or y.shape[1] != 4 * c.shape[1]:
+    if library() is None or not _takes(x, y, c) or y.shape[1] != 4 * c.shape[1]:
         return None
     h, cell = torch.empty_like(c), torch.empty_like(c)
-    native.lstm_gates(
-        x.data_ptr(),
-        y.data_ptr(),
-        c.data_ptr(),
-        h.data_ptr(),
-        cell.data_ptr(),
-        *c.shape,
-        x.stride(0),
-    )
+    call("lstm_gates", x, y, c, h, cell, *c.shape, x.stride(0))
     return h, cell
 
 

@@ -39,7 +39,7 @@ VECTORS static int quantize_span(const float *restrict x, uint8_t *restrict q, p
     for (ptrdiff_t i = 0; i < n; ++i) {
         float v = x[i] / scale;
         bad |= v != v;
-        v = v < lo ? lo : v;
+        v = v > lo ? v : lo; /* so that NaN is a number that can be converted */
         v = v > hi ? hi : v;
         q[i] = (uint8_t)((int32_t)rintf(v) + shift);
     }
@@ -324,11 +324,13 @@ EXPORT int round_weights(const float *x, const float *weight, const float *scale
 #define COUNTERS 4 /* so that equal numbers in a row do not wait for each other's count */
 #define PIECE 4096
 
-VECTORS static void bin_piece(const float *restrict x, int32_t *restrict bin, ptrdiff_t n,
-                              float inverse, int32_t half, double *restrict sums,
-                              int64_t *restrict zeros) {
+VECTORS static int bin_piece(const float *restrict x, int32_t *restrict bin, ptrdiff_t n,
+                             float inverse, int32_t half, double *restrict sums,
+                             int64_t *restrict zeros) {
     double total[LANES] = {0}, square[LANES] = {0};
-    int32_t none[LANES] = {0};
+    int32_t none[LANES] = {0}, bad[LANES] = {0};
+    const float most = (float)half;
+    int outside = 0;
     for (ptrdiff_t i = 0; i < n; i += LANES) {
         const ptrdiff_t end = smaller(LANES, n - i);
         for (ptrdiff_t j = 0; j < end; ++j) {
@@ -337,18 +339,23 @@ VECTORS static void bin_piece(const float *restrict x, int32_t *restrict bin, pt
             square[j] += (double)y * (double)y;
             none[j] += v == 0.0f;
             /* A tiny negative number may have become −0, which is no bin below 0. */
-            bin[i + j] = (int32_t)floorf(y) - (y == 0.0f && v < 0.0f) + half;
+            const int inside = y >= -most && y < most;
+            bad[j] |= !inside;
+            bin[i + j] = (int32_t)floorf(inside ? y : 0.0f) - (y == 0.0f && v < 0.0f) + half;
         }
     }
     for (int j = 0; j < LANES; ++j) {
+        outside |= bad[j];
         sums[0] += total[j];
         sums[1] += square[j];
         *zeros += none[j];
     }
+    return outside;
 }
 
 /* Counts of x [n] in bins [2 half] that are 1 / inverse wide, from −half of them on; sums of x and
- * of x² in units of a bin [parts, 2], PART numbers each; how many are 0. Returns 1 without memory. */
+ * of x² in units of a bin [parts, 2], PART numbers each; how many are 0. Returns 1 without memory,
+ * and where a number lies outside of all bins; counts are void then. */
 #define PART 65536
 EXPORT int histogram(const float *x, ptrdiff_t n, float inverse, int32_t half, int64_t *counts,
                      double *sums, int64_t *zeros) {
@@ -366,7 +373,7 @@ EXPORT int histogram(const float *x, ptrdiff_t n, float inverse, int32_t half, i
             const ptrdiff_t stop = smaller((p + 1) * PART, n);
             for (ptrdiff_t i = p * PART; i < stop && !failed; i += PIECE) {
                 const ptrdiff_t size = smaller(PIECE, stop - i);
-                bin_piece(x + i, bin, size, inverse, half, sums + 2 * p, &none);
+                failed |= bin_piece(x + i, bin, size, inverse, half, sums + 2 * p, &none);
                 for (ptrdiff_t j = 0; j < size; ++j) ++local[(j % COUNTERS) * bins + bin[j]];
             }
         }
@@ -400,7 +407,7 @@ static inline float exponential(float x) {
     union {
         int32_t i;
         float f;
-    } power = {((int32_t)n + 127) << 23};
+    } power = {((int32_t)(n == n ? n : 0.0f) + 127) << 23}; /* NaN stays in p */
     return p * power.f;
 }
 

@@ -1,20 +1,17 @@
-"""The library of ``native.c``: loading it, and what to do where it is missing.
+"""What the library of ``native.c`` computes, on tensors, and what stands in where it is missing.
 
-It is built when the package is installed, wherever there is a C compiler. Without it the same
-numbers come from several eager passes: slower, never different.
+Without it the same numbers come from several eager passes: slower, never different.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.machinery
+import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from autoquant.kernels.cpu.library import PART, SPAN, call, is_dense, library
 from autoquant.quant.activation import fake_quantize_activation, token_qparams
 from autoquant.quant.affine import QParams
 from autoquant.quant.affine import quantize as quantize_eagerly
@@ -24,43 +21,10 @@ from autoquant.spec.recipe import ActivationScheme
 OFFSET = 128
 """What is added to an integer to store it as an unsigned byte, as oneDNN's kernels take it."""
 
-_POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_int
-_SIGNATURES = {
-    "quantize": (_POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, _FLOAT, _INT),
-    "fake_quantize": (_POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, _FLOAT),
-    "quantize_rows": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
-    "fake_quantize_rows": (_POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT),
-    "squared_errors": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT),
-    "change_products": (*[_POINTER] * 6, _SIZE, _SIZE, _SIZE),
-    "round_weights": (*[_POINTER] * 6, *[_SIZE] * 5, _INT, _INT),
-    "histogram": (_POINTER, _SIZE, _FLOAT, _INT, _POINTER, _POINTER, _POINTER),
-    "gru_gates": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
-    "lstm_gates": (*[_POINTER] * 5, _SIZE, _SIZE, _SIZE),
-    "finish_rows": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
-}
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled library, None where it was not built or can't be loaded."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.exists():
-            try:
-                loaded = ctypes.CDLL(str(path))
-                for name, signature in _SIGNATURES.items():
-                    getattr(loaded, name).argtypes = signature
-            except (OSError, AttributeError):  # built for another machine, or from older source
-                continue
-            return loaded
-    return None
-
 
 def dense(x: Tensor) -> Tensor:
     """Return ``x``, copied only where its numbers do not lie without gaps, sample after sample."""
-    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()
+    return x if is_dense(x) else x.contiguous()
 
 
 def fake_quantize(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
@@ -68,21 +32,16 @@ def fake_quantize(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
 
     A layer of ``kind`` multiplies it. In one pass where ``x`` is float32 on a CPU.
     """
-    native = library()
-    if native is None or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+    if library() is None or not _is_float32(x) or not x.numel() or not _fits(scheme):
         return fake_quantize_activation(x, scheme, kind)
     x = dense(x)
     y = torch.empty_like(x)
     if scheme.scale is not None:
-        lo, hi = bounds(scheme)
-        native.fake_quantize(x.data_ptr(), y.data_ptr(), x.numel(), scheme.scale, lo, hi)
+        call("fake_quantize", x, y, x.numel(), scheme.scale, *bounds(scheme))
         return y
     if not _rows_are_dense(x, kind):
         return fake_quantize_activation(x, scheme, kind)
-    rows, columns = _rows(x, kind)
-    bad = native.fake_quantize_rows(
-        x.data_ptr(), y.data_ptr(), rows, columns, scheme.bits, scheme.symmetric
-    )
+    bad = call("fake_quantize_rows", x, y, *_rows(x, kind), scheme.bits, scheme.symmetric)
     return fake_quantize_activation(x, scheme, kind) if bad else y
 
 
@@ -92,19 +51,15 @@ def quantize(x: Tensor, scheme: ActivationScheme) -> Tensor | None:
     The scheme is static.
     """
     assert scheme.scale is not None
-    native = library()
-    if native is None:
+    if library() is None or not _fits(scheme):
         if x.isnan().any():
             return None
-        scale = torch.tensor(scheme.scale)
-        zero_point = torch.tensor(float(scheme.zero_point or 0))
+        scale = torch.tensor(scheme.scale, dtype=torch.float32, device=x.device)
+        zero_point = torch.tensor(scheme.zero_point or 0, dtype=torch.float32, device=x.device)
         return _stored(quantize_eagerly(x, QParams(scale, zero_point, scheme.bits)))
     x = dense(x)
     q = torch.empty_like(x, dtype=torch.uint8)
-    lo, hi = bounds(scheme)
-    bad = native.quantize(
-        x.data_ptr(), q.data_ptr(), x.numel(), scheme.scale, lo, hi, scheme.zero_point or 0
-    )
+    bad = call("quantize", x, q, x.numel(), scheme.scale, *bounds(scheme), scheme.zero_point or 0)
     return None if bad else q
 
 
@@ -115,25 +70,17 @@ def quantize_rows(
 
     Each token of ``x``, float32, has a scale of its own, from its own range.
     """
-    native = library()
     x = dense(x) if kind.startswith("conv") else x.contiguous()
-    rows, columns = _rows(x, kind)
-    if native is None:
+    if library() is None:
         if x.isnan().any():
             return None
         p = token_qparams(x, scheme, kind)
         return _stored(quantize_eagerly(x, p)), p.scale.flatten(), p.zero_point.flatten()
+    rows, columns = _rows(x, kind)
     q = torch.empty_like(x, dtype=torch.uint8)
-    scale, zero_point = torch.empty(rows), torch.empty(rows)
-    bad = native.quantize_rows(
-        x.data_ptr(),
-        q.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-        rows,
-        columns,
-        scheme.bits,
-        scheme.symmetric,
+    scale, zero_point = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    bad = call(
+        "quantize_rows", x, q, scale, zero_point, rows, columns, scheme.bits, scheme.symmetric
     )
     return None if bad else (q, scale, zero_point)
 
@@ -143,23 +90,10 @@ def finish_rows(y: Tensor, scale: Tensor, zero_point: Tensor, sums: Tensor, bias
 
     ``y`` is [tokens, channels], contiguous; scale and zero point [tokens]; the others [channels].
     """
-    native = library()
-    if native is None:
+    if library() is None:
         y.sub_(zero_point[:, None] * sums).mul_(scale[:, None]).add_(bias)
         return
-    native.finish_rows(
-        y.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-        sums.data_ptr(),
-        bias.data_ptr(),
-        y.shape[0],
-        y.shape[1],
-    )
-
-
-_PART = 65536
-"""Numbers that ``histogram`` sums at a time: PART in ``native.c``."""
+    call("finish_rows", y, scale, zero_point, sums, bias, *y.shape)
 
 
 def histogram(x: Tensor, inverse_width: float, counts: Tensor) -> tuple[float, float, int] | None:
@@ -168,31 +102,18 @@ def histogram(x: Tensor, inverse_width: float, counts: Tensor) -> tuple[float, f
     ``counts`` [bins] is int64, half of the bins are below 0, and y is x in units of a bin's width;
     all lie within the bins. None, with nothing counted, where the library is missing.
     """
-    native = library()
-    if native is None or x.device.type != "cpu":
+    if library() is None or not _is_float32(x):
         return None
     x = x.contiguous()
-    sums = torch.empty(-(-x.numel() // _PART), 2, dtype=torch.float64)
-    zeros = ctypes.c_int64()
+    sums = torch.empty(-(-x.numel() // PART), 2, dtype=torch.float64)
+    zeros = torch.zeros(1, dtype=torch.int64)
     found = counts.clone()
-    failed = native.histogram(
-        x.data_ptr(),
-        x.numel(),
-        inverse_width,
-        len(counts) // 2,
-        found.data_ptr(),
-        sums.data_ptr(),
-        ctypes.byref(zeros),
-    )
-    if failed:
+    failed = call("histogram", x, x.numel(), inverse_width, len(counts) // 2, found, sums, zeros)
+    if failed:  # no memory, or a number outside of the bins
         return None
     counts.copy_(found)
     total, square = sums.sum(0).tolist()
-    return total, square, zeros.value
-
-
-_SPAN = 8192
-"""Columns that ``squared_errors`` sums at a time: SPAN in ``native.c``."""
+    return total, square, int(zeros)
 
 
 def squared_errors(blocks: Tensor, p: QParams) -> Tensor | None:
@@ -201,22 +122,12 @@ def squared_errors(blocks: Tensor, p: QParams) -> Tensor | None:
     ``p`` holds [tried, n]: parameters to try on each block. The least of a block's errors is exact,
     others may be cut short as soon as they are beyond it. None where the library is missing.
     """
-    native = library()
-    if native is None or blocks.device.type != "cpu":
+    if library() is None or not _is_float32(blocks):
         return None
     blocks, scale, zero_point = (t.contiguous() for t in (blocks, p.scale, p.zero_point))
     (n, k), tried = blocks.shape, len(scale)
-    errors = torch.empty(tried, n, -(-k // _SPAN), dtype=torch.float64)
-    native.squared_errors(
-        blocks.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-        errors.data_ptr(),
-        n,
-        k,
-        tried,
-        p.bits,
-    )
+    errors = torch.empty(tried, n, -(-k // SPAN), dtype=torch.float64)
+    call("squared_errors", blocks, scale, zero_point, errors, n, k, tried, p.bits)
     return errors.sum(2)
 
 
@@ -226,27 +137,17 @@ def change_products(x: Tensor, g: Tensor, schemes: Sequence[ActivationScheme]) -
     ``x`` and ``g`` have the same shape. None where a scheme is dynamic, the numbers are not float32
     on a CPU, or the library is missing.
     """
-    native = library()
-    if native is None or x.device.type != "cpu" or not len(x):
+    if library() is None or not (_is_float32(x) and _is_float32(g)) or not x.numel():
         return None
-    if {x.dtype, g.dtype} != {torch.float32} or any(s.scale is None for s in schemes):
+    if any(s.scale is None or not _fits(s) for s in schemes):
         return None
     x = dense(x)
     g = g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
     ends = torch.tensor([bounds(s) for s in schemes], dtype=torch.float32).T.contiguous()
     scales = torch.tensor([s.scale for s in schemes], dtype=torch.float32)
     found = torch.empty(len(x), len(schemes), dtype=torch.float64)
-    native.change_products(
-        x.data_ptr(),
-        g.data_ptr(),
-        scales.data_ptr(),
-        ends[0].data_ptr(),
-        ends[1].data_ptr(),
-        found.data_ptr(),
-        len(x),
-        x.numel() // len(x),
-        len(schemes),
-    )
+    rows, columns = len(x), x.numel() // len(x)
+    call("change_products", x, g, scales, *ends, found, rows, columns, len(schemes))
     return found
 
 
@@ -257,30 +158,19 @@ def round_weights(x: Tensor, weights: Tensor, p: QParams) -> tuple[Tensor, Tenso
     many rows each; ``p`` holds [tried, rows · parts], or [tried, 1]. Changes are [tried, rows,
     parts, columns], sums [tried, rows, parts]. None where the library is missing.
     """
-    native = library()
-    if native is None or x.device.type != "cpu":
+    if library() is None or x.device.type != "cpu":
         return None
     x, weights, scale, zero_point = (
         t.float().contiguous() for t in (x, weights, p.scale, p.zero_point)
     )
     rows, parts, columns = x.shape
-    delta = torch.empty(len(scale), *x.shape)
-    sums = torch.empty(delta.shape[:3])
-    native.round_weights(
-        x.data_ptr(),
-        weights.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-        delta.data_ptr(),
-        sums.data_ptr(),
-        rows,
-        parts,
-        columns,
-        len(weights),
-        len(scale),
-        p.bits,
-        scale.shape[1] != rows * parts,
-    )
+    delta = torch.empty(len(scale), *x.shape, dtype=torch.float32)
+    sums = torch.empty(delta.shape[:3], dtype=torch.float32)
+    shared = scale.shape[1] != rows * parts
+    call(
+        "round_weights", x, weights, scale, zero_point, delta, sums,
+        rows, parts, columns, len(weights), len(scale), p.bits, shared,
+    )  # fmt: skip
     return delta, sums
 
 
@@ -293,8 +183,17 @@ def bounds(scheme: ActivationScheme) -> tuple[int, int]:
 def _rows(x: Tensor, kind: str) -> tuple[int, int]:
     """Return (tokens, numbers in each); see quant.activation.token_dims."""
     if not kind.startswith("conv"):
-        return x.numel() // x.shape[-1], x.shape[-1]
-    return (x.shape[0], x.numel() // x.shape[0]) if x.dim() > 2 else (1, x.numel())
+        return math.prod(x.shape[:-1]), math.prod(x.shape[-1:])
+    return (x.shape[0], math.prod(x.shape[1:])) if x.dim() > 2 else (1, x.numel())
+
+
+def _is_float32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def _fits(scheme: ActivationScheme) -> bool:
+    """Return whether a scheme's scale is a number of float32 that can divide."""
+    return scheme.scale is None or 2.0**-149 <= scheme.scale < 2.0**128
 
 
 def _rows_are_dense(x: Tensor, kind: str) -> bool:

@@ -15,9 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from autoquant.kernels.cpu import instructions
+from autoquant.kernels.cpu.geometry import Geometry
 from autoquant.kernels.cpu.handing import handed_form, within
 from autoquant.kernels.cpu.native import OFFSET, finish_rows, quantize, quantize_rows
 from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
+from autoquant.kernels.cpu.verification import is_right
 from autoquant.kernels.layout import is_channels_last
 from autoquant.kernels.operation import Clamp, Operation, Product
 from autoquant.kernels.reference import multiply
@@ -37,16 +40,7 @@ def missing(device: torch.device) -> str | None:
     """Return why nothing can be computed here, in one line; None where it can."""
     if device.type != "cpu":
         return f"oneDNN's products of integers are for a CPU, not {device.type}"
-    if not torch.backends.mkldnn.is_available():
-        return "this torch was built without oneDNN"
-    wanted = ("qlinear_prepack", "qlinear_pointwise", "qconv_prepack", "qconv_pointwise")
-    absent = [name for name in wanted if not hasattr(torch.ops.onednn, name)]
-    return f"this torch has no operator onednn::{absent[0]}" if absent else None
-
-
-def has_vnni() -> bool:
-    """Return whether the processor adds products of bytes in 32 bits (VNNI, or wider)."""
-    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+    return instructions.missing()
 
 
 def prepare(
@@ -58,7 +52,7 @@ def prepare(
     packed = packed_weight(weight)
     if packed is None:
         return None
-    if not has_vnni() and 2 * _largest(activation) * packed.largest > PAIR_LIMIT:
+    if not instructions.has_vnni() and 2 * _largest(activation) * packed.largest > PAIR_LIMIT:
         return None
     if operation.kind == "linear":
         return LinearProduct(packed, activation)
@@ -108,6 +102,8 @@ class LinearProduct(_Reader):
         """Return [..., out]; None for NaN, no rows, or another dtype than float32."""
         if not _takes(x) or x.dim() < 1 or x.shape[-1] != self.weight.q.shape[1]:
             return None
+        if not _is_bias(bias, self.weight):
+            return None
         if not self.activation.dynamic:
             q = quantize(x, self.activation)
             return None if q is None else self.real(q, bias, clamp, False)
@@ -140,8 +136,10 @@ class LinearProduct(_Reader):
         gelu: str | None = None,
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
+        if not _is_bias(bias, self.weight) or (gelu is not None and clamp is not None):
+            return None
         stored = handed_form(self.weight, self.activation, bias, reader)
-        if stored is None or (gelu is not None and clamp is not None):
+        if stored is None:
             return None
         post = _post(within(clamp, reader)) if gelu is None else ("gelu", [], gelu)
         y = self._run(q, self.activation.scale, self._zero_point, bias, post, stored)
@@ -166,8 +164,8 @@ class LinearProduct(_Reader):
         """Return the product, as bytes where ``stored``, their scale and zero point, is given."""
         form = (1.0, 0, torch.float32) if stored is None else (*stored, torch.uint8)
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            q, scale, zero_point, self.pack, self.weight.scale, self.zero, bias,
-            *form, *post,
+            q.contiguous(), scale, zero_point, self.pack, self.weight.scale, self.zero,
+            _dense(bias), *form, *post,
         )  # fmt: skip
         return y
 
@@ -185,26 +183,28 @@ class ConvProduct(_Reader):
         self.operation = operation
         self.axes = len(operation.stride)
         self.zero_point = OFFSET if activation.dynamic else (activation.zero_point or 0) + OFFSET
-        # What oneDNN adds to packed weights depends on whether the activation has a zero point.
-        key = (operation, self.zero_point != 0)
-        if key not in weight.packs:
-            weight.packs[key] = self._prepack()
-        self.pack = weight.packs[key]
         self.zero = _zeros(weight)
         self._edges: tuple[torch.Size, Tensor] | None = None
-        self._taken: dict[torch.Size, bool] = {}
+        self._taken: dict[tuple[torch.Size, int], bool] = {}
 
-    def _prepack(self) -> Tensor:
-        o = self.operation
-        pack: Tensor = torch.ops.onednn.qconv_prepack(
-            _planar(self.weight.q), self.weight.scale, 1.0, self.zero_point,
-            _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups, None,
-        )  # fmt: skip
-        return pack
+    @property
+    def pack(self) -> Tensor:
+        """The weight as oneDNN takes it, packed when a geometry was found right."""
+        # What oneDNN adds to packed weights depends on whether the activation has a zero point.
+        key = (self.operation, self.zero_point != 0)
+        if key not in self.weight.packs:
+            o = self.operation
+            self.weight.packs[key] = torch.ops.onednn.qconv_prepack(
+                _planar(self.weight.q), self.weight.scale, 1.0, self.zero_point,
+                _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups, None,
+            )  # fmt: skip
+        return self.weight.packs[key]
 
     def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
         """Return [batch, out, *spatial]; None for NaN, no numbers, or other dtypes or shapes."""
         if not _takes(x) or x.dim() != self.axes + 2 or not self._fits(x):
+            return None
+        if not _is_bias(bias, self.weight):
             return None
         if not self.activation.dynamic:
             q = quantize(x, self.activation)
@@ -213,7 +213,7 @@ class ConvProduct(_Reader):
         if tokens is None or bool((tokens[1] > LARGEST_SCALE).any()):
             return None
         q, scale, zero_points = tokens
-        y = self._run(q, 1.0, None, None)
+        y = self.run(q, 1.0, None, None)
         shape = (-1, *[1] * (y.dim() - 1))
         channels = (1, -1, *[1] * (y.dim() - 2))
         if not self.activation.symmetric:
@@ -234,7 +234,7 @@ class ConvProduct(_Reader):
         self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
     ) -> Tensor:
         """Return [batch, out, *spatial] of an activation's bytes."""
-        y = self._run(q, self.activation.scale, bias, clamp)
+        y = self.run(q, self.activation.scale, bias, clamp)
         return y if channels_last else y.contiguous()
 
     def handed(
@@ -246,10 +246,12 @@ class ConvProduct(_Reader):
         gelu: str | None = None,
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
-        stored = handed_form(self.weight, self.activation, bias, reader)
-        if self.axes == 3 or gelu is not None or stored is None:
+        if not _is_bias(bias, self.weight) or self.axes == 3 or gelu is not None:
             return None
-        return self._run(q, self.activation.scale, bias, within(clamp, reader), stored)
+        stored = handed_form(self.weight, self.activation, bias, reader)
+        if stored is None:
+            return None
+        return self.run(q, self.activation.scale, bias, within(clamp, reader), stored)
 
     def _edge_sums(self, spatial: torch.Size) -> Tensor:
         """Return what each output sums of its weights, scaled: less where the input is padded.
@@ -257,22 +259,32 @@ class ConvProduct(_Reader):
         A sample's zero point is taken off inside the sample; what pads it is 0 already.
         """
         if self._edges is None or self._edges[0] != spatial:
-            ones = torch.ones(1, self.weight.q.shape[1] * self.operation.groups, *spatial)
+            channels = self.weight.q.shape[1] * self.operation.groups
+            ones = torch.ones(1, channels, *spatial, dtype=torch.float32)
             whole = multiply(self.operation, ones, self.weight.q.to(torch.float32), None)
             scale = self.weight.scale.view(1, -1, *[1] * len(spatial))
             self._edges = spatial, whole * scale
         return self._edges[1]
 
     def _fits(self, x: Tensor) -> bool:
-        """Return whether oneDNN can be trusted with this shape; the reference takes the others."""
-        spatial = x.shape[2:]
-        if spatial not in self._taken:
-            self._taken[spatial] = geometry_is_safe(
-                self.operation, tuple(self.weight.q.shape), tuple(spatial)
-            )
-        return self._taken[spatial] and x.shape[1] == self.weight.q.shape[1] * self.operation.groups
+        """Return whether oneDNN is right for this shape; the reference takes the others."""
+        key = x.shape, torch.get_num_threads()
+        if key not in self._taken:
+            self._taken[key] = is_right(self.geometry(*key))
+        return self._taken[key]
 
-    def _run(
+    def geometry(self, shape: Sequence[int], threads: int) -> Geometry:
+        """Return the form of this convolution of an activation of this shape."""
+        return Geometry(
+            self.operation,
+            tuple(self.weight.q.shape),
+            tuple(shape),
+            self.zero_point != 0,
+            threads,
+            instructions.has_amx(),
+        )
+
+    def run(
         self,
         q: Tensor,
         scale: float | None,
@@ -280,46 +292,20 @@ class ConvProduct(_Reader):
         clamp: Clamp | None,
         stored: tuple[float, int] | None = None,
     ) -> Tensor:
-        """Return the product, as bytes where ``stored``, their scale and zero point, is given."""
+        """Return the product, as bytes where ``stored``, their scale and zero point, is given.
+
+        Whatever the shape: whoever calls this knows that oneDNN is right for it.
+        """
         o = self.operation
         form = (1.0, 0, torch.float32) if stored is None else (*stored, torch.uint8)
         y: Tensor = torch.ops.onednn.qconv_pointwise(
-            _planar(q), scale, self.zero_point, self.pack, self.weight.scale, self.zero, bias,
-            _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups,
+            _planar(q), scale, self.zero_point, self.pack, self.weight.scale, self.zero,
+            _dense(bias), _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups,
             *form, *_post(clamp if self.axes < 3 else None),
         )  # fmt: skip
         if self.axes == 3 and clamp is not None:  # oneDNN's operator for volumes takes none
             return y.clamp_(*clamp)
         return y.squeeze(-2) if self.axes == 1 else y
-
-
-def geometry_is_safe(
-    operation: Operation, weight: tuple[int, ...], spatial: tuple[int, ...]
-) -> bool:
-    """Return whether oneDNN computes a convolution of this ``weight`` shape and input correctly.
-
-    There must be an output, and each of its numbers must see at least one that is not padding:
-    where one sees none, oneDNN reads beyond the input, and the process may die. Of groups with one
-    channel, only the plain depthwise kind is right: the others take wrong zero points at some
-    sizes. So does an input of one channel where the output is one number wide. All was found by
-    trying shapes at random, with torch 2.13 on a processor with VNNI.
-    """
-    depthwise = weight[0] == operation.groups > 1
-    single = weight[1] == 1 and not depthwise
-    if single and (operation.groups > 1 or len(spatial) > 2):
-        return False
-    width = 0
-    for n, kernel, stride, padding, dilation in zip(
-        spatial, weight[2:], operation.stride, operation.padding, operation.dilation, strict=True
-    ):
-        room = n + 2 * padding - dilation * (kernel - 1) - 1
-        if room < 0:
-            return False
-        for start in range(-padding, room - padding + 1, stride):
-            if not any(0 <= start + k * dilation < n for k in range(kernel)):
-                return False
-        width = room // stride + 1
-    return not single or width > 1
 
 
 def _post(clamp: Clamp | None) -> Post:
@@ -331,6 +317,18 @@ def _post(clamp: Clamp | None) -> Post:
 
 def _takes(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.numel() > 0 and x.device.type == "cpu"
+
+
+def _is_bias(bias: Tensor | None, weight: PackedWeight) -> bool:
+    """Return whether oneDNN's operators take a bias: they do not ask what it is."""
+    if bias is None:
+        return True
+    return bias.dtype == torch.float32 and bias.is_cpu and bias.shape == weight.scale.shape
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    """Return a bias without gaps: oneDNN's operators take for granted that there are none."""
+    return None if bias is None else bias.to(torch.float32).contiguous()
 
 
 def _zeros(weight: PackedWeight) -> Tensor:

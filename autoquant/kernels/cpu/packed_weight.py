@@ -65,6 +65,6 @@ def _pack(weight: QuantizedWeight) -> PackedWeight | str:
         return "integers less their zero point do not fit into a byte"
     scale = weight.qparams.scale.flatten().expand(channels).contiguous()
     sums = centered.sum(1, dtype=torch.int64).to(torch.float64) * scale
-    q = centered.to(torch.int8).reshape(weight.shape)
+    q = centered.to(torch.int8).reshape(weight.shape).contiguous()
     largest_scale = float(scale.max()) if channels else 0.0
     return PackedWeight(q, scale, sums.to(torch.float32), max(-lo, hi), largest_scale, {})

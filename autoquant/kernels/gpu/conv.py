@@ -228,8 +228,10 @@ def _like(x: Tensor, samples: int, channels: int, size: tuple[int, int]) -> Tens
     compute where that is switched off, give a contiguous output for any input.
     """
     if is_channels_last(x) and (x.device.type == "cpu" or torch.backends.cudnn.enabled):
-        return torch.empty(samples, *size, channels, device=x.device).permute(0, 3, 1, 2)
-    return torch.empty(samples, channels, *size, device=x.device)
+        return torch.empty(samples, *size, channels, dtype=torch.float32, device=x.device).permute(
+            0, 3, 1, 2
+        )
+    return torch.empty(samples, channels, *size, dtype=torch.float32, device=x.device)
 
 
 def conv_product(

@@ -79,7 +79,7 @@ def _qparams(x: Tensor, activation: IntegerActivation) -> tuple[Tensor, Tensor]:
     dense = x.permute(0, 2, 3, 1) if x.stride(1) == 1 else x
     lows, highs = torch.aminmax(dense.flatten(1), dim=1)
     samples = x.shape[0]
-    scale, zero = torch.empty(2, samples, device=x.device).unbind()
+    scale, zero = torch.empty(2, samples, dtype=torch.float32, device=x.device).unbind()
     sample_qparams[(ceil_div(samples, 128),)](
         lows,
         highs,

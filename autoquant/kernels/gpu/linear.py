@@ -160,7 +160,7 @@ class LinearProduct:
         matrix = x.reshape(-1, self.columns)
         rows = empty_rows(matrix.shape[0], self.weight.q.shape[1], x.device)
         quantize(matrix, self.activation, rows)
-        out = torch.empty(matrix.shape[0], outputs, device=x.device)
+        out = torch.empty(matrix.shape[0], outputs, dtype=torch.float32, device=x.device)
 
         def run(c: Config) -> None:
             multiply(rows, self.weight, bias, not self.activation.fold, out, c)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from autoquant.kernels.gpu.launch import Config, next_power_of_2
+from autoquant.user_cache import cache_folder
 
 VERSION = 1
 """Version of the file; choices of another version are measured again."""
@@ -20,10 +21,8 @@ MAX_BUCKET = 1 << 15
 
 
 def cache_file() -> Path:
-    """Return where choices are kept: below $XDG_CACHE_HOME, or ~/.cache where it is not set."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "autoquant" / "triton.json"
+    """Return where choices are kept."""
+    return cache_folder() / "triton.json"
 
 
 def bucket(rows: int) -> int:

@@ -17,8 +17,8 @@ import autoquant
 from autoquant.search.knapsack import solve
 from autoquant.search.session import Session, open_session
 from autoquant.search.source import of_module
+from autoquant.spec.outputs import write_text
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from autoquant.spec.recipe_file import write_text
 from tests.benchmarks.peers.cases import Case, table_path
 from tests.benchmarks.peers.greedy import WIDEST, greedy
 from tests.benchmarks.peers.tools import Found

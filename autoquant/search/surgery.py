@@ -165,6 +165,14 @@ class Untouched:
             if self._mended(prepared, batch, fixed=fixed):
                 continue
             self._fail(prepared, batch, wrong)
+        # Outputs on what the search must not see are not looked at; that there are some is.
+        for i, (inputs, _) in enumerate(self.evaluator.splits.confirm):
+            if uses_channels_last(prepared.model):
+                try:
+                    self._few_of(prepared.model, inputs)
+                except (UserError, TrialError):
+                    if not self._needs_contiguous(prepared, ("confirm", i, inputs)):
+                        raise
 
     def _expected(self, batch: Batch) -> Any:
         split, index, inputs = batch

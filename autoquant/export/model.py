@@ -74,7 +74,7 @@ def quantize(
     """
     device = device or device_of(loaded.module)
     if task is not None:
-        session = open_session(loaded, task, device, recipe=recipe)
+        session = open_session(loaded, task, device, recipe=recipe, baselines=())
         return _deployed(session.realizer, recipe)
     reason = needs_data(recipe)
     if reason is not None:

@@ -18,12 +18,13 @@ from torch.utils import _pytree as pytree
 
 from autoquant.errors import ModelFileError
 from autoquant.models.usercode import guarded
-from autoquant.nn.fold import same_outputs
+from autoquant.nn.agreement import disagreement
+from autoquant.nn.fold import without_norms
 
 MARK = "written_by_autoquant"
 """An extra file in a .pt2 that says where it came from, so that it may be replaced."""
-TOLERANCE = 1e-4
-"""Largest difference of the program's outputs, relative to the largest: rounding only."""
+ROUNDING = 1e-5
+"""Difference of a program's outputs, relative to the largest, that other operators explain."""
 
 
 class NotExportable(Exception):
@@ -46,14 +47,18 @@ def export_program(
     for shapes in (_dims(module, wide, tokens=True), _dims(module, wide, tokens=False), None):
         try:
             # What the model's code does under torch.export, torch wraps in errors of its own.
-            with guarded(NotExportable, passing=(Exception,)), torch.no_grad(), _quiet():
+            with (
+                guarded(NotExportable, passing=(Exception,)),
+                without_norms(module),
+                torch.no_grad(),
+                _quiet(),
+            ):
                 program = torch.export.export(
                     module, wide[0], wide[1], dynamic_shapes=shapes, strict=False
                 )
                 answers = program.module()
                 same = all(
-                    same_outputs(module(*a, **k), answers(*a, **k), TOLERANCE)
-                    for a, k in ((args, kwargs), *others)
+                    _agree(module(*a, **k), answers(*a, **k)) for a, k in ((args, kwargs), *others)
                 )
         except NotExportable as error:
             reason = str(error)
@@ -65,6 +70,10 @@ def export_program(
             return program
         reason = "the exported program gives other outputs"
     raise NotExportable(reason)
+
+
+def _agree(expected: Any, found: Any) -> bool:
+    return disagreement(expected, found, rounding=ROUNDING) is None
 
 
 def _one_line(error: Exception) -> str:

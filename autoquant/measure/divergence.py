@@ -45,7 +45,7 @@ class FloatOutputs:
         """
         kept = self._outputs.setdefault(split, [])
         if len(kept) == index:
-            used = sum(_bytes(o) for o in kept) + _bytes(outputs)
+            used = sum(bytes_of(o) for o in kept) + bytes_of(outputs)
             if used <= KEEP_BYTES or needed:
                 kept.append(outputs)
         steps = self._steps.setdefault(split, [])
@@ -100,13 +100,14 @@ class FloatOutputs:
         return Distance(metric, metric.of_statistics(known))
 
 
-def _bytes(outputs: Any) -> int:
+def bytes_of(outputs: Any) -> int:
+    """Return about how many bytes outputs take."""
     if isinstance(outputs, Tensor):
         return outputs.numel() * outputs.element_size()
     if isinstance(outputs, dict):
-        return sum(map(_bytes, outputs.values()))
+        return sum(map(bytes_of, outputs.values()))
     if isinstance(outputs, list | tuple):
-        return sum(map(_bytes, outputs))
+        return sum(map(bytes_of, outputs))
     return 64
 
 

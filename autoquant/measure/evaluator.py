@@ -167,6 +167,10 @@ class Evaluator:
             self._float[split] = self._read(model, split, baseline=True)
         return self._float[split]
 
+    def kept_outputs(self, split: str) -> list[Any]:
+        """Return what the float model gave on the first batches of a split, as many as are kept."""
+        return self._outputs.of(split)
+
     def read(
         self,
         model: nn.Module,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autoquant.nn.layer_output import After, Compute, LayerOutput, as_real
+from autoquant.nn.layer_output import After, Compute, LayerOutput, as_real, version_of
 from autoquant.spec.recipe import ActivationScheme
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -28,13 +28,6 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def storage_of(tensor: Tensor) -> int:
     """Return the address of a tensor's memory, 0 where it has none."""
     return tensor.untyped_storage().data_ptr()
-
-
-def version(tensor: Tensor) -> int:
-    """Return how often a tensor was written into, −1 where torch does not count."""
-    if isinstance(tensor, LayerOutput):
-        return tensor.changes + int(tensor.written)
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def checksum(tensor: Tensor) -> int:
@@ -75,7 +68,7 @@ class Inputs:
         self.tensors = [leaf for leaf in self.leaves if type(leaf) in KNOWN]
         self.known = all(type(x) in KNOWN or isinstance(x, CONSTANTS) for x in self.leaves)
         self.known = self.known and all(map(is_plain, self.tensors))
-        self._versions = [version(t) for t in self.tensors]
+        self._versions = [version_of(t) for t in self.tensors]
         self._sums = [checksum(t) for t in self.tensors] if watch and self.known else None
 
     def changed(self) -> bool:
@@ -85,7 +78,7 @@ class Inputs:
             return True
         if any(a is not b for a, b in zip(leaves, self.leaves, strict=True)):
             return True
-        if self._versions != [version(t) for t in self.tensors]:
+        if self._versions != [version_of(t) for t in self.tensors]:
             return True
         return self._sums is not None and self._sums != [checksum(t) for t in self.tensors]
 

@@ -56,6 +56,7 @@ class Reuse:
     ) -> None:
         self.model: nn.Module = prepared.model
         self._engine = prepared.engine
+        self._folds = prepared.folds
         self.store = Store(budget_bytes)
         self.on = budget_bytes > 0
         self.say = say
@@ -115,9 +116,12 @@ class Reuse:
             return
         # The reference and the backends are two ways to compute: neither answers for the other.
         self._begin((key, self._engine.fast), by_content)
+        # A result that is given again is not what its layer made just now.
+        self._folds.trust(True)
         try:
             yield
         finally:
+            self._folds.trust(False)
             for call in self._calls:
                 call.remove()
             for slot in self._slots:

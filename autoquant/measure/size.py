@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.nn.convert import Prepared
+from autoquant.nn.fold import without_norms
 from autoquant.nn.sites import Site
 from autoquant.quant.packing import packed_columns
 from autoquant.spec.costs import average_bits
@@ -52,7 +53,8 @@ class SizeModel:
             s.name: s.numel * prepared.slots[s.name].parameter.element_size()
             for s in prepared.sites
         }
-        self.rest = float_bytes(prepared.model) - sum(self._float.values())
+        with without_norms(prepared.model):
+            self.rest = float_bytes(prepared.model) - sum(self._float.values())
         self.rest_weights = sum(part.weights for part in prepared.float_parts)
 
     def bytes(self, sites: Mapping[str, SiteRecipe]) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autoquant.errors import ModelFileError, SpecError
 from autoquant.nn.convert import deploy, prepare, use_channels_last, uses_channels_last
+from autoquant.nn.fold import without_norms
 from autoquant.nn.intake import take
 from autoquant.nn.sites import Site
 from autoquant.quant.affine import QParams
@@ -41,7 +42,8 @@ def save_archive(module: nn.Module, recipe: Recipe, path: Path) -> None:
         metadata = {RECIPE_KEY: dumps(recipe)}
         if uses_channels_last(module):
             metadata[LAYOUT_KEY] = CHANNELS_LAST
-        save_file(_tensors(module), str(temporary), metadata=metadata)
+        with without_norms(module):
+            save_file(_tensors(module), str(temporary), metadata=metadata)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
@@ -145,7 +147,8 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
     deployed = deploy(prepared, choices, shifts)
     with safe_open(str(path), "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    everything = deployed.state_dict(keep_vars=True)
+    with without_norms(deployed):
+        everything = deployed.state_dict(keep_vars=True)
     expected = {key: value for key, value in everything.items() if isinstance(value, Tensor)}
     try:
         tensors = _whole(tensors, expected)

@@ -43,7 +43,8 @@ class SiteStatistics:
 
     ``has`` says what of it was collected and kept: asking for anything else raises
     MissingStatistics. ``errors`` are what was made of the moments, by whether they are about the
-    mean.
+    mean. ``reached`` says whether an activation has met the weight: None is none at all,
+    False none but empty ones.
     """
 
     inputs: TensorStatistics | None
@@ -51,6 +52,7 @@ class SiteStatistics:
     means: Tensor | None = None
     has: frozenset[Need] = EVERYTHING
     errors: dict[bool, OutputError | None] = field(default_factory=dict, repr=False)
+    reached: bool | None = True
 
     def distribution(self) -> TensorStatistics | None:
         """Return what the activation's numbers are like; None where none meets the weight."""
@@ -99,6 +101,7 @@ class SiteStatistics:
             self.means if Need.MEANS in needs else None,
             needs,
             {c: self.output_error(corrected=c) for c in wanted},
+            self.reached,
         )
 
     def _check(self, need: Need) -> None:
@@ -126,10 +129,12 @@ class _Recorder:
         self.rows = 0
         self.sum: Tensor | None = None
         self.windows = 0
+        self.reached: bool | None = None
 
     @torch.inference_mode(False)  # the user's code may be in it, but sums must stay writable
     @torch.no_grad()
     def __call__(self, x: Tensor) -> None:
+        self.reached = bool(self.reached) or x.numel() > 0
         if x.numel() == 0:
             return
         dims = token_dims(self.site.kind, x.dim())
@@ -160,7 +165,7 @@ class _Recorder:
         if not (inputs.finite and all(bool(t.isfinite().all()) for t in numbers)):
             raise TrialError(f"{self.site.name}: its input holds NaN or Inf on calibration data")
         seen = None if self.collector.empty else inputs
-        return SiteStatistics(seen, moments, means, self.needs)
+        return SiteStatistics(seen, moments, means, self.needs, reached=self.reached)
 
 
 def input_sums(x: Tensor, site: Site, module: nn.Module) -> tuple[Tensor, int]:

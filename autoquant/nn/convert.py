@@ -6,7 +6,7 @@ its weight and activation. ``deploy`` returns a copy that carries packed integer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from autoquant.nn.converted import (
     remove,
 )
 from autoquant.nn.float_parts import FloatPart
-from autoquant.nn.fold import fold, fold_checked
+from autoquant.nn.fold import Folds, drop_hooks, fold, unfold
 from autoquant.nn.follow import watching
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.intake import copied
@@ -36,6 +36,7 @@ from autoquant.nn.operations import operation_of
 from autoquant.nn.packed import PackedSite
 from autoquant.nn.sites import Site, find_sites
 from autoquant.nn.slots import SiteSlot
+from autoquant.nn.untouched import look
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme
 
@@ -44,15 +45,54 @@ from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme
 class Prepared:
     """A model whose sites can be switched from one recipe to the next.
 
-    ``sites`` are in execution order; ``folded`` names each BatchNorm that went into a layer.
+    ``sites`` are in execution order; ``folds`` are the BatchNorms that went into layers.
     """
 
     model: nn.Module
     sites: tuple[Site, ...]
     float_parts: tuple[FloatPart, ...]
     slots: Mapping[str, SiteSlot]
-    folded: Mapping[str, str]
+    folds: Folds
     engine: Engine
+
+    @property
+    def folded(self) -> Mapping[str, str]:
+        """Path of each BatchNorm that went into a layer → path of that layer."""
+        return self.folds.pairs
+
+    def used(self, order: Iterable[str], reached: Mapping[str, bool | None]) -> Prepared:
+        """Return it with those sites that all data use, and the others in float, by name.
+
+        ``order`` are the names of those whose weight is read, in order; ``reached`` says whether an
+        activation meets it, False where none does that has any number. Raises ModelFileError where
+        no site is used.
+        """
+        known = {site.name: site for site in self.sites}
+        names = [n for n in known if n in set(order)] if self.sites else []
+        late = [n for n in order if n in known]
+        names = sorted(names, key=late.index)
+        used, parts = [], []
+        for name, site in known.items():
+            refused = self.slots[name].refused
+            if refused is not None:
+                parts.append(_left(site, refused))
+            elif name not in late:
+                parts.append(_left(site, UNUSED))
+            elif reached.get(name) is False and site.activation:
+                parts.append(_left(site, UNREACHED))
+        left = {part.name for part in parts}
+        used = [replace(known[n], activation=bool(reached.get(n))) for n in names if n not in left]
+        if not used:
+            raise ModelFileError(f"none of the {len(known)} quantizable layers is used by the task")
+        return replace(self, sites=tuple(used), float_parts=(*parts, *self.float_parts))
+
+    def turn_fold(self, norm: str, *, on: bool) -> None:
+        """Take one fold back, or make it again."""
+        weight = self.folds.turn(norm, on=on)
+        layer = self.folds.layer_of(norm)
+        for slot in self.slots.values():
+            if slot.site.users == ((layer, "weight"),):
+                slot.parameter = weight
 
     def switch(
         self,
@@ -81,22 +121,23 @@ def prepare(
     run: Callable[[nn.Module], Any] | None = None,
     folded: Mapping[str, str] | None = None,
     engine: Engine | None = None,
-    quick: Callable[[nn.Module], Any] | None = None,
+    *,
+    whole: bool = True,
 ) -> Prepared:
     """Make the layers of ``model`` switchable, in place.
 
-    ``run`` runs one batch: it shows which BatchNorms follow which layers, and which sites are
-    used, in which order. Without it, ``folded`` says the former, and module order stands for the
-    latter. ``quick`` runs a few samples, for checks that take several runs. ``engine`` computes,
-    the reference where there is none. Raises ModelFileError where the model has nothing to
-    quantize.
+    ``run`` runs the model on some data: it shows which sites are used, in which order; without it,
+    module order stands for that. Where those are not the ``whole`` data, sites that it does not use
+    come last (see ``Prepared.used``). ``folded`` says which BatchNorms follow which layers; without
+    it, ``run`` shows that too. ``engine`` computes, the reference where there is none. Raises
+    ModelFileError where the model has nothing to quantize.
     """
     engine = engine or Engine()
-    if folded is not None:
-        fold(model, folded)
-    elif run is not None:
-        folded = fold_checked(model, run, quick)
+    if folded is None:
+        folded = {} if run is None else look(model, [run]).pairs
+    folds = fold(model, folded)
     sites, float_parts = find_sites(model)
+    float_parts = tuple(part for part in float_parts if part.name not in folds.pairs)
     if not sites:
         raise ModelFileError(nothing_to_quantize(model, float_parts))
     slots = {}
@@ -106,11 +147,15 @@ def prepare(
         slots[site.name] = slot
         for path, name in site.users:
             _convert(model.get_submodule(path), path, name, slot)
+    folds.watch()
     disable_fast_path(model)
+    late: tuple[Site, ...] = ()
     if run is not None:
-        sites, unused = _trace(sites, slots, model, run, follow=bool(engine.backends))
-        float_parts = (*unused, *float_parts)
-    return Prepared(model, sites, float_parts, slots, dict(folded or {}), engine)
+        sites, late = _trace(sites, slots, model, run, follow=bool(engine.backends))
+    prepared = Prepared(model, (*sites, *late), float_parts, slots, folds, engine)
+    if run is not None and whole:
+        return prepared.used([s.name for s in sites], {s.name: s.activation for s in sites})
+    return prepared
 
 
 def _convert(module: nn.Module, path: str, name: str, slot: SiteSlot) -> None:
@@ -123,6 +168,10 @@ def _convert(module: nn.Module, path: str, name: str, slot: SiteSlot) -> None:
         known.sites[name] = slot
 
 
+UNUSED = "never used on the calibration data"
+UNREACHED = "reached by no sample of the calibration data"
+
+
 def _trace(
     sites: tuple[Site, ...],
     slots: Mapping[str, SiteSlot],
@@ -130,8 +179,8 @@ def _trace(
     run: Callable[[nn.Module], Any],
     *,
     follow: bool,
-) -> tuple[tuple[Site, ...], tuple[FloatPart, ...]]:
-    """Return the sites that ``run`` uses, in order of use, and the unused ones as float parts.
+) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+    """Return the sites that ``run`` uses, in order of use, and the others.
 
     With ``follow``, layers are told what is expected to follow them.
     """
@@ -150,18 +199,12 @@ def _trace(
         for slot in slots.values():
             slot.read = slot.observe = None
     by_name = {site.name: site for site in sites}
-    refused = {name: slot.refused for name, slot in slots.items() if slot.refused is not None}
-    used = tuple(replace(by_name[n], activation=n in observed) for n in order if n not in refused)
-    unused = tuple(
-        FloatPart(
-            s.name, refused.get(s.name, "never used on the calibration data"), s.numel, s.numel
-        )
-        for s in sites
-        if s.name not in order or s.name in refused
-    )
-    if not used:
-        raise ModelFileError(f"none of the {len(sites)} quantizable layers is used by the task")
-    return used, unused
+    used = tuple(replace(by_name[n], activation=n in observed) for n in order)
+    return used, tuple(site for site in sites if site.name not in order)
+
+
+def _left(site: Site, reason: str) -> FloatPart:
+    return FloatPart(site.name, reason, site.numel, site.numel)
 
 
 def nothing_to_quantize(model: nn.Module, float_parts: Sequence[FloatPart]) -> str:
@@ -216,6 +259,18 @@ def deploy(
     return model
 
 
+def restored(prepared: Prepared) -> nn.Module:
+    """Return a copy of the model as it was before: the architecture, with weights that fold."""
+    model = deploy(prepared, {})
+    for norm, layer in prepared.folded.items():
+        unfold(model.get_submodule(norm))
+        vars(model.get_submodule(layer)).pop("forward", None)
+        if not prepared.folds.biased(norm):
+            model.get_submodule(layer)._parameters["bias"] = None
+    drop_hooks(model)
+    return model
+
+
 def find_converted(prepared: Prepared) -> tuple[Site, ...]:
     """Return every site that ``prepare`` converted, those that are never used included."""
     return tuple(slot.site for slot in prepared.slots.values())
@@ -236,9 +291,10 @@ def _settle(module: nn.Module, packed: dict[str, PackedSite] | None) -> None:
     remove(module)
     # Attention in float would read the weight of its out_proj instead of calling it.
     calls = isinstance(module, nn.MultiheadAttention) and is_carrying(module.out_proj)
-    if packed is not None or calls:
+    if packed is not None or calls or converted.fold is not None:
         carried = carry(module, converted.path, packed or {}, converted.compute)
         carried.channels_last = converted.channels_last
+        carried.fold = converted.fold
 
 
 def uses_channels_last(model: nn.Module) -> bool:

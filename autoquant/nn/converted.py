@@ -16,7 +16,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,15 @@ from autoquant.spec.recipe import ActivationScheme
 NAME = "_autoquant"
 """The one name in a user's module that is ours."""
 
+
+class Telling(Protocol):
+    """Is told what a layer gives."""
+
+    def made(self, y: Tensor) -> None:
+        """Note an output."""
+        ...
+
+
 Compute = Callable[["Converted"], Callable[..., Any]]
 """Makes of a converted module what one call of it is computed by."""
 
@@ -41,7 +50,7 @@ class Converted:
     kernel can stand in for it; ``channels_last`` makes a 2-d convolution compute in that memory
     format. ``after`` is the ReLU or GELU that is expected to follow, and ``reader`` the layer that
     alone is expected to read what comes out then: both were seen, and nothing but speed depends on
-    them.
+    them. ``fold`` is told of every output, where a BatchNorm went into the layer.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class Converted:
         self.channels_last = False
         self.after: After = None
         self.reader: Converted | None = None
+        self.fold: Telling | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns, computed with its sites."""
@@ -67,7 +77,10 @@ class Converted:
             for name, site in self.sites.items():
                 if _held(self.module, name) is not site.parameter:
                     return self._given(name, args, kwargs)
-        return self.compute(self)(*args, **kwargs)
+        y = self.compute(self)(*args, **kwargs)
+        if self.fold is not None:
+            self.fold.made(y)
+        return y
 
     @property
     def __self__(self) -> nn.Module:
@@ -189,14 +202,16 @@ def carry(
     module: nn.Module, path: str, packed: Mapping[str, nn.Module], compute: Compute
 ) -> Converted:
     """Put packed sites in the place of a module's parameters of these names, as submodules."""
-    for name in packed:
-        del module._parameters[name]
-    sites: Any = nn.ModuleDict(packed)
-    module.add_module(NAME, sites)
+    sites: Any = {}
     held = vars(module)
+    if packed:
+        for name in packed:
+            del module._parameters[name]
+        sites = nn.ModuleDict(packed)
+        module.add_module(NAME, sites)
+        held["_buffers"] = Lent(held["_buffers"], sites)
     held["forward"] = converted = Converted(module, path, sites, compute)
-    held["_buffers"] = Lent(held["_buffers"], sites)
-    if isinstance(module, nn.RNNBase):
+    if packed and isinstance(module, nn.RNNBase):
         # The list of weights for the fused kernel would keep real ones alive; by this name there
         # is none.
         module._flat_weights, module._flat_weights_names = [None], [""]

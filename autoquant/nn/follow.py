@@ -17,10 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autoquant.nn.converted import Converted
-from autoquant.nn.layer_output import After, leaves_alone, step_of
-
-_LOOKS = frozenset({"__get__", "dim", "size", "stride", "is_contiguous", "numel"})
-"""Functions that read nothing of a tensor but its form."""
+from autoquant.nn.layer_output import After, leaves_alone, looks_only, step_of
 
 
 @dataclass(eq=False)
@@ -102,7 +99,7 @@ class Followers(TorchFunctionMode):
                 value.after = step.after
                 self._held[id(y)] = weakref.ref(y), value, True
             return y
-        if getattr(func, "__name__", "") not in _LOOKS:
+        if not looks_only(func):
             for leaf in pytree.tree_leaves((args, kwargs)):
                 value, activated = self._find(leaf)
                 if value is not None and value not in self._reading:

@@ -31,6 +31,7 @@ _FORM = frozenset(
     {
         *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "grad_fn"),
         *("is_quantized", "is_sparse", "is_mkldnn", "is_meta", "is_nested", "names"),
+        *("_version", "is_leaf", "is_cpu"),
     }
 )
 _ASKED = frozenset(
@@ -147,13 +148,7 @@ class LayerOutput(Tensor):
             found = args[0].activated(step)
             if found is not None:
                 return found
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            name = getattr(getattr(func, "__self__", None), "__name__", "")
-            plain = name in _FORM
-        else:
-            plain = name in _ASKED
-        if plain:
+        if looks_only(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map(as_real, (args, kwargs or {}))
@@ -204,9 +199,24 @@ def step_of(func: Any, args: tuple[Any, ...], kwargs: Any) -> Step | None:
     return None
 
 
+def looks_only(func: Any) -> bool:
+    """Return whether a call of torch reads nothing of a tensor but its form."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in _FORM
+    return name in _ASKED
+
+
 def leaves_alone(func: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
     """Return whether a call of torch gives its first argument as it is: a dropout at rest."""
     return func is F.dropout and len(args) == 1 and not (kwargs or {}).get("training", True)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written into, −1 where torch does not count."""
+    if isinstance(tensor, LayerOutput):
+        return tensor.changes + int(tensor.written)
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def as_real(x: Any) -> Any:

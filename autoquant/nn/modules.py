@@ -30,6 +30,8 @@ class QuantizedLayer:
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output on its quantized input."""
         own, bias = self.converted.own, self.converted.module.bias
+        if "weight" not in self.converted.sites:
+            return own(input, *args, **kwargs)
         return self.converted.sites["weight"].layer(
             self.converted,
             input,

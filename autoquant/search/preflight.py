@@ -20,9 +20,8 @@ from autoquant.models.rereading import check_rereads
 from autoquant.models.sample_statistics import class_count
 from autoquant.models.usercode import guarded
 from autoquant.nn.archive import load_archive, save_archive
-from autoquant.nn.convert import deploy
+from autoquant.nn.convert import restored
 from autoquant.nn.float_parts import FloatPart
-from autoquant.nn.intake import copied
 from autoquant.nn.leaves import difference, frozen, leaves, leaves_differ
 from autoquant.nn.sites import Site
 from autoquant.search.pricing import LatencyReport
@@ -33,7 +32,7 @@ from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SiteSpace
 
 REPEATS = 1e-4
-"""Largest difference of two runs of the float model, relative to its largest output."""
+"""Largest difference of two runs of one model, relative to the largest number of a kind."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,8 @@ def _check_repeats(session: Session, value: float) -> None:
     source = session.task.source
     example = session.evaluator.few(session.model)
     if session.task.evaluate is not None:
-        again = session.evaluator.read(session.model, "search").value
+        # Made ready for quantization the model rounds otherwise than the one that gave ``value``.
+        value, again = (session.evaluator.read(session.model, "search").value for _ in range(2))
         if abs(again - value) > REPEATS * max(abs(value), 1e-12):
             raise TaskError(
                 f"{source}: evaluate(model) returned {value:g} and then {again:g} on the same "
@@ -168,12 +168,12 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
             expected = None if example is None else _run(session, session.model, example)
         deployed = session.realizer.deploy(done)
         # The copy stands for the architecture that the user has: converted, then given back.
-        skeleton = deploy(session.prepared, {})
+        architecture = restored(session.prepared)
         recipe = session.recipe(done)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"
             save_archive(deployed, recipe, path)
-            loaded = load_archive(path, _unfolded(skeleton, recipe.folded))
+            loaded = load_archive(path, architecture)
         if example is None:
             return
         found = _run(session, loaded, example)
@@ -203,23 +203,6 @@ def _state(session: Session, sites: Mapping[str, SiteRecipe], example: Any, expe
     finally:
         session.realizer.to_float()
     return f"; the model itself gives other outputs when it is called again ({again}; {where})"
-
-
-def _unfolded(model: torch.nn.Module, folded: Mapping[str, str]) -> torch.nn.Module:
-    """Return a folded model with its BatchNorms put back as neutral ones: the architecture."""
-    model = copied(model)
-    for norm, layer in folded.items():
-        target = model.get_submodule(layer)
-        weight = target.weight
-        assert isinstance(weight, torch.Tensor)
-        transposed = isinstance(target, torch.nn.modules.conv._ConvTransposeNd)
-        features = weight.shape[1 if transposed else 0]
-        parent, _, name = norm.rpartition(".")
-        kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}
-        kind = kinds.get(weight.dim(), torch.nn.BatchNorm3d)
-        neutral = kind(features, device=weight.device, dtype=weight.dtype).eval()
-        setattr(model.get_submodule(parent) if parent else model, name, neutral)
-    return model
 
 
 def _check_memory(session: Session, used: int) -> None:

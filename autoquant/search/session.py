@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,11 +37,11 @@ from autoquant.models.task import Task
 from autoquant.models.usercode import guarded
 from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.convert import Prepared, prepare, use_channels_last
-from autoquant.nn.fold import same_outputs
 from autoquant.nn.sites import Site
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.search.goal import Measurement
 from autoquant.search.sensitivity import Candidates, Sensitivity, measure_sensitivity
+from autoquant.search.surgery import Untouched
 from autoquant.spec.needs import Need, needs_of
 from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe, WeightScheme
 
@@ -208,7 +209,10 @@ class Session:
         self.statistics = self.realizer.statistics = kept
 
     def baseline(self, split: str) -> Reading:
-        """Return the float model's reading on ``split``, measured once."""
+        """Return the float model's reading on ``split``, measured before it was prepared.
+
+        From here on the model is in float.
+        """
         self.realizer.to_float()
         return self.evaluator.baseline(self.model, split)
 
@@ -245,12 +249,14 @@ def open_session(
     backend: str = "auto",
     say: Say = lambda _: None,
     splits: Splits | None = None,
+    baselines: tuple[str, ...] = ("search", "confirm"),
 ) -> Session:
     """Prepare a model for its task: read the data, fold, find the sites, calibrate.
 
-    A session of one ``recipe`` repeats its folds instead of looking for them, and calibrates what
-    it needs alone; without one, all that any recipe may need. ``splits`` are the task's data, where
-    they have been read already.
+    The baseline of the splits in ``baselines`` is measured before anything is done to the model,
+    and what is done is held against it. A session of one ``recipe`` repeats its folds instead of
+    looking for them, and calibrates what it needs alone; without one, all that any recipe may need.
+    ``splits`` are the task's data, where they have been read already.
     """
     if splits is None:
         say("reading the data")
@@ -260,7 +266,8 @@ def open_session(
     example = evaluator.example()
 
     def run(m: nn.Module, inputs: Any = None) -> Any:
-        inputs = example if inputs is None else inputs
+        if inputs is None and task.evaluate is None:
+            inputs = example
         with guarded(failed, task.source):
             if inputs is None:
                 assert task.evaluate is not None
@@ -277,20 +284,30 @@ def open_session(
         return UserError(f"the float model fails on the task's data: {reason}")
 
     size = float_bytes(model)
+    say("running the float model")
+    untouched = Untouched(evaluator, run, model)
+    known = tuple(s for s in baselines if s == "search" or evaluator.confirms)
+    untouched.measure(model, known, None if recipe is None else recipe.folded)
     say("finding the layers")
-
-    def quick(m: nn.Module) -> Any:
-        return run(m, few)
-
-    few = evaluator.few(model)
-    folded = None if recipe is None else recipe.folded
-    prepared = prepare(model, run, folded, make_engine(device, backend), quick)
-    _choose_layout(prepared, quick)
-    if prepared.sites:
-        evaluator.scorer = model.get_submodule(prepared.sites[-1].users[0][0])
+    engine = make_engine(device, backend)
+    prepared = prepare(model, untouched.tour, untouched.pairs, engine, whole=False)
+    if any(site.layer == "Conv2d" for site in prepared.sites):
+        use_channels_last(model)
+    untouched.check(prepared, fixed=recipe is not None, splits=("calibrate", "search"))
+    prepared.folds.settle()
     say("calibrating")
     needs = None if recipe is None else {n: needs_of(site) for n, site in recipe.sites.items()}
-    statistics = calibrate(prepared, splits.calibrate or (None,), run, needs)
+    order: dict[str, None] = {}
+    for name, slot in prepared.slots.items():
+        slot.read = functools.partial(order.setdefault, name)
+    try:
+        statistics = calibrate(prepared, splits.calibrate or (None,), run, needs)
+    finally:
+        for slot in prepared.slots.values():
+            slot.read = None
+    if recipe is None:
+        prepared = prepared.used(order, {name: s.reached for name, s in statistics.items()})
+        statistics = {site.name: statistics[site.name] for site in prepared.sites}
     sizes = SizeModel(prepared, size)
     return Session(
         ModelIdentity(loaded.name, loaded.sha256),
@@ -304,21 +321,3 @@ def open_session(
         sizes,
         CostModel(sizes),
     )
-
-
-def _choose_layout(prepared: Prepared, run: Callable[[nn.Module], Any]) -> None:
-    """Compute 2-d convolutions channels-last where the model's code allows it.
-
-    A rule, not a race: the choice must be the same when a study is resumed.
-    """
-    if not any(site.layer == "Conv2d" for site in prepared.sites):
-        return
-    with torch.no_grad():
-        before = run(prepared.model)
-        use_channels_last(prepared.model)
-        try:
-            same = same_outputs(before, run(prepared.model))
-        except UserError:  # the model's own code takes a view of contiguous memory for granted
-            same = False
-    if not same:
-        use_channels_last(prepared.model, on=False)

@@ -1,6 +1,7 @@
 """Folding BatchNorm: the same arithmetic, and only where nothing else uses the output."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -8,8 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from autoquant.errors import SpecError
-from autoquant.nn.fold import find_folds, fold, fold_checked, same_outputs
+from autoquant.errors import SpecError, TrialError
+from autoquant.methods.realize import Realizer
+from autoquant.nn.agreement import disagreement
+from autoquant.nn.convert import prepare
+from autoquant.nn.fold import fold
+from autoquant.nn.untouched import Confirming, look
+from autoquant.spec.recipe import SiteRecipe, WeightScheme
+
+
+def pairs_of(model, *runs):
+    return look(model, runs).pairs
 
 
 def trained(model):
@@ -46,12 +56,19 @@ def test_folding_is_exact_and_undoing_restores_every_bit(layers, shape):
     with torch.no_grad():
         before, state = model(x), copy.deepcopy(model.state_dict())
         norm = model[1]
-        assert find_folds(model, lambda m: m(x)) == {"1": "0"}
-        undo = fold(model, {"1": "0"})
-        assert isinstance(model[1], nn.Identity)
+        assert pairs_of(model, lambda m: m(x)) == {"1": "0"}
+        prepared = prepare(model, lambda m: m(x))
+        assert prepared.folded == {"1": "0"}
         torch.testing.assert_close(model(x), before, atol=1e-12, rtol=1e-12)
-        undo()
-        assert torch.equal(model(x), before)
+        # The norm is there for whoever asks for its weights, and does nothing.
+        assert torch.equal(model.state_dict()["1.running_mean"], state["1.running_mean"])
+        found = model(x)
+        for on in (False, True, False):
+            prepared.turn_fold("1", on=on)
+            assert torch.equal(model(x), found if on else before)
+            assert model[0].weight is prepared.slots["0"].parameter
+        assert prepared.folded == {}
+        assert not model._forward_hooks
     assert model[1] is norm
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -64,7 +81,7 @@ def test_the_folded_numbers_are_computed_in_float64_and_rounded_once():
     gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     weight = conv.weight.double() * gain.reshape(2, 1, 1, 1)
     bias = (conv.bias.double() - norm.running_mean.double()) * gain + norm.bias.double()
-    fold(model, {"1": "0"})
+    fold(model, {"1": "0"}).settle()
     torch.testing.assert_close(model[0].weight, weight.float(), rtol=1e-7, atol=0)
     torch.testing.assert_close(model[0].bias, bias.float(), rtol=1e-7, atol=1e-9)
 
@@ -142,22 +159,103 @@ IMAGE = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 def test_outputs_stay_the_same_whatever_the_model_does_with_the_convolution(model, mode):
     model = trained(copy.deepcopy(model))
     run = mode()(lambda m: m(IMAGE))
-    before, state = run(model), model.state_dict()
-    pairs = fold_checked(model, run)
+    before, state = run(model), copy.deepcopy(model.state_dict())
+    prepared = prepare(model, run)
     plain = isinstance(model.between, nn.Identity)
-    assert pairs == ({"norm": "conv"} if plain else {})
-    assert same_outputs(before, run(model), 1e-6)
+    assert prepared.folded == ({"norm": "conv"} if plain else {})
+    assert disagreement(before, run(model), tolerance=1e-6) is None
     if not plain:
-        assert isinstance(model.norm, nn.BatchNorm2d)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_one_bad_pair_does_not_keep_the_others_from_folding():
     model = trained(nn.Sequential(Residual(), Block(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     before = model(IMAGE)
-    assert fold_checked(model, lambda m: m(IMAGE)) == {"1.norm": "1.conv", "3": "2"}
+    assert prepare(model, lambda m: m(IMAGE)).folded == {"1.norm": "1.conv", "3": "2"}
     assert torch.allclose(model(IMAGE), before, atol=1e-5)
-    assert isinstance(model[0].norm, nn.BatchNorm2d)
+
+
+class Domains(nn.Module):
+    """A norm for each domain, as the batch says."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norms = nn.Conv2d(3, 3, 1), nn.ModuleList(nn.BatchNorm2d(3) for _ in "ab")
+
+    def forward(self, x, domain=0, raw=False):
+        y = self.conv(x)
+        return y if raw else self.norms[domain](y)
+
+
+class Kept(Block):
+    """Keeps the convolution's output where no output shows it."""
+
+    def forward(self, x):
+        self.kept = self.conv(x)
+        return self.norm(self.kept)
+
+
+class Direct(Block):
+    """Calls the layer past its hooks too."""
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.conv.forward(x)
+
+
+def test_what_any_batch_does_otherwise_is_not_folded():
+    for other in (lambda m: m(IMAGE, 1), lambda m: m(IMAGE, raw=True)):
+        model = trained(Domains())
+        assert pairs_of(model, lambda m: m(IMAGE)) == {"norms.0": "conv"}
+        assert pairs_of(model, lambda m: m(IMAGE), other) == {}
+        assert pairs_of(model, other, lambda m: m(IMAGE)) == {}
+        # Whole passes are watched more lightly.
+        confirming = Confirming(model, {"norms.0": "conv"})
+        for run in (lambda m: m(IMAGE), other):
+            assert confirming.pairs
+            with confirming.watching(), torch.no_grad():
+                held = run(model)
+            del held
+        assert not confirming.pairs
+    for model in (Kept(), Direct()):
+        assert pairs_of(trained(model), lambda m: m(IMAGE)) == {}
+
+
+def test_two_calls_of_one_pair_are_folded():
+    class Siamese(Block):
+        def forward(self, x):
+            return super().forward(x) - super().forward(x + 1)
+
+    model = trained(Siamese())
+    before = model(IMAGE)
+    assert prepare(model, lambda m: m(IMAGE)).folded == {"norm": "conv"}
+    torch.testing.assert_close(model(IMAGE), before, atol=1e-5, rtol=1e-5)
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("kind", ["prepared", "applied", "float", "copied", "loaded"])
+@pytest.mark.parametrize(
+    "astray", [lambda m: m(IMAGE, 1), lambda m: m(IMAGE, raw=True), lambda m: m.norms[0](IMAGE)]
+)
+def test_a_run_that_takes_another_way_ends_in_an_error_and_not_in_other_numbers(kind, astray):
+    model = trained(Domains())
+    before = model(IMAGE)
+    prepared = prepare(model, lambda m: m(IMAGE))
+    recipe = {} if kind == "float" else {"conv": SiteRecipe(WeightScheme(8))}
+    if kind != "prepared":
+        model = Realizer(prepared, {}).deploy(recipe)
+    model = {"copied": copy.deepcopy, "loaded": saved}.get(kind, lambda m: m)(model)
+    assert type(model.norms[0]) is nn.BatchNorm2d
+    for _ in range(2):
+        torch.testing.assert_close(model(IMAGE), before, atol=0.05, rtol=0.05)
+        with pytest.raises(TrialError, match=r"^conv: its output .* norms.0"):
+            astray(model)
+    torch.testing.assert_close(model(IMAGE), before, atol=0.05, rtol=0.05)
 
 
 def hooked(model):
@@ -209,8 +307,7 @@ def reparametrized():
     ids=lambda m: f"{type(m[0]).__name__}-{type(m[1]).__name__}",
 )
 def test_what_is_not_a_plain_pair_is_left_alone(model):
-    assert find_folds(model, lambda m: m(IMAGE)) == {}
-    assert fold_checked(model, lambda m: m(IMAGE)) == {}
+    assert pairs_of(model, lambda m: m(IMAGE)) == {}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +322,7 @@ def test_what_is_not_a_plain_pair_is_left_alone(model):
 def test_a_norm_over_another_axis_is_left_alone(layers, shape):
     model, x = trained(nn.Sequential(*layers)), torch.randn(shape)
     before = model(x)
-    assert fold_checked(model, lambda m: m(x)) == {}
+    assert pairs_of(model, lambda m: m(x)) == {}
     assert torch.equal(model(x), before)
 
 
@@ -238,20 +335,3 @@ def test_a_fold_of_another_model_is_refused():
             fold(nn.Sequential(conv, other), {"1": "0"})
     with pytest.raises(SpecError, match="1 → 0 is no BatchNorm after a layer"):
         fold(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), {"1": "0"})
-
-
-def test_outputs_are_compared_leaf_by_leaf():
-    a = {"x": torch.ones(3), "n": [1, None, torch.tensor([2])]}
-    b = copy.deepcopy(a)
-    assert same_outputs(a, b)
-    b["x"] += 5e-4
-    assert same_outputs(a, b)
-    assert not same_outputs(a, b, 1e-4)
-    for key, value in (("x", torch.ones(4)), ("n", [2, None, torch.tensor([2])])):
-        assert not same_outputs(a, {**a, key: value})
-    assert not same_outputs(a, {"x": torch.ones(3)})
-    assert not same_outputs(torch.tensor([1.0]), torch.tensor([float("nan")]))
-    masked = torch.tensor([1.0, -float("inf")])
-    assert same_outputs({"a": {"b": masked}}, {"a": {"b": masked.clone()}})
-    assert not same_outputs(torch.tensor([1]), torch.tensor([2]))
-    assert not same_outputs(torch.ones(1), 1.0)

@@ -264,6 +264,7 @@ def test_what_a_reporter_hears():
     begun = next(i for i, e in enumerate(events) if isinstance(e, tuple))
     assert [e for e in events[:begun] if isinstance(e, str)] == [
         "reading the data",
+        "running the float model",
         "finding the layers",
         "calibrating",
         "preflight",

@@ -196,7 +196,8 @@ def test_the_stages_are_named():
     task = Task(evaluation_data=batches, metric="accuracy")
     loaded = LoadedModel(Net().eval(), "module", "m", "0")
     open_session(loaded, task, CPU, say=heard.append)
-    assert heard == ["reading the data", "finding the layers", "calibrating"]
+    stages = ["reading the data", "running the float model", "finding the layers", "calibrating"]
+    assert heard == stages
 
 
 def test_recipe_says_which_model_it_is_of():

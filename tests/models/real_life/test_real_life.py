@@ -180,9 +180,9 @@ def assert_named(case: Case, found: Preflight) -> None:
     """Assert that all that stays in float was named, with the reason, and all else is quantized."""
     quantized = {site.name for site in found.sites}
     assert quantized >= set(case.layers)
-    said = {part.name: part.reason for part in found.float_parts}
+    said = [(part.name, part.reason) for part in found.float_parts]
     for name, words in case.floats.items():
-        assert any(name in n and words in reason for n, reason in said.items()), said
+        assert any(name in n and words in reason for n, reason in said), said
 
 
 def assert_measured(result: SearchResult, heard: Heard) -> None:

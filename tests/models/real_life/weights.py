@@ -382,7 +382,6 @@ CASES = (
         lambda: small(torch.float16),
         lambda: [x.half() for x in images()],
         "scales overflow in half precision",
-        awaits="the baseline is folded too, in half precision",
     ),
     Case(
         "bfloat16_model",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from autoquant.nn.float_parts import FloatPart, computed_weight, left_over, part_of
+from autoquant.nn.hidden import hidden_parameters
 from autoquant.nn.layouts import Layout, layout_of, layout_type
 from autoquant.quant.blocks import matrix_shape
 
@@ -97,6 +98,11 @@ def find_sites(model: nn.Module) -> tuple[tuple[Site, ...], tuple[FloatPart, ...
         site = sites.get(id(parameter))
         if site is not None:
             reason = f"also held by {holder}, which is no layer that is quantized"
+            refuse(site.name, parameter, reason)
+    for holder, parameter in hidden_parameters(model):
+        site = sites.get(id(parameter))
+        if site is not None:
+            reason = f"also held by {holder}, which the model does not register"
             refuse(site.name, parameter, reason)
     return tuple(sites.values()), (*refused.values(), *left_over(model, set(sites) | set(refused)))
 

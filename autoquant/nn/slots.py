@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -109,7 +110,8 @@ class SiteSlot:
             if recorded():
                 self.refused = "runs inside a transform of torch.func or a trace of torch.jit"
                 return x
-            self.observe(x)
+            with torch.autocast(x.device.type, enabled=False):
+                self.observe(x)
         if self.probe is not None:
             x = self.probe(x)
         if self.activation is None:
@@ -184,6 +186,8 @@ class SiteSlot:
         """Return the kernel for one use of the weight; whoever observes needs the input itself."""
         if self.held is None or self.observe is not None or not self.engine.fast or recorded():
             return None
+        if torch.is_autocast_enabled(self.parameter.device.type):
+            return None  # the float layer computes, and gives its output, in another format
         return self.held.product(operation, self.activation, rows, self.parameter.device)
 
 

@@ -214,3 +214,30 @@ def test_parameters_of_the_model_itself_are_listed():
     model.register_parameter("offset", nn.Parameter(torch.zeros(3)))
     assert "parameters of Sequential itself" in reasons(model)["offset"]
     assert summed(model) == 9
+
+
+class Box:
+    def __init__(self, part):
+        self.part = part
+
+
+@pytest.mark.parametrize(
+    ("hide", "where"),
+    [
+        (lambda layer: [layer], "kept[0].weight"),
+        (lambda layer: {"a": (layer,)}, "kept['a'][0].weight"),
+        (lambda layer: Box(layer), "kept.part.weight"),
+        (lambda layer: [layer.weight], "kept[0]"),
+        (lambda layer: Box([nn.Sequential(layer)]), "kept.part[0].0.weight"),
+    ],
+)
+def test_a_weight_that_is_reached_past_torch_stays_in_float(hide, where):
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LSTM(4, 4))
+    head = nn.Linear(4, 5, bias=False)
+    head.weight = model[0].weight
+    model.kept = hide(head)
+    model.me = [model]  # a cycle, and what is registered anyhow
+    sites, parts = find_sites(model)
+    assert [s.name for s in sites] == ["1", "2.weight_ih_l0", "2.weight_hh_l0"]
+    reasons = {part.name: part.reason for part in parts}
+    assert reasons["0"] == f"also held by {where}, which the model does not register"

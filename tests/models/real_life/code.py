@@ -278,7 +278,6 @@ CASES = (
         Autocast,
         vectors,
         "dtypes of weight and activation differ under autocast",
-        awaits="forward under autocast",
         quick=True,
     ),
     Case(

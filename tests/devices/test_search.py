@@ -182,9 +182,8 @@ def test_a_program_makes_its_tensors_where_it_was_moved(tmp_path: Path):
     assert "device" in loaded.module.code
     result = search(replace(case, model=loaded.module), trials=1)
     assert result.recipe.evidence.confirm.drop < 0.3
-    written = write(
-        autoquant.apply(result.recipe, loaded, case.task), result.recipe, case.task, path
-    )
+    applied = autoquant.apply(result.recipe, loaded, case.task)
+    written = write(applied, result.recipe, case.task, tmp_path / "quantized.pt2")
     assert written.kind == "pt2", written.reason
 
 

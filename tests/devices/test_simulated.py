@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from autoquant.kernels.cpu import native
+from autoquant.kernels.cpu.library import library
 from tests.devices.simulated import SimulatedGPU
 
 THERE: dict[str, Callable[[], Tensor]] = {
@@ -149,7 +150,6 @@ REFUSED = {
     "NumPy, asked": lambda: np.asarray(gpu(3)),
     "an operator called by its name": lambda: torch.ops.aten.add.Tensor(gpu(3), cpu(3)),
     "in a hook": lambda: _hooked(),
-    "C code": lambda: native.quantize_rows(gpu(2, 2), SCHEME, "linear"),
 }
 
 
@@ -190,13 +190,17 @@ def test_what_a_gpu_allows(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_gpu_refuses(name):
-    if name == "C code" and native.library() is None:
-        pytest.skip("the C library was not built")
     simulated = SimulatedGPU()
     refused = pytest.raises((RuntimeError, TypeError))
     with pytest.raises(AssertionError, match="1 times"), simulated, refused:
         REFUSED[name]()
     assert "test_simulated.py" in simulated.mixed[0]
+
+
+@pytest.mark.skipif(library() is None, reason="the C library was not built")
+def test_c_code_refuses_the_memory_of_a_gpu_itself():
+    with SimulatedGPU(), pytest.raises(TypeError, match="x is on cuda"):
+        native.quantize_rows(gpu(2, 2), SCHEME, "linear")
 
 
 def test_what_was_caught_is_not_forgotten():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -141,7 +142,9 @@ def test_a_forward_that_raises_fails_the_trial(error, reason):
     assert str(raised.value) == reason
 
 
-def test_an_interrupt_is_no_failure():
+def test_an_interrupt_is_no_failure(monkeypatch):
+    # A test run in the background has SIGINT ignored: then it can only be the code's own.
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
     found = evaluator_of(task_of())
     found.baseline(Linear(), "search")
     with pytest.raises(KeyboardInterrupt):

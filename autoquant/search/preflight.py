@@ -24,6 +24,7 @@ from autoquant.nn.convert import restored
 from autoquant.nn.float_parts import FloatPart
 from autoquant.nn.leaves import difference, frozen, leaves, leaves_differ
 from autoquant.nn.sites import Site
+from autoquant.search.kernel_check import check_kernels
 from autoquant.search.pricing import LatencyReport
 from autoquant.search.repeats import first_to_differ
 from autoquant.search.session import Session
@@ -64,8 +65,8 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     """Check a session; UserError names what would fail.
 
     The data are the same when they are read again; the float metric is finite and repeats; a
-    uniform recipe is measured, written, loaded back and gives the same outputs; the largest
-    candidate fits in memory.
+    uniform recipe is measured, written, loaded back and gives the same outputs; the fast kernels
+    equal the reference on every layer; the largest candidate fits in memory.
     """
     process = psutil.Process()
     before = process.memory_info().rss
@@ -75,6 +76,7 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
         _check_repeats(session, reading.value)
     except TrialError as error:
         raise TaskError(f"{session.task.source}: on the float model: {error}") from error
+    check_kernels(session, spaces)
     _check_round_trip(session, spaces)
     _check_memory(session, max(process.memory_info().rss - before, 0))
     assert session.evaluator.metric is not None

@@ -15,10 +15,11 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor, nn
 
-from autoquant.errors import StudyError, UserError
+from autoquant.errors import StudyError, TrialError, UserError
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.search import run as module
+from autoquant.search import stages
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import Ledger
 from autoquant.search.loop import FAILURES, Stop
@@ -218,10 +219,10 @@ def test_nine_in_a_row_do_not():
 
 def test_failures_at_the_confirmation_leave_the_study(monkeypatch):
     def confirm(*args: object) -> None:
-        raise module.TrialError("no finalist could be measured again: out of memory")
+        raise TrialError("no finalist could be measured again: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "confirm", confirm)
+        patch.setattr(stages, "confirm", confirm)
         with pytest.raises(StudyError, match="study s: no finalist could be measured again"):
             searched()
     assert len(trials()) == 12
@@ -232,7 +233,7 @@ def test_the_recipe_is_in_the_study_even_where_it_cannot_be_written(monkeypatch)
     def save(*args: object) -> None:
         raise UserError("recipe.yaml: cannot write: No space left on device")
 
-    monkeypatch.setattr(module, "save", save)
+    monkeypatch.setattr(stages, "save", save)
     with pytest.raises(UserError, match="cannot write"):
         searched()
     assert "autoquant_recipe" in Ledger.open("s", None).header["recipe"]["text"]

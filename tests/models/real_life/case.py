@@ -27,7 +27,7 @@ class Case:
     ``archive`` for what torch.export can't follow. ``noise`` is the largest noise over signal of
     any output at 8 bits; with ``column``, an axis of the outputs, of each entry along that.
     ``calibration`` are inputs to calibrate with, where they are others than those to measure by.
-    ``quick`` cases run in every run of the tests. ``awaits`` says why a case is known to fail.
+    ``quick`` cases run in every run of the tests.
     """
 
     name: str
@@ -44,7 +44,6 @@ class Case:
     metric: Any = None
     column: int | None = None
     quick: bool = False
-    awaits: str | None = None
 
     def make(self, seed: int = 0) -> nn.Module:
         """Return the model; one seed gives models of the same numbers."""

@@ -87,8 +87,6 @@ def search(case: Case, model: nn.Module, folder: Path) -> tuple[SearchResult, He
 def marked(case: Case) -> Any:
     """Return a case as a parameter: slow unless it is one of the quick ones."""
     marks = [] if case.quick else [pytest.mark.slow]
-    if case.awaits is not None:
-        marks.append(pytest.mark.xfail(strict=True, reason=case.awaits))
     return pytest.param(case, id=case.name, marks=marks)
 
 

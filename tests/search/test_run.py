@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from autoquant.errors import StudyError, TrialError, UserError
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
-from autoquant.search import run as module
 from autoquant.search import stages
 from autoquant.search.goal import Goal
 from autoquant.search.ledger import Ledger

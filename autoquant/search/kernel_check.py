@@ -59,8 +59,12 @@ def check_kernels(session: Session, spaces: Mapping[str, SiteSpace]) -> None:
         slot = session.prepared.slots[name]
         layer, weight = layers[id(slot)]
         slot.observe = _Once(functools.partial(_check, session, layer, weight, name, found))
+    # An accelerator's kernels are tuned for the shapes they meet: a whole batch has those of the
+    # trials. On a CPU a few samples are enough, and cheaper.
+    evaluator, on_cpu = session.evaluator, session.device.type == "cpu"
+    inputs = evaluator.few(session.model) if on_cpu else evaluator.example()
     try:
-        session.evaluator.observe(session.model, session.evaluator.few(session.model))
+        evaluator.observe(session.model, inputs)
     except TrialError as error:
         raise UserError(f"the fast kernels can't be checked: {error}") from error
     finally:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from autoquant.spec.recipe import Recipe as Recipe
     from autoquant.spec.space import SearchSpace as SearchSpace
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Recipe",
     "SearchSpace",

@@ -86,7 +86,7 @@ found = {}
 for module in pkgutil.walk_packages(autoquant.__path__, "autoquant."):
     if module.name.startswith("autoquant.kernels.gpu"):  # Triton's, where there is a GPU
         continue
-    if module.name.endswith(("__main__", "_native")):  # which run, or are no modules
+    if module.name.endswith(("__main__", "_native", "_guard")):  # which run, or are no modules
         continue
     last = state()
     importlib.import_module(module.name)

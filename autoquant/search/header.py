@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import autoquant
 from autoquant.errors import SpecError, StudyError
 from autoquant.search.options import Options
 from autoquant.search.places import Places
@@ -213,4 +214,4 @@ def _texts(fields: Fields, name: str) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes a study's numbers."""
-    return {name: importlib.metadata.version(name) for name in (OWN, TORCH)}
+    return {OWN: autoquant.__version__, TORCH: importlib.metadata.version(TORCH)}

@@ -44,7 +44,7 @@ from pathlib import Path
 for module in tomllib.loads(Path(sys.argv[1]).read_text())["tool"]["setuptools"]["ext-modules"]:
     target = module["name"].replace(".", "/") + ".so"
     print(*module["extra-compile-args"], "-shared", "-fPIC", *module["sources"],
-          "-o", target, *module["extra-link-args"], "-lm")
+          "-o", target, *module.get("extra-link-args", []), "-lm")
 PYTHON
 )
 for line in "${build[@]}"; do
@@ -78,7 +78,7 @@ if [ "$device" = cuda ]; then
     mapfile -t marked < <(grep -rl 'mark\.gpu' "$work/tree/tests" --include='*.py' |
         xargs -n 1 dirname | sort -u | grep -v "^$kernels$")
     device_tests=("${tests[@]}" "${few[@]}" -m gpu "${marked[@]}")
-    kernel_tests=("${tests[@]}" "${many[@]}" "$kernels")
+    kernel_tests=("${tests[@]}" "${many[@]}" -m 'not slow' "$kernels") # slow ones need no GPU
 else
     device_tests=("${tests[@]}" "${few[@]}" -m 'not gpu and not slow' "$work/tree/tests/devices")
     kernel_tests=("${tests[@]}" "${many[@]}" "$kernels/test_geometry.py" "$kernels/test_planes.py")

@@ -59,7 +59,7 @@ class Scales:
 
     def of(self, path: str, like: Tensor) -> Tensor:
         """Return the scale of each number of an output, in a shape that broadcasts to it."""
-        found = torch.tensor(self.largest(path))
+        found = torch.tensor(self.largest(path), dtype=torch.float32)
         for axis, most in self._axes.get(path, {}).items():
             if most is not None and axis < like.dim() and len(most) == like.shape[axis]:
                 shape = [1] * like.dim()

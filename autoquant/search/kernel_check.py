@@ -178,9 +178,10 @@ def _differs_handed(
         return None
     right = fake_quantize_activation(_done(expected, after), scheme, site.kind)
     assert scheme.scale is not None
-    numbers = QParams(
-        torch.tensor(scheme.scale), torch.tensor(float(scheme.zero_point or 0)), scheme.bits
+    scale, zero_point = (
+        torch.tensor(n, dtype=torch.float32) for n in (scheme.scale, scheme.zero_point or 0)
     )
+    numbers = QParams(scale, zero_point, scheme.bits)
     got = dequantize(found.to(torch.int16) - 128, numbers)
     steps = ((got - right).abs() / scheme.scale).round()
     share = float((steps > 0).float().mean())

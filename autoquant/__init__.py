@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from autoquant.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from autoquant.export.model import apply as apply
     from autoquant.kernels.cpu.heap import keep_freed_memory as keep_freed_memory
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from autoquant.search.run import search as search
     from autoquant.spec.recipe import Recipe as Recipe
     from autoquant.spec.space import SearchSpace as SearchSpace
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Recipe",

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import autoquant
 from autoquant.errors import SpecError, StudyError
 from autoquant.search.options import Options
 from autoquant.search.places import Places
 from autoquant.spec.documents import Fields
 from autoquant.spec.recipe import ModelIdentity
+from autoquant.version import __version__
 
 FORMAT = 2
 """Version of the header. A study of another one can't be read."""
@@ -214,4 +214,4 @@ def _texts(fields: Fields, name: str) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes a study's numbers."""
-    return {OWN: autoquant.__version__, TORCH: importlib.metadata.version(TORCH)}
+    return {OWN: __version__, TORCH: importlib.metadata.version(TORCH)}

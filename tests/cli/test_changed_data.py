@@ -11,6 +11,7 @@ import autoquant
 from autoquant.errors import TaskError
 from autoquant.models.data import make_splits
 from autoquant.models.digests import sample_digests
+from autoquant.search import header
 from autoquant.search.ledger import Ledger
 
 READ = """
@@ -153,7 +154,7 @@ def test_another_float_metric_is_noticed(project, cli):
 
 def test_another_release_is_refused_and_another_torch_is_said(begun, cli, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(autoquant, "__version__", "9.9")
+        patch.setattr(header, "__version__", "9.9")
         refused = cli("resume", "s")
     assert refused.status == 2
     assert "study s: it was begun by autoquant 0.1.0, this is 9.9" in refused.err

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from autoquant.search import preflight, proposing, run
+from autoquant.search import preflight, proposing, run, stages
 
 WORDS = ("search", "model.pt", "--task", "task.py", "--study", "s")
 
@@ -58,7 +58,7 @@ def test_in_a_trial(project, cli, monkeypatch, storage):
     assert count(cli, "s", *where) == 9
 
 
-@pytest.mark.parametrize(("module", "name"), [(proposing, "profile"), (run, "finalists")])
+@pytest.mark.parametrize(("module", "name"), [(proposing, "profile"), (stages, "finalists")])
 def test_before_and_after_the_trials(project, cli, monkeypatch, module, name):
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupt)

@@ -20,7 +20,7 @@ from autoquant.cli import main
 from autoquant.models.data import make_splits
 from autoquant.models.task import load_task
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
 
 PLAIN = """
 import json, sys

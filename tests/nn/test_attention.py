@@ -360,7 +360,7 @@ def test_the_spies_would_notice_the_fused_path(mode: type[AbstractContextManager
         {"bias": False},
         {"batch_first": False},
     ],
-    ids=str,
+    ids=["plain", "gelu", "a ReLU", "tanh", "norm first", "no bias", "time first"],
 )
 def test_an_encoder_gives_the_same_results_without_the_fused_path(
     options: dict[str, Any], norm: bool, additive: bool, padding: Tensor | None

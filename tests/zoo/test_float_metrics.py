@@ -14,7 +14,7 @@ from PIL import Image
 
 from autoquant.models.task import load_task
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.xdist_group("zoo")]
 
 HERE = Path(__file__).resolve().parent
 

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from safetensors import safe_open
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.xdist_group("zoo")]
 
 TEXTS = ["tiger", "A new blaze near Goulburn has forced the closure of the Hume Highway."]
 

@@ -18,7 +18,7 @@ from autoquant.models.task import load_task
 from autoquant.nn.convert import prepare
 from autoquant.spec import recipe_file
 
-pytestmark = [pytest.mark.zoo, pytest.mark.slow]
+pytestmark = [pytest.mark.zoo, pytest.mark.slow, pytest.mark.xdist_group("zoo")]
 
 NAMES = ("resnext", "g2p", "minilm", "mobilenet_v2")
 TRIALS = {"mobilenet_v2": 12, "minilm": 12, "g2p": 12, "resnext": 20}

@@ -76,13 +76,12 @@ class Untouched:
             model, {n: p for n, p in known.items() if n in paths and p in paths}
         )
         whole = self.task.evaluate is not None
-        with confirming.watching():
-            held = [
-                self._keep(batch, self.outputs(model, batch[2]))
-                for batch in self._data("calibrate")
-                if batch[2] is not None or "search" not in splits
-            ]
-            del held
+        for batch in self._data("calibrate"):
+            if batch[2] is None and "search" in splits:
+                continue
+            with confirming.watching():
+                held = self._keep(batch, self.outputs(model, batch[2]))
+            del held  # only now: nobody else may hold what a norm reads
         for split in splits:
             returned: list[Any] = []
             with confirming.watching(), _listening(model, returned, on=whole):

@@ -1,12 +1,14 @@
 """Outputs are compared number by number, each with others of its kind."""
 
 import copy
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
+from autoquant.nn import agreement
 from autoquant.nn.agreement import Scales, disagreement, tolerance_of
 
 
@@ -62,6 +64,25 @@ def test_what_is_no_number_and_what_is_masked_agrees_with_itself():
     b = Found(a.boxes.nan_to_num(0.0), a.scores)
     assert "boxes" in disagreement(a, b)
     assert "scores" in disagreement(a, Found(a.boxes, a.scores * 1.1))
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 1000])
+def test_large_outputs_are_compared_some_samples_at_a_time(monkeypatch, count):
+    monkeypatch.setattr(agreement, "AT_ONCE", count)
+    torch.manual_seed(0)
+    a = torch.randn(9, 4, 5)
+    b = a + 1e-6 * torch.randn(9, 4, 5)
+    assert disagreement(a, b) is None
+    for i in range(9):
+        c, d = b.clone(), b.clone()
+        c[i, 3, 1] += 0.5
+        c[(i + 4) % 9, 3, 1] += 1.5
+        assert "differs by 1.5 where" in disagreement(a, c)
+        d[i, 0, 0] = math.nan
+        assert disagreement(a, d) is not None
+    for shape in [(), (0,), (0, 3), (3, 0)]:
+        assert disagreement(torch.ones(shape), torch.ones(shape)) is None
+    assert disagreement(torch.ones(()), torch.zeros(())) is not None
 
 
 def test_rounding_is_that_of_the_whole_output():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 import autoquant
 from autoquant.errors import TrialError, UserError
+from autoquant.measure.evaluator import Evaluator
+from autoquant.models.data import make_splits
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.nn.convert import uses_channels_last
 from autoquant.search.session import Session, open_session
+from autoquant.search.surgery import Untouched
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 
 CPU = torch.device("cpu")
@@ -178,3 +182,24 @@ def test_a_task_with_its_own_evaluate_is_held_by_what_its_model_returns():
         session = open_session(LoadedModel(model, "module", "m", "0" * 64), task, CPU)
         assert session.prepared.folded == folded
         assert session.baseline("search").value == value
+
+
+def test_outputs_of_one_batch_of_calibration_data_are_held_at_a_time():
+    given: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def forward(model: nn.Module, inputs: Any) -> Tensor:
+        nonlocal most
+        most = max(most, sum(held() is not None for held in given))
+        y: Tensor = model(*inputs)
+        given.append(weakref.ref(y))
+        return y
+
+    others = [(-x, turn) for (x, turn), _ in data()]
+    task = Task(calibration_data=others, evaluation_data=data, forward=forward, source="t")
+    evaluator = Evaluator(task, make_splits(task), CPU)
+    untouched = Untouched(evaluator, evaluator.run, Net(plain).eval())
+    untouched.measure(Net(plain).eval(), (), None)
+    assert len(given) >= 2 * BATCHES
+    assert untouched.pairs == {"norm": "conv"}
+    assert most <= 2

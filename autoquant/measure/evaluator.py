@@ -245,20 +245,24 @@ class Evaluator:
                     self._outputs.keep(split, i, outputs, given, needed=self._compares)
                 else:
                     scores.append(given)
+                if self.metric is None:
+                    self.metric = resolve_metric(self.task, outputs)
                 pairs.append((outputs, targets))
+                if isinstance(self.metric, StatisticMetric):
+                    self._add_statistics(split, pairs, parts)
+                    if i >= len(self._outputs.of(split)):  # nothing is compared with it
+                        pairs[i] = (None, None)
+                del outputs
                 done += batch_size(inputs)
                 watch(done, total)
                 if bar is not None and done < total and self._hopeless(split, pairs, parts, bar):
                     stopped = True
                     break
-        if self.metric is None:
-            self.metric = resolve_metric(self.task, pairs[0][0])
         evidence = self._evidence(split, pairs, parts)
         divergence, distance = None, None
         if not baseline:
-            outputs = [o for o, _ in pairs]
             divergence, distance = self._outputs.divergence(
-                split, outputs, scores, classes=self.by_classes
+                split, [o for o, _ in pairs], scores, classes=self.by_classes
             )
         seconds = time.perf_counter() - start
         return Reading(evidence.score(), done, evidence, divergence, seconds, stopped, distance)
@@ -297,13 +301,20 @@ class Evaluator:
         What is missing in ``parts`` is added, so that no batch is looked at twice.
         """
         metric: Metric = self.metric  # type: ignore[assignment]
-        if metric.reference:
-            kept = self._outputs.of(split)
-            pairs = [(o, kept[i]) for i, (o, _) in enumerate(pairs)]
         if not isinstance(metric, StatisticMetric):
             return metric.evidence(pairs)
-        parts += [metric.statistics(*pair) for pair in pairs[len(parts) :]]
+        self._add_statistics(split, pairs, parts)
         return metric.of_statistics(parts)
+
+    def _add_statistics(
+        self, split: str, pairs: list[tuple[Any, Any]], parts: list[np.ndarray]
+    ) -> None:
+        metric = self.metric
+        assert isinstance(metric, StatisticMetric)
+        kept = self._outputs.of(split)
+        for i in range(len(parts), len(pairs)):
+            outputs, targets = pairs[i]
+            parts.append(metric.statistics(outputs, kept[i] if metric.reference else targets))
 
     def _hopeless(
         self, split: str, pairs: list[tuple[Any, Any]], parts: list[np.ndarray], bar: Bar

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -237,6 +238,23 @@ def test_no_batch_is_looked_at_twice(monkeypatch):
     assert len(seen) == 5
     assert reading.value == found.read(Linear(0.1), "search").value
     assert base.samples == reading.samples == 150
+
+
+def test_outputs_are_let_go_once_the_metric_has_seen_them(monkeypatch):
+    monkeypatch.setattr(divergence, "KEEP_BYTES", 2 * 20 * 3 * 4)  # two batches
+    given: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        alive.append(sum(held() is not None for held in given))
+        given.append(weakref.ref(y := model(x)))
+        return y
+
+    found = evaluator_of(task_of(batch=20, forward=forward))
+    found.baseline(Linear(), "search")
+    found.read(Linear(0.1), "search")
+    assert len(alive) == 2 * len(found.splits.search) > 6
+    assert max(alive) <= 4 + 1  # the float model's, the candidate's, and what it returned last
 
 
 def test_watch_hears_of_every_batch():

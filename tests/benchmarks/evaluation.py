@@ -2,7 +2,7 @@
 
 Real models with every layer at 8 bits, weights and activations. Float32 and bfloat16 as PyTorch
 runs them, PyTorch's fake-quantize operators, and this engine take turns in one process; medians.
-Writes ``reports/evaluation.md``.
+Writes a report for each kind of processor, ``reports/evaluation-….md``.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from autoquant.models.task import load_task, run_forward
 from autoquant.nn.convert import deploy
 from autoquant.search.session import Session, open_session
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.machine import describe_machine, kind
 from tests.benchmarks.reuse import one_site_changed
 from tests.zoo.conftest import HERE, task_module
 
-REPORT = Path(__file__).resolve().parents[2] / "reports" / "evaluation.md"
+REPORTS = Path(__file__).resolve().parents[2] / "reports"
 Run = Callable[[], Any]
 
 W8A8 = WeightScheme(8), ActivationScheme(8)
@@ -223,7 +223,7 @@ def line(cells: list[str]) -> str:
 @click.option("--repeats", default=9, show_default=True, help="Runs of each, after a warm-up.")
 @click.argument("names", nargs=-1)
 def main(repeats: int, names: tuple[str, ...]) -> None:
-    """Measure and write reports/evaluation.md."""
+    """Measure and write the report of this kind of processor."""
     with tempfile.TemporaryDirectory() as folder:
         benches = [Bench(c, Path(folder)) for c in CASES if not names or c.name in names]
     # First as a user's process is, then with freed memory kept, as ``autoquant search`` has it.
@@ -297,7 +297,8 @@ def main(repeats: int, names: tuple[str, ...]) -> None:
         if kept
         else "The C library's own settings for memory."
     )
-    REPORT.write_text(
+    report = REPORTS / f"evaluation-{kind()}.md"
+    report.write_text(
         "# Evaluating one candidate\n\n`python -m tests.benchmarks.evaluation`: milliseconds for "
         f"one batch, medians of {repeats}, taking turns in one process. {allocator} Fake "
         "quantization is PyTorch's operator before every layer, on weights that were quantized "

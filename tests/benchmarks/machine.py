@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 import numpy
 import optuna
 import torch
 
+from autoquant.kernels.cpu.instructions import has_amx, has_vnni
 
-def describe_machine() -> str:
-    """Return processor, cores and library versions."""
-    cpu = platform.processor() or platform.machine()
+
+def processor() -> str:
+    """Return the processor's name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+        if names:
+            return names[0].split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def integers_by() -> str:
+    """Return what products of 8-bit integers are computed by here."""
+    return "AMX" if has_amx() else "VNNI" if has_vnni() else "no VNNI"
+
+
+def kind() -> str:
+    """Return the kind of processor, as a part of a file's name: its maker, line and integers."""
+    words = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", " ", f"{processor()} {integers_by()}")
+    return "-".join(words.lower().split())
+
+
+def describe_machine() -> str:
+    """Return processor, cores and library versions."""
     versions = f"torch {torch.__version__}, Optuna {optuna.__version__}, NumPy {numpy.__version__}"
-    return f"Measured on {cpu}, {os.cpu_count()} cores; {versions}."
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    capped = f", ONEDNN_MAX_CPU_ISA={cap}" if cap else ""
+    return (
+        f"Measured on {processor()} ({integers_by()}{capped}), {os.cpu_count()} cores; {versions}."
+    )

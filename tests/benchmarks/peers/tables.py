@@ -112,7 +112,7 @@ def speed_cells(title: str, ours: Sequence[Row], theirs: Sequence[Row]) -> list[
         spread([float(len(r.curve)) for r in theirs], lambda v: f"{v:g}"),
         spread([t for _, t in both], lambda v: f"{v:g}"),
         spread(counts, show),
-        f"{ratio:.1f}×",
+        f"{ratio:.1f}×" if ratio else "–",
         str(len(both)),
     ]
 

@@ -97,14 +97,15 @@ def half_scripted() -> nn.Module:
 
 def compiled() -> nn.Module:
     """Return a compiled model: a wrapper around the model itself."""
-    return torch.compile(plain())
+    # Not by inductor, whose code for AVX2 may be wrong at some batch sizes (torch 2.13).
+    return torch.compile(plain(), backend="eager")
 
 
 def compiled_inside() -> nn.Module:
     """Return a model with a compiled part, and one that was compiled in place."""
     first, last = plain(), nn.Linear(5, 3)
-    last.compile()
-    return nn.Sequential(torch.compile(first), nn.ReLU(), last)
+    last.compile(backend="eager")
+    return nn.Sequential(torch.compile(first, backend="eager"), nn.ReLU(), last)
 
 
 class Sizes(nn.Module):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from autoquant.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from autoquant.export.model import apply as apply
     from autoquant.kernels.cpu.heap import keep_freed_memory as keep_freed_memory
     from autoquant.models.task import Task as Task
     from autoquant.nn.archive import load_archive as load
-    from autoquant.search.run import resume as resume
-    from autoquant.search.run import search as search
+    from autoquant.optimize.run import resume as resume
+    from autoquant.optimize.run import search as search
+    from autoquant.session.apply import apply as apply
     from autoquant.spec.recipe import Recipe as Recipe
     from autoquant.spec.space import SearchSpace as SearchSpace
 
@@ -35,11 +35,11 @@ _PLACES = {
     "Recipe": ("autoquant.spec.recipe", "Recipe"),
     "SearchSpace": ("autoquant.spec.space", "SearchSpace"),
     "Task": ("autoquant.models.task", "Task"),
-    "apply": ("autoquant.export.model", "apply"),
+    "apply": ("autoquant.session.apply", "apply"),
     "keep_freed_memory": ("autoquant.kernels.cpu.heap", "keep_freed_memory"),
     "load": ("autoquant.nn.archive", "load_archive"),
-    "resume": ("autoquant.search.run", "resume"),
-    "search": ("autoquant.search.run", "search"),
+    "resume": ("autoquant.optimize.run", "resume"),
+    "search": ("autoquant.optimize.run", "search"),
 }
 
 

@@ -111,7 +111,7 @@ task = autoquant.Task(
 )
 class Own(optuna.samplers.RandomSampler):
     pass
-import autoquant.search.run, autoquant.export.model  # imports are another test's
+import autoquant.optimize.run, autoquant.session.apply  # imports are another test's
 optuna.logging.set_verbosity(LEVEL)
 before = state()
 kind = SAMPLER

@@ -52,10 +52,10 @@ def command(
     from autoquant.spec.recipe_file import load
 
     loaded_recipe = load(Path(recipe))
-    from autoquant.export.model import check_model, check_output, quantize, write
-    from autoquant.search.opening import check_folder
-    from autoquant.search.session import choose_device
-    from autoquant.search.source import Source
+    from autoquant.session.apply import check_model, check_output, quantize, write
+    from autoquant.session.session import choose_device
+    from autoquant.study.opening import check_folder
+    from autoquant.study.source import Source
 
     target = Path(os.path.abspath(output))  # before the task runs, which may change the folder
     chosen = choose_device(device)

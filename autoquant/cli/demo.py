@@ -86,11 +86,11 @@ def command(directory: str, device: str, as_json: bool) -> None:
     """
     from autoquant.cli.search import run
     from autoquant.errors import UserError
-    from autoquant.search.ledger import names
-    from autoquant.search.opening import RECIPE_FILE
-    from autoquant.search.options import Options
-    from autoquant.search.session import choose_device
+    from autoquant.session.session import choose_device
+    from autoquant.spec.options import Options
     from autoquant.spec.outputs import check_target, is_signed, write_text
+    from autoquant.study.ledger import names
+    from autoquant.study.opening import RECIPE_FILE
 
     folder = Path(os.path.abspath(directory))  # the task may change the working directory
     if folder.exists() and not folder.is_dir():

@@ -52,12 +52,12 @@ def command(
     if max_drop is not None and recipe is None:
         raise UserError("--max-drop judges a recipe; give --recipe, too")
     loaded_recipe = None if recipe is None else load(Path(recipe))
-    from autoquant.export.model import check_model
     from autoquant.models.direction import in_words
+    from autoquant.optimize.evaluate import measure_recipe
     from autoquant.report.tables import describe_bits, megabytes, plain_number
     from autoquant.report.verdicts import verdict_line
-    from autoquant.search.remeasure import measure_recipe
-    from autoquant.search.source import Source
+    from autoquant.session.apply import check_model
+    from autoquant.study.source import Source
 
     source = Source(model, task, data, metric, trust_pickle)
     loaded_task = source.load_task()

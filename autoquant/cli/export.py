@@ -39,10 +39,10 @@ def command(
     """
     from autoquant.errors import UserError
     from autoquant.report.tables import describe_bits
-    from autoquant.search.extract import extract
-    from autoquant.search.ledger import Ledger
     from autoquant.spec.outputs import check_target, is_signed
     from autoquant.spec.recipe_file import save
+    from autoquant.study.extract import extract
+    from autoquant.study.ledger import Ledger
 
     if sum(x is not None for x in (trial, bits, size)) > 1:
         raise UserError("--trial, --bits and --size each choose a recipe; give one")

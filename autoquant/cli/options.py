@@ -157,6 +157,6 @@ def _reserve(context: click.Context, _: click.Parameter, as_json: bool) -> bool:
 
 def seconds(text: str | None) -> float | None:
     """Return the seconds of a --timeout."""
-    from autoquant.search.options import parse_duration
+    from autoquant.spec.options import parse_duration
 
     return None if text is None else parse_duration(text)

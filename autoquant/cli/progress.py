@@ -15,6 +15,8 @@ from autoquant.cli.failures import Interrupted
 from autoquant.cli.output import emit
 from autoquant.libraries import unchanged
 from autoquant.models.usercode import interruptible
+from autoquant.optimize.loop import Stop
+from autoquant.optimize.result import SearchResult
 from autoquant.report.tables import (
     console,
     describe_bits,
@@ -25,14 +27,12 @@ from autoquant.report.tables import (
     preflight_lines,
 )
 from autoquant.report.verdicts import reported_line, verdict_line
-from autoquant.search.goal import Goal
-from autoquant.search.ledger import REASON
-from autoquant.search.loop import Stop
-from autoquant.search.opening import RECIPE_FILE
-from autoquant.search.preflight import Preflight
-from autoquant.search.result import SearchResult
-from autoquant.search.trials import measured
+from autoquant.session.preflight import Preflight
 from autoquant.spec.costs import describe_seconds
+from autoquant.spec.goal import Goal
+from autoquant.study.ledger import REASON
+from autoquant.study.opening import RECIPE_FILE
+from autoquant.study.trials import measured
 
 with unchanged():
     from rich.console import Console

@@ -23,7 +23,7 @@ from autoquant.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from autoquant.search.result import SearchResult
+    from autoquant.optimize.result import SearchResult
 
 
 @click.command(
@@ -144,7 +144,7 @@ def command(
     3 FAIL, 4 NOT PROVEN.
     """
     from autoquant.errors import UserError
-    from autoquant.search.options import Options, check
+    from autoquant.spec.options import Options, check
 
     # All that is cheap to check comes before what takes seconds to import.
     limit = seconds(timeout)
@@ -194,9 +194,9 @@ def run(
     chosen = SearchSpace.load(space)
     with loading():
         from autoquant.cli.progress import searching
-        from autoquant.search.run import start
-        from autoquant.search.source import Source, space_file
-        from autoquant.search.storage import Storage
+        from autoquant.optimize.run import start
+        from autoquant.study.source import Source, space_file
+        from autoquant.study.storage import Storage
 
     # Before the task runs, which may change the working directory.
     place, folder = Storage.parse(storage), Path(os.path.abspath(out))

@@ -31,9 +31,9 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
         return
 
     from autoquant.report.tables import console, front_table, layers_table, trials_table
-    from autoquant.search.ledger import MEASURED, REASON, Ledger
-    from autoquant.search.trials import FRONT, RECIPE, best_trial, front
     from autoquant.spec.recipe_file import loads
+    from autoquant.study.ledger import MEASURED, REASON, Ledger
+    from autoquant.study.trials import FRONT, RECIPE, best_trial, front
 
     ledger = Ledger.open(study, storage, write=False)
     trials = ledger.trials()
@@ -74,8 +74,8 @@ def _show_why(study: str | None, layer: str, storage: str | None, as_json: bool)
     import dataclasses
 
     from autoquant.report.tables import console, why_lines, why_table
-    from autoquant.search.ledger import Ledger
-    from autoquant.search.why import shares, why
+    from autoquant.study.explanation import shares, why
+    from autoquant.study.ledger import Ledger
 
     ledger = Ledger.open(study, storage, write=False)
     found = why(ledger, layer)

@@ -17,10 +17,10 @@ def command(storage: str | None, as_json: bool) -> None:
     """List the studies, the newest first."""
     from autoquant.errors import StudyError
     from autoquant.report.tables import best_columns, console, studies_table
-    from autoquant.search.header import Header
-    from autoquant.search.ledger import Ledger, names
-    from autoquant.search.storage import Storage
-    from autoquant.search.trials import best_trial
+    from autoquant.study.header import Header
+    from autoquant.study.ledger import Ledger, names
+    from autoquant.study.storage import Storage
+    from autoquant.study.trials import best_trial
 
     rows = []
     place = Storage.parse(storage)

@@ -29,7 +29,7 @@ from autoquant.models.archive import read_program
 from autoquant.models.exported import lift
 from autoquant.models.file_kinds import EXPORT, pickled_classes, read_safely, sniff
 from autoquant.models.usercode import describe, file_of, guarded
-from autoquant.nn.intake import take
+from autoquant.nn.intake import copied, take
 
 LoadModel = Callable[[Path], nn.Module]
 
@@ -185,3 +185,34 @@ def _load_torchscript(
         raise ModelFileError(
             f"{path}: torch can't convert this TorchScript ({describe(e)}): {advice}"
         ) from e
+
+
+def of_module(model: nn.Module) -> LoadedModel:
+    """Return a copy of the user's own module to work on: it is folded and converted in place.
+
+    Raises ModelFileError for a model that can't be searched or copied.
+    """
+    own = take(model)
+    copy = copied(own)
+    copy.eval()
+    return LoadedModel(copy, "module", type(own).__name__, state_hash(own))
+
+
+def state_hash(model: nn.Module) -> str:
+    """Return a digest of a module's weights, for one that comes from no file."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            for part in _dense_parts(value.detach().cpu()):
+                flat = part.contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors whose bytes tell ``tensor`` from others: itself, or a sparse one's two."""
+    if tensor.layout is torch.strided:
+        return (tensor.resolve_conj().resolve_neg(),)
+    coordinates = tensor.to_sparse_coo().coalesce()
+    return coordinates.indices(), coordinates.values()

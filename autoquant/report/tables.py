@@ -10,10 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.libraries import unchanged
 from autoquant.models.direction import in_words
-from autoquant.search.ledger import REASON
-from autoquant.search.trials import measured
 from autoquant.spec.costs import LatencyEvidence, describe_seconds
 from autoquant.spec.recipe import Recipe, SiteRecipe
+from autoquant.study.ledger import REASON
+from autoquant.study.trials import measured
 
 with unchanged():
     from rich.box import SIMPLE_HEAD
@@ -22,9 +22,9 @@ with unchanged():
 
 if TYPE_CHECKING:
     from autoquant.nn.float_parts import FloatPart
-    from autoquant.search.preflight import Preflight
-    from autoquant.search.pricing import LatencyCheck
-    from autoquant.search.why import Why
+    from autoquant.session.costs import LatencyCheck
+    from autoquant.session.preflight import Preflight
+    from autoquant.study.explanation import Why
 
 
 OPTIONAL = {"latency": "latency", "bit_operations": "bit operations"}

@@ -25,7 +25,7 @@ from autoquant.kernels.cpu.heap import keep_freed_memory
 from autoquant.models.files import load
 from autoquant.models.task import load_task, run_forward
 from autoquant.nn.convert import deploy
-from autoquant.search.session import Session, open_session
+from autoquant.session.session import Session, open_session
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from tests.benchmarks.machine import describe_machine, kind
 from tests.benchmarks.reuse import one_site_changed

@@ -22,9 +22,9 @@ from scipy.stats import spearmanr
 
 import autoquant
 from autoquant.kernels.cpu.heap import keep_freed_memory
-from autoquant.search.profile import Option, Profile, profile
-from autoquant.search.sensitivity import Candidates, Score, Sensitivity
-from autoquant.search.session import Session
+from autoquant.sensitivity.fisher import Candidates, Score, Sensitivity
+from autoquant.sensitivity.profile import Option, Profile, profile
+from autoquant.session.session import Session
 from autoquant.spec.recipe import SiteRecipe
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.peers.cases import NAMES, load_case

@@ -20,16 +20,16 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from autoquant.search import samplers
-from autoquant.search.goal import Goal, Measurement
-from autoquant.search.ledger import Ledger
-from autoquant.search.loop import Outcome, Stop, run_trials
-from autoquant.search.params import ParameterMap
-from autoquant.search.profile import Option, Profile
-from autoquant.search.sampler import KnapsackSampler
-from autoquant.search.uniform import baselines
+from autoquant.optimize.loop import Outcome, Stop, run_trials
+from autoquant.samplers import samplers
+from autoquant.samplers.knapsack.sampler import KnapsackSampler
+from autoquant.sensitivity.profile import Option, Profile
+from autoquant.spec.goal import Goal, Measurement
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.space import DEFAULTS, SiteSpace
+from autoquant.spec.uniform import baselines
+from autoquant.study.ledger import Ledger
+from autoquant.study.parameters import ParameterMap
 from tests.benchmarks.machine import describe_machine
 
 LAYERS = 50

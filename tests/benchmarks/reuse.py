@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
-from autoquant.search.session import Session, open_session
+from autoquant.session.session import Session, open_session
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 
 CHOICES = tuple(SiteRecipe(WeightScheme(bits), ActivationScheme(8)) for bits in (8, 7, 6, 5, 4, 3))

@@ -25,17 +25,18 @@ from autoquant.models.evidence import Evidence, FunctionEvidence, StatisticsEvid
 from autoquant.models.metrics import drop
 from autoquant.models.noninferiority import drop_interval
 from autoquant.models.trees import take
-from autoquant.search import proposing, run
-from autoquant.search.options import Options
-from autoquant.search.preflight import Preflight, preflight
-from autoquant.search.profile import Profile, profile
-from autoquant.search.reporter import Silent
-from autoquant.search.result import SearchResult
-from autoquant.search.session import Session, open_session
-from autoquant.search.source import Source
-from autoquant.search.uniform import baselines, uniform
+from autoquant.optimize import proposer as proposing
+from autoquant.optimize import run
+from autoquant.optimize.callbacks import Silent
+from autoquant.optimize.result import SearchResult
+from autoquant.sensitivity.profile import Profile, profile
+from autoquant.session.preflight import Preflight, preflight
+from autoquant.session.session import Session, open_session
+from autoquant.spec.options import Options
 from autoquant.spec.recipe import SiteRecipe, choices_key
 from autoquant.spec.space import SearchSpace, SiteSpace
+from autoquant.spec.uniform import baselines, uniform
+from autoquant.study.source import Source
 from tests.benchmarks.evaluation import line
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.zoo import TITLES

@@ -21,9 +21,9 @@ import torch
 from autoquant.cli.failures import STATUSES
 from autoquant.models.files import load
 from autoquant.models.task import load_task
+from autoquant.optimize.evaluate import measure_recipe
 from autoquant.report.tables import megabytes
-from autoquant.search.remeasure import measure_recipe
-from autoquant.search.session import open_session
+from autoquant.session.session import open_session
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 from tests.benchmarks.machine import describe_machine
 from tests.zoo.conftest import HERE, task_module

@@ -11,8 +11,8 @@ import autoquant
 from autoquant.errors import TaskError
 from autoquant.models.data import make_splits
 from autoquant.models.digests import sample_digests
-from autoquant.search import header
-from autoquant.search.ledger import Ledger
+from autoquant.study import header
+from autoquant.study.ledger import Ledger
 
 READ = """
 def data():
@@ -95,12 +95,12 @@ def test_what_was_searched_by_is_never_confirmed_with(begun, cli, how, monkeypat
     def inputs(pairs):
         return set(sample_digests(x for x, _ in pairs))
 
-    from autoquant.search.source import Source
+    from autoquant.study.source import Source
 
     earlier = make_splits(Source("", str(begun / "task.py")).load_task())
     change(begun, how)
     used = {}
-    from autoquant.search import run
+    from autoquant.optimize import run
 
     opened = run.open_session
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from autoquant.search import preflight, proposing, run, stages
+from autoquant.optimize import proposer as proposing
+from autoquant.optimize import run, stages
+from autoquant.session import preflight
 
 WORDS = ("search", "model.pt", "--task", "task.py", "--study", "s")
 

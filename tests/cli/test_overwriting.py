@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from autoquant.cli import demo
-from autoquant.search import stages
+from autoquant.optimize import stages
 
 SEARCH = ("search", "model.pt", "--task", "task.py", "--trials", 3)
 APPLY = ("apply", "recipe.yaml", "model.pt", "--task", "task.py")

@@ -11,8 +11,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from autoquant.search.ledger import Ledger
-from tests.search.headers import plain_header
+from autoquant.study.ledger import Ledger
+from tests.study.headers import plain_header
 
 COMMANDS = [("studies",), ("show", "s"), ("show",), ("show", "s", "--json"), ("export", "s")]
 STORAGES = {"folder": None, "journal": "all.journal", "database": "sqlite:///s.db"}

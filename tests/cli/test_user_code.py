@@ -15,7 +15,7 @@ import pytest
 import autoquant
 from autoquant.errors import UserError
 from autoquant.models.task import load_task
-from autoquant.search.ledger import Ledger
+from autoquant.study.ledger import Ledger
 
 RAISED = {
     "exit 0": ("SystemExit(0)", "SystemExit: 0"),
@@ -115,7 +115,7 @@ def test_in_a_trial_it_costs_that_trial(project, cli, place, raised):
     change(project, "", counting + bodies[place])
     failing = project / "fail"
 
-    from autoquant.search import loop
+    from autoquant.optimize import loop
 
     begun, run_one = [], loop._run_one
     with pytest.MonkeyPatch.context() as patch:
@@ -166,7 +166,7 @@ def test_a_signal_in_user_code_ends_the_search(project, cli, sent, swallowed):
     change(project, "", TYPED.format(body))
     script = (
         "import sys, pathlib\n"
-        "from autoquant.search import loop\n"
+        "from autoquant.optimize import loop\n"
         "from autoquant.cli import main\n"
         "one, count = loop._run_one, []\n"
         "def run(*args):\n"

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from autoquant import apply, resume, search
-from autoquant.export.model import write
 from autoquant.methods import realize
 from autoquant.models.data import make_splits
+from autoquant.models.files import of_module
 from autoquant.models.metrics import resolve_metric
 from autoquant.models.task import Task
 from autoquant.nn.archive import load_archive
-from autoquant.search import samplers
-from autoquant.search.remeasure import measure_recipe
-from autoquant.search.source import of_module
+from autoquant.optimize.evaluate import measure_recipe
+from autoquant.samplers import samplers
+from autoquant.session.apply import write
 from autoquant.spec.recipe import Recipe, SplitResult
 from autoquant.spec.recipe_file import load
 from autoquant.spec.space import shipped

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 import autoquant
-from autoquant.export.model import write
-from autoquant.models.files import load
+from autoquant.models.files import load, of_module
 from autoquant.nn.archive import save_archive
-from autoquant.search.remeasure import measure_recipe
-from autoquant.search.session import open_session
-from autoquant.search.source import of_module
+from autoquant.optimize.evaluate import measure_recipe
+from autoquant.session.apply import write
+from autoquant.session.session import open_session
 from tests.devices.models import KINDS, Case, make
 
 SMALL = autoquant.SearchSpace.parse(

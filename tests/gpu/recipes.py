@@ -19,7 +19,7 @@ from pathlib import Path
 from autoquant.cli.failures import STATUSES
 from autoquant.models.files import load
 from autoquant.models.task import load_task
-from autoquant.search.remeasure import measure_recipe
+from autoquant.optimize.evaluate import measure_recipe
 from autoquant.spec.recipe import Recipe
 from autoquant.spec.recipe_file import load as load_recipe
 from tests.zoo.conftest import HERE, task_module

@@ -16,8 +16,8 @@ from autoquant import Task
 from autoquant.measure.decoding import decoded, divergences, scoring, steps_of
 from autoquant.measure.evaluator import Evaluator
 from autoquant.models.data import make_splits
-from autoquant.search.ledger import Ledger
-from autoquant.search.trials import measured
+from autoquant.study.ledger import Ledger
+from autoquant.study.trials import measured
 
 CLASSES, END = 5, 4
 

@@ -18,8 +18,8 @@ from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.nn.layouts import layout_of
-from autoquant.search.probes import Candidates
-from autoquant.search.sensitivity import measure_sensitivity
+from autoquant.sensitivity.fisher import measure_sensitivity
+from autoquant.sensitivity.sample_gradients import Candidates
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 
 

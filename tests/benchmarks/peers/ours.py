@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import autoquant
-from autoquant.search.knapsack import solve
-from autoquant.search.session import Session, open_session
-from autoquant.search.source import of_module
+from autoquant.models.files import of_module
+from autoquant.session.session import Session, open_session
+from autoquant.solvers.convex_hull import solve
 from autoquant.spec.outputs import write_text
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from tests.benchmarks.peers.cases import Case, table_path
@@ -255,7 +255,7 @@ def measured(case: Case, bits: float, folder: Path) -> Found:
 
 def damages(session: Session) -> tuple[dict[str, tuple[Any, ...]], dict[str, int]]:
     """Return the options of each layer with what the profile expects of them, and layers' sizes."""
-    from autoquant.search.profile import profile
+    from autoquant.sensitivity.profile import profile
 
     session.baseline("search")  # which says what the outputs are
     spaces = autoquant.SearchSpace.parse(SPACE, "peers").resolve(session.prepared.sites)

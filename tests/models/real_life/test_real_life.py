@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 import autoquant
 from autoquant.errors import UserError
-from autoquant.export.model import write
 from autoquant.models.data import make_splits
 from autoquant.models.metrics import METRICS
 from autoquant.models.task import outputs_of
 from autoquant.nn.archive import save_archive
-from autoquant.search.preflight import Preflight
-from autoquant.search.reporter import Silent
-from autoquant.search.result import SearchResult
+from autoquant.optimize.callbacks import Silent
+from autoquant.optimize.result import SearchResult
+from autoquant.session.apply import write
+from autoquant.session.preflight import Preflight
 from tests.models.real_life import code, families, outputs, structure, weights, wrapped
 from tests.models.real_life.case import Case, noise_to_signal, tensors
 

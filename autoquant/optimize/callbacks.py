@@ -1,0 +1,44 @@
+"""Whoever hears the whole of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from optuna.trial import FrozenTrial
+
+from autoquant.optimize.loop import Listener, Stop
+from autoquant.session.preflight import Preflight
+from autoquant.spec.goal import Goal
+
+
+class Reporter(Listener, Protocol):
+    """Hears the whole of a search; see the command line's for one that draws."""
+
+    def say(self, text: str) -> None:
+        """A stage began."""
+
+    def preflight(self, found: Preflight) -> None:
+        """The preflight is over."""
+
+    def begin(self, study: str, goal: Goal, done: Sequence[FrozenTrial], stop: Stop) -> None:
+        """The trials begin."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
+    def preflight(self, found: Preflight) -> None:
+        """Do nothing."""
+
+    def begin(self, study: str, goal: Goal, done: Sequence[FrozenTrial], stop: Stop) -> None:
+        """Do nothing."""
+
+    def trial(self, trial: FrozenTrial, best: FrozenTrial | None) -> None:
+        """Do nothing."""
+
+    def step(self, number: int, done: int, total: int) -> None:
+        """Do nothing."""

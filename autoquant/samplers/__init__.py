@@ -1,0 +1,1 @@
+"""Where the next recipe comes from."""

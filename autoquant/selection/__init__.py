@@ -1,0 +1,1 @@
+"""From trials to the one recipe that is returned, on data that no trial saw."""

@@ -1,0 +1,93 @@
+"""Which recipes go to the confirm split: few, as each one more is a chance of luck."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from autoquant.selection.drop_curve import fit_drops
+from autoquant.spec.goal import Goal
+from autoquant.spec.recipe import choices_key
+from autoquant.study.parameters import ParameterMap
+from autoquant.study.trials import measured
+
+Row = tuple[FrozenTrial, dict[str, Any]]
+
+FINALISTS = 5
+"""Most recipes that are measured on the confirm split."""
+CAUTION = (1.0, 0.6, 0.3)
+"""Shares of the maximum drop within which a finalist's estimated drop lies, one after the other."""
+
+
+def finalists(
+    trials: Sequence[FrozenTrial], mapping: ParameterMap, goal: Goal, uniforms: int
+) -> list[FrozenTrial]:
+    """Return the trials to confirm, best first: at most FINALISTS, no recipe twice.
+
+    With a maximum drop: the smallest recipes whose drop, estimated from all trials, is within
+    ever smaller shares of it; with a budget: the best ones. Then the incumbent, and the one of
+    least loss: the safe ways out.
+    """
+    rows = _rows(trials)
+    if not rows:
+        return []
+    expected = _expected(rows)
+    affordable = (_within(rows, expected, goal) if goal.budgeted else rows) or rows
+    safest = min(affordable, key=lambda r: (r[1]["loss"], r[0].number))
+    plain = _incumbent(rows, expected, goal, uniforms)
+    safe = [*([] if plain is None else [plain]), safest]
+    if goal.budgeted:
+        order = [*_within(rows, expected, goal)[: len(CAUTION)], *safe]
+    else:
+        order = [r for share in CAUTION for r in _within(rows, expected, goal, share)[:1]]
+        order = sorted([*order, *safe], key=_order)
+    chosen: dict[str, FrozenTrial] = {}
+    for trial, _ in order:
+        chosen.setdefault(choices_key(mapping.decode(trial.params)), trial)
+    return list(chosen.values())[:FINALISTS]
+
+
+def incumbent(trials: Sequence[FrozenTrial], goal: Goal, uniforms: int) -> FrozenTrial | None:
+    """Return the best of the first ``uniforms`` trials (the uniform recipes) that the goal affords.
+
+    It is what a search has to beat. None where no uniform recipe keeps the goal.
+    """
+    rows = _rows(trials)
+    found = _incumbent(rows, _expected(rows), goal, uniforms) if rows else None
+    return None if found is None else found[0]
+
+
+def _rows(trials: Sequence[FrozenTrial]) -> list[Row]:
+    return [(t, m) for t in trials if (m := measured(t)) is not None]
+
+
+def _order(row: Row) -> tuple[float, int]:
+    return row[1]["objective"], row[0].number
+
+
+def _expected(rows: Sequence[Row]) -> dict[int, float]:
+    """Return each trial's drop as all trials together tell it: less luck than its own."""
+    losses = [m["loss"] for _, m in rows]
+    curve = fit_drops(losses, [m["drop"] for _, m in rows])
+    return {t.number: e for (t, _), e in zip(rows, curve.drops(losses), strict=True)}
+
+
+def _within(
+    rows: Sequence[Row], expected: Mapping[int, float], goal: Goal, share: float = 1.0
+) -> list[Row]:
+    """Return what keeps the goal, a drop being within ``share`` of the maximum; best first."""
+    if goal.budgeted:
+        kept = [r for r in rows if r[1]["feasible"]]
+    else:
+        kept = [r for r in rows if expected[r[0].number] <= share * goal.max_drop]
+    return sorted(kept, key=_order)
+
+
+def _incumbent(
+    rows: Sequence[Row], expected: Mapping[int, float], goal: Goal, uniforms: int
+) -> Row | None:
+    plain = [r for r in rows if r[0].number < uniforms]
+    feasible = sorted((r for r in plain if r[1]["feasible"]), key=_order)
+    return next(iter([*_within(plain, expected, goal), *feasible]), None)

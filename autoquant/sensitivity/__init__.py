@@ -1,0 +1,1 @@
+"""What each choice of each layer does to the model, estimated before any trial."""

@@ -1,0 +1,206 @@
+"""The fast kernels are held against the reference on this model, layer by layer.
+
+Every candidate is measured by them, and only what is reported at the end by the reference: a
+kernel that is wrong on this machine, or on weights that lie as these do, would have a search go by
+wrong numbers. So each layer's product is computed both ways on its real input of a few samples,
+in each format of weight and activation that the space offers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoquant.errors import TrialError, UserError
+from autoquant.kernels.operation import LINEAR, Operation, Product, is_chainable
+from autoquant.kernels.reference import multiply, reference
+from autoquant.nn.converted import Converted, converted_modules
+from autoquant.nn.layer_output import After
+from autoquant.quant.activation import fake_quantize_activation
+from autoquant.quant.affine import QParams, dequantize
+from autoquant.quant.weight import QuantizedWeight
+from autoquant.session.session import Session
+from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.spec.space import SiteSpace
+from autoquant.spec.uniform import baselines
+
+TOLERANCE = 1e-5
+"""Largest difference, relative to the sum of the magnitudes that were added up."""
+FLIPS = 0.02
+"""Share of the integers handed to the next layer that may differ by one: those next to the middle
+between two."""
+
+Formats = tuple[tuple[int, str, str] | None, tuple[int, str, str] | None]
+
+
+def check_kernels(session: Session, spaces: Mapping[str, SiteSpace]) -> None:
+    """Raise UserError, naming the layer, where a fast kernel is not the reference's equal."""
+    if not session.prepared.engine.backends:
+        return
+    recipes: dict[str, dict[Formats, SiteRecipe]] = {}
+    for sites in baselines(spaces):
+        for name, recipe in sites.items():
+            if recipe.weight is not None and recipe.activation is not None:
+                recipes.setdefault(name, {}).setdefault(
+                    (_format(recipe.weight), _format(recipe.activation)), recipe
+                )
+    session.realizer.to_float()
+    layers = {
+        id(slot): (layer, name)
+        for layer in converted_modules(session.model)
+        for name, slot in layer.sites.items()
+    }
+    for name, found in recipes.items():
+        slot = session.prepared.slots[name]
+        layer, weight = layers[id(slot)]
+        slot.observe = _Once(functools.partial(_check, session, layer, weight, name, found))
+    # An accelerator's kernels are tuned for the shapes they meet: a whole batch has those of the
+    # trials. On a CPU a few samples are enough, and cheaper.
+    evaluator, on_cpu = session.evaluator, session.device.type == "cpu"
+    inputs = evaluator.few(session.model) if on_cpu else evaluator.example()
+    try:
+        evaluator.observe(session.model, inputs)
+    except TrialError as error:
+        raise UserError(f"the fast kernels can't be checked: {error}") from error
+    finally:
+        for slot in session.prepared.slots.values():
+            slot.observe = None
+
+
+class _Once:
+    """Calls ``check`` with the first input that has any number."""
+
+    def __init__(self, check: functools.partial[None]) -> None:
+        self.check = check
+        self.done = False
+
+    def __call__(self, x: Tensor) -> None:
+        if not self.done and x.numel():
+            self.done = True
+            self.check(x.detach())
+
+
+def _format(scheme: WeightScheme | ActivationScheme) -> tuple[int, str, str]:
+    return scheme.bits, scheme.granularity, scheme.scheme
+
+
+def _check(
+    session: Session,
+    layer: Converted,
+    weight: str,
+    name: str,
+    recipes: Mapping[Formats, SiteRecipe],
+    x: Tensor,
+) -> None:
+    """Compare the kernel with the reference on the input ``x`` of one layer, in each format."""
+    operation = layer.operation if weight == "weight" else LINEAR
+    if operation is None:
+        return
+    own = dict.get(layer.module._parameters, "bias") if weight == "weight" else None
+    for recipe in recipes.values():
+        # How weights are rounded changes their integers, and not what is done with them.
+        done = session.realizer.calibrated(name, replace(recipe, learning_rate=None))
+        held = session.realizer.held(name, done)
+        if held is None or done.activation is None:
+            continue
+        product = held.product(operation, done.activation, None, x.device)
+        if product is None:
+            continue
+        stored = held.quantized.as_matrix() if operation == LINEAR else held.quantized
+        bias = held.bias(own)
+        found = product(x, bias)
+        if found is None:
+            continue
+        exact, moved = x, bias
+        if x.device.type != "cpu":  # cuDNN's float32 may be no more exact than the kernel
+            exact, moved = x.double(), None if bias is None else bias.double()
+        expected = reference(operation, exact, stored, done.activation, moved)
+        wrong = _differs(operation, exact, stored, done.activation, moved, expected, found)
+        if wrong is None and layer.reader is not None:
+            wrong = _differs_handed(session, layer, product, x, bias, expected.to(x.dtype))
+        if wrong is not None:
+            raise UserError(
+                f"{name}: the fast kernel ({product.backend}) and the reference differ on this "
+                f"machine, {wrong}, with {_words(done)}: search with --backend reference"
+            )
+
+
+def _differs(
+    operation: Operation,
+    x: Tensor,
+    weight: QuantizedWeight,
+    activation: ActivationScheme,
+    bias: Tensor | None,
+    expected: Tensor,
+    found: Tensor,
+) -> str | None:
+    """Return in words how two outputs differ beyond rounding, None where they don't."""
+    if expected.shape != found.shape:
+        return f"in shape: {list(found.shape)} and {list(expected.shape)}"
+    kind = "conv" if operation.kind.startswith("conv") else "linear"
+    size = fake_quantize_activation(x, activation, kind).abs()
+    real = weight.dequantize(x.dtype).abs()
+    added = multiply(operation, size, real, None if bias is None else bias.to(x.dtype).abs())
+    tolerance = max(TOLERANCE, 4 * torch.finfo(found.dtype).eps)
+    off = (found.double() - expected.double()).abs()
+    allowed = tolerance * added.double()
+    if bool((off <= allowed + torch.finfo(torch.float32).tiny).all()):
+        return None
+    worst = int((off - allowed).nan_to_num(torch.inf).argmax())
+    right = float(expected.flatten()[worst])
+    return f"by {float(off.flatten()[worst]):.3g} where {right:.3g} is right"
+
+
+def _differs_handed(
+    session: Session,
+    layer: Converted,
+    product: Product,
+    x: Tensor,
+    bias: Tensor | None,
+    expected: Tensor,
+) -> str | None:
+    """Return how the integers that are handed to the next layer differ from the reference's."""
+    reader = layer.reader
+    assert reader is not None
+    site = next(s for s in session.prepared.sites if (reader.path, "weight") in s.users)
+    scheme = session.realizer.activation(site.name, ActivationScheme(8))
+    if not is_chainable(product) or (known := product.stored(x)) is None:
+        return None
+    after = layer.after
+    clamp, gelu = (after, None) if isinstance(after, tuple) else (None, after)
+    found = product.handed(known, bias, clamp, scheme, gelu)
+    if found is None:
+        return None
+    right = fake_quantize_activation(_done(expected, after), scheme, site.kind)
+    assert scheme.scale is not None
+    scale, zero_point = (
+        torch.tensor(n, dtype=torch.float32) for n in (scheme.scale, scheme.zero_point or 0)
+    )
+    numbers = QParams(scale, zero_point, scheme.bits)
+    got = dequantize(found.to(torch.int16) - 128, numbers)
+    steps = ((got - right).abs() / scheme.scale).round()
+    share = float((steps > 0).float().mean())
+    if float(steps.max()) <= 1 and share <= FLIPS:
+        return None
+    return f"in {share:.1%} of the integers that it hands to {site.name}"
+
+
+def _done(y: Tensor, after: After) -> Tensor:
+    if isinstance(after, tuple):
+        return y.clamp(*after)
+    return y if after is None else F.gelu(y, approximate=after)
+
+
+def _words(recipe: SiteRecipe) -> str:
+    assert recipe.weight is not None
+    assert recipe.activation is not None
+    w, a = recipe.weight, recipe.activation
+    return (
+        f"weights of {w.bits} bits {w.granularity} {w.scheme} and activations of {a.bits} bits "
+        f"{a.granularity} {a.scheme}"
+    )

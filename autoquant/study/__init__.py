@@ -1,0 +1,1 @@
+"""A study as it is kept: what it began with, its trials, and what can be read from it later."""

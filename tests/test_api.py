@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import autoquant
 from autoquant.errors import SpecError, StudyError, TaskError, UserError
+from autoquant.spec.techniques import NEAREST, UNCORRECTED
 
 
 class Net(nn.Module):
@@ -113,7 +114,11 @@ def test_search_and_apply_leave_the_model_as_it_is():
     again = autoquant.apply(result.recipe, model, task)
     # What no data taught: scales that a recipe carries, and ranges of the weights themselves.
     plain = {
-        name: replace(site, weight=replace(site.weight, calibration="max"), bias_correction=False)
+        name: replace(
+            site,
+            weight=replace(site.weight, calibration="max", rounding=NEAREST),
+            correction=UNCORRECTED,
+        )
         for name, site in result.recipe.sites.items()
         if site.weight is not None
     }

@@ -21,7 +21,7 @@ from autoquant.measure.speed import activations_of, adapted, pairs, speed_class,
 from autoquant.measure.timing import Clock, clock_of, median_seconds
 from autoquant.measure.units import Hook, Run, Unit, choose, count_calls, find_units, run_hooked
 from autoquant.measure.units import signature as signature_of
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.converted import Converted, converted_modules, converted_of
 from autoquant.nn.sites import Site
 from autoquant.spec.recipe import SiteRecipe
@@ -43,7 +43,7 @@ def whole_seconds(model: nn.Module, run: Run, device: torch.device, clock: Clock
 
 
 def measure_latency(
-    realizer: Realizer,
+    realizer: Applier,
     spaces: Mapping[str, SiteSpace],
     run: Run,
     device: torch.device,
@@ -101,7 +101,7 @@ class _Timer:
     """Times units in the middle of a run; the same code on the same inputs is timed once."""
 
     def __init__(
-        self, realizer: Realizer, device: torch.device, clock: Clock, cache: LatencyCache
+        self, realizer: Applier, device: torch.device, clock: Clock, cache: LatencyCache
     ) -> None:
         self.realizer = realizer
         self.clock = clock

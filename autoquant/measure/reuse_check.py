@@ -18,7 +18,7 @@ from torch import Tensor
 from autoquant.errors import OutOfMemory, TrialError
 from autoquant.measure.outputs import as_words
 from autoquant.measure.reuse import Reuse
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.leaves import frozen, leaves
 from autoquant.spec.recipe import SiteRecipe, WeightScheme
 
@@ -30,7 +30,7 @@ ORDER = (0, 1, 0, 2, 1)
 
 def check(
     reuse: Reuse,
-    realizer: Realizer,
+    realizer: Applier,
     run: Callable[[], Any],
     key: Hashable,
     *,
@@ -69,7 +69,7 @@ def check(
     return reuse.on
 
 
-def _random_states(realizer: Realizer) -> list[Tensor]:
+def _random_states(realizer: Applier) -> list[Tensor]:
     """Return the states of the generators that a model draws from: its device's, and the CPU's."""
     device = next(iter(realizer.prepared.slots.values())).parameter.device
     there = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
@@ -78,7 +78,7 @@ def _random_states(realizer: Realizer) -> list[Tensor]:
 
 def _expected(
     reuse: Reuse,
-    realizer: Realizer,
+    realizer: Applier,
     recipes: Sequence[Mapping[str, SiteRecipe]],
     run: Callable[[], Any],
 ) -> dict[int, Any]:

@@ -1,1 +1,1 @@
-"""Repair and learning: what improves a quantized layer after calibration."""
+"""Repair and learning: what improves a quantized layer after calibration, a file a technique."""

@@ -142,7 +142,7 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
     shifts = {
         name: torch.zeros(known[name].matrix[0], dtype=torch.float32, device=devices[name])
         for name, site in recipe.sites.items()
-        if site.bias_correction
+        if site.correction.centers
     }
     deployed = deploy(prepared, choices, shifts)
     with safe_open(str(path), "pt") as file:

@@ -38,7 +38,9 @@ class SiteStatistics:
     ``inputs`` describes the activation, None where none meets the weight. ``moments`` is the mean
     of x·xᵀ over rows of the input as the weight sees it: float32 [groups, n, n], or its diagonal
     [groups, n], where n is the number of weights of an output channel; None without activation.
-    ``means`` are those of x, [groups, n], where the layer has (or could have) a bias to correct.
+    ``means`` are those of x, [groups, n], where the layer has (or could have) a bias to correct,
+    over all rows; ``centers`` are those of the rows that ``moments`` are of, which may be fewer:
+    less them, the moments are of something that exists, with no negative eigenvalue.
     Tensors are on the device of the site's weight, where whatever they are multiplied with is.
 
     ``has`` says what of it was collected and kept: asking for anything else raises
@@ -53,6 +55,7 @@ class SiteStatistics:
     has: frozenset[Need] = EVERYTHING
     errors: dict[bool, OutputError | None] = field(default_factory=dict, repr=False)
     reached: bool | None = True
+    centers: Tensor | None = None
 
     def distribution(self) -> TensorStatistics | None:
         """Return what the activation's numbers are like; None where none meets the weight."""
@@ -72,11 +75,12 @@ class SiteStatistics:
         self._check(Need.MOMENTS)
         if not centered or self.moments is None:
             return self.moments
-        if self.means is None:
+        mean = self.centers
+        if mean is None:
             raise MissingStatistics("moments about the mean of a layer without a mean")
         if self.moments.dim() == 2:
-            return (self.moments - self.means.square()).clamp(min=0.0)
-        return self.moments - self.means[:, :, None] * self.means[:, None, :]
+            return (self.moments - mean.square()).clamp(min=0.0)
+        return self.moments - mean[:, :, None] * mean[:, None, :]
 
     def output_error(self, *, corrected: bool) -> OutputError | None:
         """Return what an error of the weight does to the output; ``corrected`` takes off the mean.
@@ -102,6 +106,7 @@ class SiteStatistics:
             needs,
             {c: self.output_error(corrected=c) for c in wanted},
             self.reached,
+            self.centers if Need.MOMENTS in needs else None,
         )
 
     def _check(self, need: Need) -> None:
@@ -129,6 +134,7 @@ class _Recorder:
         self.rows = 0
         self.sum: Tensor | None = None
         self.windows = 0
+        self.row_sum: Tensor | None = None
         self.reached: bool | None = None
 
     @torch.inference_mode(False)  # the user's code may be in it, but sums must stay writable
@@ -154,6 +160,9 @@ class _Recorder:
         self.rows += rows.shape[1]
         part = rows.mT @ rows if self.full else rows.square().sum(1)
         self.total = part if self.total is None else self.total.add_(part)
+        if Need.MEANS in self.needs and self.site.corrects:
+            summed = rows.sum(1, dtype=torch.float64)
+            self.row_sum = summed if self.row_sum is None else self.row_sum.add_(summed)
 
     def finish(self) -> SiteStatistics:
         inputs = self.collector.finish()
@@ -161,11 +170,14 @@ class _Recorder:
         if self.total is not None:
             moments = apart(self.total / max(self.rows, 1), self.site)
         means = None if self.sum is None else (self.sum / max(self.windows, 1)).float()
+        centers = None if self.row_sum is None else (self.row_sum / max(self.rows, 1)).float()
         numbers = [t for t in (moments, means) if t is not None]
         if not (inputs.finite and all(bool(t.isfinite().all()) for t in numbers)):
             raise TrialError(f"{self.site.name}: its input holds NaN or Inf on calibration data")
         seen = None if self.collector.empty else inputs
-        return SiteStatistics(seen, moments, means, self.needs, reached=self.reached)
+        return SiteStatistics(
+            seen, moments, means, self.needs, reached=self.reached, centers=centers
+        )
 
 
 def input_sums(x: Tensor, site: Site, module: nn.Module) -> tuple[Tensor, int]:

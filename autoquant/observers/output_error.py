@@ -98,6 +98,20 @@ class OutputError:
         return self.of_blocks(real.sub_(x).flatten(2), blocks)
 
 
+def exact_output_error(delta: Tensor, moments: Tensor | None) -> Tensor:
+    """Return tr(Δ·C·Δᵀ): the mean squared output error, summed over channels, of a weight error.
+
+    ``delta`` is [channels, n]; ``moments`` C [groups, n, n], its diagonal [groups, n], or None
+    where rows are read one by one.
+    """
+    if moments is None:
+        return delta.square().sum()
+    grouped = delta.reshape(len(moments), -1, delta.shape[1])
+    if moments.dim() == 2:
+        return (grouped.square() * moments[:, None]).sum()
+    return ((grouped @ moments) * grouped).sum()
+
+
 def _basis(moments: Tensor) -> Tensor:
     """Return [groups, n, rank] whose product with its transpose is nearest to ``moments``."""
     n = moments.shape[-1]

@@ -12,6 +12,7 @@ from autoquant.libraries import unchanged
 from autoquant.models.direction import in_words
 from autoquant.spec.costs import LatencyEvidence, describe_seconds
 from autoquant.spec.recipe import Recipe, SiteRecipe
+from autoquant.spec.techniques import NEAREST
 from autoquant.study.ledger import REASON
 from autoquant.study.trials import measured
 
@@ -73,7 +74,8 @@ def describe_weight(site: SiteRecipe) -> str:
     w = site.weight
     if w is None:
         return "float"
-    return f"{w.bits} bits {w.granularity} {w.scheme} {w.calibration}"
+    how = "" if w.rounding == NEAREST else f", {w.rounding}"
+    return f"{w.bits} bits {w.granularity} {w.scheme} {w.calibration}{how}"
 
 
 def describe_activation(site: SiteRecipe) -> str:
@@ -87,11 +89,9 @@ def describe_activation(site: SiteRecipe) -> str:
 
 def layers_table(recipe: Recipe) -> Table:
     """Return what was chosen for each layer."""
-    learns = any(site.learning_rate is not None for site in recipe.sites.values())
-    table = _table("recipe", "layer", "weight", "activation", *["learning rate"] * learns)
+    table = _table("recipe", "layer", "weight", "activation")
     for name, site in recipe.sites.items():
-        rate = "" if site.learning_rate is None else f"{site.learning_rate:.3g}"
-        table.add_row(name, describe_weight(site), describe_activation(site), *[rate] * learns)
+        table.add_row(name, describe_weight(site), describe_activation(site))
     return table
 
 

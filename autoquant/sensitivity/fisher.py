@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from autoquant.errors import AutoquantError, TrialError
 from autoquant.measure.decoding import decoded, scoring
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.models.trees import batch_size, take
 from autoquant.models.usercode import guarded
 from autoquant.nn.leaves import leaves
@@ -91,7 +91,7 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    realizer: Realizer,
+    realizer: Applier,
     run: Callable[[nn.Module, Any], Any],
     batches: Sequence[Any],
     candidates: Mapping[str, Candidates],
@@ -194,7 +194,7 @@ class _Work:
 
     def __init__(
         self,
-        realizer: Realizer,
+        realizer: Applier,
         run: Callable[[nn.Module, Any], Any],
         objective: _Objective,
     ) -> None:

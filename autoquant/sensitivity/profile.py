@@ -21,23 +21,24 @@ import torch
 from torch import Tensor
 
 from autoquant.measure.size import weight_bytes
-from autoquant.methods.rounding import output_error
+from autoquant.methods.problem import Bench
 from autoquant.nn.calibrate import SiteStatistics
 from autoquant.nn.convert import Prepared
 from autoquant.nn.sites import Site
-from autoquant.nn.weights import quantize_weight
 from autoquant.observers import (
     TensorStatistics,
     activation_range,
     quantization_error,
     token_error,
 )
+from autoquant.observers.output_error import exact_output_error
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.sensitivity.fisher import Candidates, Score, Sensitivity
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.granularity import divides
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.space import SiteSpace
+from autoquant.spec.techniques import Correction
 
 Scheme = TypeVar("Scheme", WeightScheme, ActivationScheme)
 
@@ -111,8 +112,8 @@ def _nearest(
 
 Measure = Callable[[Mapping[str, Candidates]], Sensitivity | str]
 """Says what candidates do to the model's output, or in one line why that can't be said."""
-Quantize = Callable[[Site, WeightScheme, bool], QuantizedWeight]
-"""Gives the whole weight of a site by a scheme, its bias corrected or not."""
+Quantize = Callable[[Site, WeightScheme, Correction], QuantizedWeight]
+"""Gives the whole weight of a site by a scheme, beside a correction."""
 
 
 def profile(
@@ -175,18 +176,21 @@ def _local(
     part, sample = _sample(parameter, site)
     matrix = sample.movedim(part.channel_axis, 0).flatten(1).float()
     everything, inputs = known.second_moments(centered=False), known.distribution()
-    signal = max(float(output_error(matrix, everything)), 1e-30)
-    corrected = _corrects(space)
-    moments = known.second_moments(centered=corrected)
-    error = known.output_error(corrected=corrected)
-    weights = {}
-    for scheme in weight_schemes(site, space):
+    signal = max(float(exact_output_error(matrix, everything)), 1e-30)
+    correction = _correction(space)
+    moments = known.second_moments(centered=correction.centers)
+
+    bench = Bench(sample, part, known, correction)
+
+    def damage(scheme: WeightScheme) -> float:
         if quantize is not None and part is site:
-            quantized = quantize(site, scheme, _corrects(space))
+            quantized = quantize(site, scheme, correction)
         else:
-            quantized = quantize_weight(sample, part, scheme, error)
-        delta = quantized.matrix() - matrix
-        weights[scheme] = float(output_error(delta, moments)) / signal
+            quantized = bench.round(scheme)
+        return float(exact_output_error(quantized.matrix() - matrix, moments)) / signal
+
+    weights = {scheme: damage(scheme) for scheme in weight_schemes(site, space)}
+    weights |= {scheme: damage(scheme) for scheme in _otherwise_rounded(weights, space)}
     power = float(matrix.square().sum()) / signal
     activations = {
         scheme: activation_error(inputs, scheme) * power
@@ -196,11 +200,31 @@ def _local(
     return weights, activations
 
 
-def _corrects(space: SiteSpace) -> bool:
-    """Return whether uniform recipes of a site correct its bias."""
+def _correction(space: SiteSpace) -> Correction:
+    """Return the correction of a site in uniform recipes."""
     if space.fixed is not None:
-        return space.fixed.bias_correction
-    return bool(space.choices["bias_correction"][0])
+        return space.fixed.correction
+    found: Correction = space.choices["correction"][0].technique
+    return found
+
+
+def _otherwise_rounded(
+    weights: Mapping[WeightScheme, float], space: SiteSpace
+) -> list[WeightScheme]:
+    """Return the best schemes of each grid with every other rounding on offer.
+
+    A rounding works on a calibrated grid: what is best before it is taken to be best after it.
+    What has an open option is left to the trials.
+    """
+    if space.fixed is not None:
+        return []
+    best: dict[tuple[object, ...], WeightScheme] = {}
+    for scheme, damage in weights.items():
+        key = scheme.bits, scheme.granularity, scheme.scheme
+        if key not in best or damage < weights[best[key]]:
+            best[key] = scheme
+    others = [offer for offer in space.choices["rounding"][1:] if not offer.axes]
+    return [replace(w, rounding=offer.technique) for w in best.values() for offer in others]
 
 
 def _candidates(
@@ -220,7 +244,7 @@ def _candidates(
         widest = max((a.bits for a in ranked), default=0)
         ranked.sort(key=lambda a: a.bits < min(widest, QUANTIZED_ACTIVATION))
         chosen = tuple(ranked[:MOST_ACTIVATIONS])
-        found[name] = Candidates(tuple(best.values()), chosen, _corrects(spaces[name]))
+        found[name] = Candidates(tuple(best.values()), chosen, _correction(spaces[name]))
     return found
 
 
@@ -266,12 +290,12 @@ def activation_error(inputs: TensorStatistics, scheme: ActivationScheme) -> floa
 
 
 def weight_schemes(site: Site, space: SiteSpace) -> list[WeightScheme]:
-    """Return every quantized weight choice of a site."""
+    """Return every grid of a site's weight, rounded as uniform recipes are."""
     if space.fixed is not None:
         return [space.fixed.weight] if space.fixed.weight else []
     c = space.choices
     return [
-        WeightScheme(*values)
+        WeightScheme(*values, rounding=c["rounding"][0].technique)
         for values in itertools.product(
             (b for b in c["weight_bits"] if b != FLOAT_BITS),
             (g for g in c["weight_granularity"] if divides(g, site.matrix)),
@@ -315,7 +339,7 @@ def _options(
     best: dict[tuple[object, ...], Option] = {}
     for scheme, damage in weights.items():
         for activation, activation_damage in beside:
-            recipe = SiteRecipe(scheme, activation, _fixed_rate(space), _corrects(space))
+            recipe = SiteRecipe(scheme, activation, _correction(space))
             option = _option(site, recipe, damage + activation_damage)
             key = (scheme.bits, scheme.granularity, scheme.scheme if speeds else "", activation)
             if key not in best or option.damage < best[key].damage:
@@ -340,12 +364,6 @@ def _fastest_activations(
         (a, activations[a]) for a in best.values()
     ]
     return [*found, (None, 0.0)] if floats or not found else found
-
-
-def _fixed_rate(space: SiteSpace) -> float | None:
-    """Return the learning rate where the space insists on learning."""
-    rate = space.learning_rate
-    return None if rate is None or rate.optional else rate.low
 
 
 def _best_activation(

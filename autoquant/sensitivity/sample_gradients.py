@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoquant.kernels.cpu.native import change_products
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.runtime import Rows
 from autoquant.nn.slots import SiteSlot
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.spec.techniques import Correction
 
 TOGETHER = 8
 """Whole gradients of a weight that are multiplied with its changes at a time."""
@@ -53,13 +54,13 @@ class Candidates:
 
     weights: tuple[WeightScheme, ...]
     activations: tuple[ActivationScheme, ...]
-    corrected: bool
+    correction: Correction
 
 
 class Changes:
     """What each candidate of a site changes: its weight, its bias, and how its input is rounded."""
 
-    def __init__(self, slot: SiteSlot, candidates: Candidates, realizer: Realizer) -> None:
+    def __init__(self, slot: SiteSlot, candidates: Candidates, realizer: Applier) -> None:
         name = slot.site.name
         self.slot = slot
         self.candidates = candidates
@@ -70,7 +71,7 @@ class Changes:
         )
         changes, shifts = [], []
         for scheme in candidates.weights:
-            held = realizer.held(name, SiteRecipe(scheme, None, None, candidates.corrected))
+            held = realizer.held(name, SiteRecipe(scheme, None, candidates.correction))
             assert held is not None
             changes.append(held.quantized.dequantize(torch.float32) - parameter)
             shifts.append(self.nothing if held.shift is None else held.shift)
@@ -176,7 +177,7 @@ class WholeGradients(_Listener):
         """Begin to listen."""
         if self.changes.weights is not None:
             self.slot.parameter.requires_grad_(True)
-            if self.changes.candidates.corrected:
+            if self.changes.candidates.correction.centers:
                 self.slot.offset = self.offset.requires_grad_(True)
         if self.changes.schemes:
             self.slot.probe = self.probe
@@ -270,7 +271,7 @@ class UsesOfWeight(_Listener):
         else:
             found = gradient.new_empty(len(x), len(changes), dtype=torch.float32)
             dims = tuple(range(1, gradient.dim()))
-            corrected = self.changes.candidates.corrected
+            corrected = self.changes.candidates.correction.centers
             try:
                 for i, whole in enumerate(self.changes.weights):  # type: ignore[arg-type]
                     self.slot.stand_in = (

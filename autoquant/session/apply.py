@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from autoquant.errors import SpecError, TrialError, UserError
 from autoquant.export.pt2 import NotExportable, export_program, is_program, save_program
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.models.data import make_splits
 from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel, of_module
@@ -79,10 +79,10 @@ def quantize(
     if reason is not None:
         raise SpecError(f"{reason}; give --task or --data")
     prepared = prepare(move(loaded.module, device), folded=recipe.folded)
-    return _deployed(Realizer(prepared, {}), recipe)
+    return _deployed(Applier(prepared, {}), recipe)
 
 
-def _deployed(realizer: Realizer, recipe: Recipe) -> tuple[nn.Module, Recipe]:
+def _deployed(realizer: Applier, recipe: Recipe) -> tuple[nn.Module, Recipe]:
     try:
         calibrated = realizer.apply(recipe.sites)
         named = {name: calibrated[name] for name in recipe.sites}

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from autoquant.errors import TaskError, TrialError, UserError
-from autoquant.methods.realize import CACHE_BYTES
+from autoquant.methods.applier import CACHE_BYTES
 from autoquant.models.chance import chance_level
 from autoquant.models.evidence import FunctionEvidence
 from autoquant.models.metrics import drop

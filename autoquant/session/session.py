@@ -29,7 +29,7 @@ from autoquant.measure.evaluator import (
 from autoquant.measure.reuse import Reuse
 from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.models.data import Splits, batch_size, make_splits
 from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
@@ -44,6 +44,7 @@ from autoquant.session.surgery import Untouched
 from autoquant.spec.goal import Measurement
 from autoquant.spec.needs import Need, needs_of
 from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe, WeightScheme
+from autoquant.spec.techniques import Correction
 
 REUSE_BYTES = 2 << 30
 """Most bytes that results of layers are kept in, unless told otherwise."""
@@ -63,7 +64,7 @@ class Session:
     device: torch.device
     prepared: Prepared
     statistics: Mapping[str, SiteStatistics]
-    realizer: Realizer
+    realizer: Applier
     evaluator: Evaluator
     sizes: SizeModel
     costs: CostModel
@@ -197,9 +198,11 @@ class Session:
             seconds=seconds,
         )
 
-    def quantized(self, site: Site, scheme: WeightScheme, corrected: bool) -> QuantizedWeight:
+    def quantized(
+        self, site: Site, scheme: WeightScheme, correction: Correction
+    ) -> QuantizedWeight:
         """Return a site's weight by ``scheme``, kept for whoever asks next."""
-        held = self.realizer.held(site.name, SiteRecipe(scheme, None, None, corrected))
+        held = self.realizer.held(site.name, SiteRecipe(scheme, None, correction))
         assert held is not None
         return held.quantized
 
@@ -316,7 +319,7 @@ def open_session(
         device,
         prepared,
         statistics,
-        Realizer(prepared, statistics),
+        Applier(prepared, statistics),
         evaluator,
         sizes,
         CostModel(sizes),

@@ -6,21 +6,10 @@ keeps it as long as any choice may ask for it. What is missing raises: no choice
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Mapping
 
+from autoquant.spec.need import Need
 from autoquant.spec.recipe import SiteRecipe
-
-
-class Need(enum.Enum):
-    """One thing that calibration can find out about the input of a layer."""
-
-    RANGE = "the distribution of its input"
-    MEANS = "the mean of its input"
-    OUTPUT_ERROR = "what an error of its weight does to its output"
-    CENTERED_OUTPUT_ERROR = "what an error of its weight does to its output about the mean"
-    MOMENTS = "the second moments of its input"
-
 
 EVERYTHING = frozenset(Need)
 
@@ -36,15 +25,12 @@ WEIGHT_NEEDS: Mapping[str, Callable[[bool], Need]] = {"output_mse": output_error
 
 def needs_of(recipe: SiteRecipe) -> frozenset[Need]:
     """Return what has to be known of a layer's input to quantize the layer by ``recipe``."""
-    found = set()
+    found: set[Need] = set()
     activation, weight = recipe.activation, recipe.weight
     if activation is not None and not activation.dynamic and activation.scale is None:
         found.add(Need.RANGE)
     if weight is not None:
         if weight.calibration in WEIGHT_NEEDS:
-            found.add(WEIGHT_NEEDS[weight.calibration](recipe.bias_correction))
-        if recipe.bias_correction:
-            found.add(Need.MEANS)
-        if recipe.learning_rate is not None:
-            found |= {Need.MOMENTS, *([Need.MEANS] if recipe.bias_correction else [])}
+            found.add(WEIGHT_NEEDS[weight.calibration](recipe.correction.centers))
+        found |= weight.rounding.needs | recipe.correction.needs
     return frozenset(found)

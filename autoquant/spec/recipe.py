@@ -15,20 +15,24 @@ from typing import Any
 
 from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.formats import FLOAT_BITS
+from autoquant.spec.techniques import NEAREST, UNCORRECTED, Correction, Rounding
 from autoquant.spec.verdict import Verdict
 
-VERSION = 1
-"""Version of the YAML format; a file of another version is refused."""
+VERSION = 2
+"""Version of the YAML format that is written."""
+READABLE = (1, 2)
+"""Versions that are read; a file of another one is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightScheme:
-    """How one weight is quantized. ``bits`` is 2 … 8."""
+    """How one weight is quantized: its grid, and how it is brought there. ``bits`` is 2 … 8."""
 
     bits: int
     granularity: str = "per_channel"
     scheme: str = "symmetric"
     calibration: str = "max"
+    rounding: Rounding = NEAREST
 
     @property
     def symmetric(self) -> bool:
@@ -72,15 +76,12 @@ class ActivationScheme:
 class SiteRecipe:
     """What one site becomes; None means that it stays in float (16 bits).
 
-    ``learning_rate`` says how fast the rounding and the scale of the weight are learned against
-    the layer's float output after calibration; None means not at all. ``bias_correction`` moves
-    the bias by what the quantized weight makes of the mean input, so that the mean output stays.
+    ``correction`` is what is done to the rest of the layer for the errors of its rounded weight.
     """
 
     weight: WeightScheme | None = None
     activation: ActivationScheme | None = None
-    learning_rate: float | None = None
-    bias_correction: bool = False
+    correction: Correction = UNCORRECTED
 
     @property
     def weight_bits(self) -> int:
@@ -91,17 +92,15 @@ class SiteRecipe:
         """Return the same recipe in its one spelling, with what has no effect left out.
 
         A per-token scale is computed from the token's own range, so its calibration is ``max``;
-        there is nothing to learn or to correct where the weight stays in float.
+        there is nothing to correct where the weight stays in float.
         """
         activation = self.activation
         if activation is not None and activation.dynamic:
             activation = replace(activation, calibration="max", scale=None, zero_point=None)
-        learning_rate = self.learning_rate if self.weight is not None else None
-        corrected = self.bias_correction and self.weight is not None
-        same = (self.activation, self.learning_rate, self.bias_correction)
-        if (activation, learning_rate, corrected) == same:
+        correction = self.correction if self.weight is not None else UNCORRECTED
+        if (activation, correction) == (self.activation, self.correction):
             return self
-        return SiteRecipe(self.weight, activation, learning_rate, corrected)
+        return SiteRecipe(self.weight, activation, correction)
 
     def uncalibrated(self) -> SiteRecipe:
         """Return the same choices without calibrated numbers."""
@@ -206,10 +205,8 @@ def choices_key(sites: Mapping[str, SiteRecipe]) -> str:
 
 def _plain(site: SiteRecipe) -> list[Any]:
     w, a = site.weight, site.activation
-    plain = [
-        None if w is None else [w.bits, w.granularity, w.scheme, w.calibration],
+    return [
+        None if w is None else [w.bits, w.granularity, w.scheme, w.calibration, w.rounding.plain()],
         None if a is None else [a.bits, a.granularity, a.scheme, a.calibration],
-        site.learning_rate,
+        site.correction.plain(),
     ]
-    # Keys of recipes without it stay what they were.
-    return [*plain, True] if site.bias_correction else plain

@@ -24,6 +24,7 @@ from autoquant.spec.formats import FLOAT_BITS, FORMATS
 from autoquant.spec.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES
 from autoquant.spec.outputs import check_target, is_signed, signed, write_text
 from autoquant.spec.recipe import (
+    READABLE,
     VERSION,
     ActivationScheme,
     Evidence,
@@ -33,9 +34,20 @@ from autoquant.spec.recipe import (
     SplitResult,
     WeightScheme,
 )
+from autoquant.spec.techniques import (
+    CORRECTIONS,
+    NEAREST,
+    ROUNDINGS,
+    UNCORRECTED,
+    Correction,
+    Rounding,
+    technique_of,
+)
 from autoquant.spec.verdict import OUTCOMES, Verdict
 
 SCHEMES = ("symmetric", "asymmetric")
+LEARNED, BIAS = "learned_rounding", "bias"
+"""What version 1 says by ``learning_rate`` and ``bias_correction``."""
 BITS = (*FORMATS, FLOAT_BITS)
 
 
@@ -54,10 +66,10 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     if "autoquant_recipe" not in fields:
         raise SpecError(f"{where}: not a recipe: it has no autoquant_recipe field")
     version = fields.take("autoquant_recipe")
-    if not is_one_of(version, (VERSION,)):
+    if not is_one_of(version, READABLE):
         raise SpecError(
             f"{where}: autoquant_recipe: found version {show(version)}, this release reads "
-            f"{VERSION}; use the release that wrote it"
+            f"{' and '.join(map(str, READABLE))}; use the release that wrote it"
         )
     model = fields.take("model", None)
     metric = fields.take("metric", None)
@@ -111,13 +123,36 @@ def site_from_plain(data: Any, where: str) -> SiteRecipe:
     activation = _activation(
         Fields(fields.take("activation", {"bits": FLOAT_BITS}), f"{where}: activation")
     )
-    found = fields.take("learning_rate", None)
-    rate = None if found is None else as_number(found)
-    if found is not None and (rate is None or rate <= 0):
-        raise fields.fail("learning_rate", found, "a number > 0, or null")
-    corrected = fields.flag("bias_correction", False)
+    rounding, correction = _rounding(fields, where), _correction(fields, where)
     fields.close()
-    return SiteRecipe(weight, activation, rate, corrected)
+    if weight is None:
+        return SiteRecipe(None, activation)
+    return SiteRecipe(replace(weight, rounding=rounding), activation, correction)
+
+
+def _rounding(fields: Fields, where: str) -> Rounding:
+    """Return the rounding of a layer, which files of version 1 say by a learning rate."""
+    found = fields.take("learning_rate", None)
+    if "rounding" in fields:
+        if found is not None:
+            raise fields.fail("learning_rate", found, "none beside rounding, which it is part of")
+        return technique_of(ROUNDINGS, fields.take("rounding"), where)
+    if found is None:
+        return NEAREST
+    rate = as_number(found)
+    if rate is None or rate <= 0:
+        raise fields.fail("learning_rate", found, "a number > 0, or null")
+    return technique_of(ROUNDINGS, {"method": LEARNED, "learning_rate": rate}, where)
+
+
+def _correction(fields: Fields, where: str) -> Correction:
+    """Return the correction of a layer, which files of version 1 say by a flag."""
+    corrected = fields.flag("bias_correction", False)
+    if "correction" not in fields:
+        return technique_of(CORRECTIONS, BIAS, where) if corrected else UNCORRECTED
+    if corrected:
+        raise fields.fail("bias_correction", True, "none beside correction, which says the same")
+    return technique_of(CORRECTIONS, fields.take("correction"), where)
 
 
 def _weight(fields: Fields) -> WeightScheme | None:
@@ -295,8 +330,12 @@ def site_to_plain(site: SiteRecipe) -> dict[str, Any]:
         if a.scale is not None:
             activation |= {"scale": a.scale, "zero_point": a.zero_point or 0}
             activation["calibrated_for"] = _calibrated_for(a)
-    plain = {"weight": weight, "activation": activation, "learning_rate": site.learning_rate}
-    return plain | {"bias_correction": True} if site.bias_correction else plain
+    plain = {"weight": weight, "activation": activation}
+    if site.weight is not None and site.weight.rounding != NEAREST:
+        plain["rounding"] = site.weight.rounding.plain()
+    if site.correction != UNCORRECTED:
+        plain["correction"] = site.correction.plain()
+    return plain
 
 
 NOT_SPLIT = "not measured: the task gives no second data set, so the drop is on what search saw"
@@ -353,7 +392,7 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 
 def _represent(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.Node:
     node = dumper.represent_mapping("tag:yaml.org,2002:map", data.items())
-    node.flow_style = "bits" in data or "samples" in data
+    node.flow_style = any(key in data for key in ("bits", "samples", "method"))
     return node
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from autoquant.errors import SpecError
-from autoquant.registry import unknown
+from autoquant.registry import Registry, unknown
 from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS, WEIGHT_CALIBRATIONS, percentile_of
 from autoquant.spec.documents import (
     Fields,
@@ -32,7 +32,16 @@ from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, divides
 from autoquant.spec.needs import Need, needs_of
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from autoquant.spec.recipe_file import BITS, SCHEMES, site_from_plain
+from autoquant.spec.recipe_file import BIAS, BITS, LEARNED, SCHEMES, site_from_plain
+from autoquant.spec.techniques import (
+    CORRECTIONS,
+    NEAREST,
+    ROUNDINGS,
+    UNCORRECTED,
+    Offer,
+    merged,
+    offer_of,
+)
 
 VERSION = 1
 DIMENSIONS: Mapping[str, tuple[Any, ...]] = {
@@ -44,9 +53,10 @@ DIMENSIONS: Mapping[str, tuple[Any, ...]] = {
     "activation_granularity": ACTIVATION_GRANULARITIES,
     "activation_scheme": SCHEMES,
     "activation_calibration": ACTIVATION_CALIBRATIONS,
-    "bias_correction": (True, False),
 }
-"""Every dimension that is a choice, and what it may be."""
+"""Every dimension whose choices are names or numbers, and what they may be."""
+TECHNIQUES: Mapping[str, Registry[Any]] = {"rounding": ROUNDINGS, "correction": CORRECTIONS}
+"""Every dimension whose choices are techniques."""
 
 
 class SiteLike(Protocol):
@@ -64,21 +74,14 @@ class SiteLike(Protocol):
     def corrects(self) -> bool: ...  # noqa: D102
 
 
-@dataclass(frozen=True, slots=True)
-class LearningRates:
-    """Learning rates from ``low`` to ``high``, log-uniform; ``optional`` offers none as well."""
-
-    low: float
-    high: float
-    optional: bool = True
-
-
 @dataclass(frozen=True)
 class SiteSpace:
-    """The choices of one site; ``fixed`` locks it to one recipe."""
+    """The choices of one site; ``fixed`` locks it to one recipe.
+
+    The choices of a technique are ``Offer``s.
+    """
 
     choices: Mapping[str, tuple[Any, ...]]
-    learning_rate: LearningRates | None = None
     fixed: SiteRecipe | None = None
 
     @property
@@ -86,14 +89,15 @@ class SiteSpace:
         """What some recipe of this space needs to know of the site's input."""
         if self.fixed is not None:
             return needs_of(self.fixed)
-        c, rate = self.choices, self.learning_rate
-        rates = [None] if rate is None else [rate.low, *([None] if rate.optional else [])]
+        c = self.choices
         found: set[Need] = set()
-        for bits, method, corrected, learning_rate in itertools.product(
-            c["weight_bits"], c["weight_calibration"], c["bias_correction"], rates
+        for bits, method, rounding, correction in itertools.product(
+            c["weight_bits"], c["weight_calibration"], c["rounding"], c["correction"]
         ):
-            weight = None if bits == FLOAT_BITS else WeightScheme(bits, calibration=method)
-            found |= needs_of(SiteRecipe(weight, None, learning_rate, corrected).canonical())
+            weight = None
+            if bits != FLOAT_BITS:
+                weight = WeightScheme(bits, calibration=method, rounding=rounding.technique)
+            found |= needs_of(SiteRecipe(weight, None, correction.technique).canonical())
         for bits, granularity in itertools.product(
             c["activation_bits"], c["activation_granularity"]
         ):
@@ -109,8 +113,6 @@ class Rule:
     types: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    learning_rate: LearningRates | None = None
-    sets_learning_rate: bool = False
     fixed: SiteRecipe | None = None
 
     def matches(self, site: SiteLike) -> bool:
@@ -129,7 +131,8 @@ DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "activation_granularity": ("per_tensor",),
     "activation_scheme": ("asymmetric",),
     "activation_calibration": ("max",),
-    "bias_correction": (False,),
+    "rounding": (Offer("nearest", NEAREST),),
+    "correction": (Offer("none", UNCORRECTED),),
 }
 """What a dimension is where no rule says otherwise."""
 
@@ -197,32 +200,29 @@ class SearchSpace:
 
     def _site(self, site: SiteLike) -> SiteSpace:
         choices = dict(DEFAULTS)
-        learning_rate: LearningRates | None = None
         fixed: SiteRecipe | None = None
         for rule in self.rules:
             if not rule.matches(site):
                 continue
             choices |= rule.choices
-            if rule.sets_learning_rate:
-                learning_rate = rule.learning_rate
             fixed = rule.fixed
         grains = tuple(g for g in choices["weight_granularity"] if divides(g, site.matrix))
         choices["weight_granularity"] = grains or ("per_channel",)
         if not site.activation:
             choices |= {k: v for k, v in DEFAULTS.items() if k.startswith("activation")}
-            choices["activation_bits"] = (16,)
+            choices |= {"activation_bits": (16,), "rounding": DEFAULTS["rounding"]}
             if fixed is not None:
                 fixed = replace(fixed, activation=None)
         if not site.corrects:
-            choices["bias_correction"] = (False,)
-            fixed = None if fixed is None else replace(fixed, bias_correction=False)
+            choices["correction"] = DEFAULTS["correction"]
+            fixed = None if fixed is None else replace(fixed, correction=UNCORRECTED)
         lock = None if fixed is None else fixed.weight
         if lock is not None and not divides(lock.granularity, site.matrix):
             raise SpecError(
                 f"space {label(self.name)}: {label(site.name)}: lock: {lock.granularity} does not "
                 f"divide the {site.matrix[1]} inputs of a channel"
             )
-        return SiteSpace(choices, learning_rate, fixed)
+        return SiteSpace(choices, fixed)
 
 
 def _quantizes(space: SiteSpace) -> bool:
@@ -257,12 +257,42 @@ def _rule(data: Any, where: str) -> Rule:
     for dimension, allowed in DIMENSIONS.items():
         if dimension in fields:
             choices[dimension] = _choices(fields, dimension, allowed)
-    sets = "learning_rate" in fields
-    rate = _learning_rate(fields.take("learning_rate", None), where)
+    for dimension, registry in TECHNIQUES.items():
+        if (older := _older(fields, dimension, where)) is not None:
+            choices[dimension] = older
+        if dimension in fields:
+            if older is not None:
+                raise SpecError(f"{where}: {dimension} is given twice; {OLDER[dimension]} says it")
+            choices[dimension] = _offers(registry, fields.take(dimension), where)
     fields.close()
-    if not choices and fixed is None and not sets:
+    if not choices and fixed is None:
         raise SpecError(f"{where}: says nothing; give a dimension, lock or skip")
-    return Rule(types, names, choices, rate, sets, fixed)
+    return Rule(types, names, choices, fixed)
+
+
+OLDER = {"rounding": "learning_rate", "correction": "bias_correction"}
+"""What said the same before techniques had names, and is read for ever."""
+
+
+def _offers(registry: Registry[Any], value: Any, where: str) -> tuple[Offer, ...]:
+    rows = value if isinstance(value, list) else [value]
+    if not rows:
+        raise SpecError(f"{where}: {registry.kind}: found an empty list, allowed: one or more")
+    return merged([offer_of(registry, row, where) for row in rows])
+
+
+def _older(fields: Fields, dimension: str, where: str) -> tuple[Offer, ...] | None:
+    """Return the offers of a dimension in its older spelling, None where that is not used."""
+    name = OLDER[dimension]
+    if name not in fields:
+        return None
+    if dimension == "correction":
+        return _offers(
+            CORRECTIONS,
+            [BIAS if on else "none" for on in _choices(fields, name, (True, False))],
+            where,
+        )
+    return _learning_rate(fields.take(name), where)
 
 
 def _texts(fields: Fields, name: str) -> tuple[str, ...]:
@@ -287,12 +317,13 @@ def _choices(fields: Fields, dimension: str, allowed: tuple[Any, ...]) -> tuple[
     return tuple(dict.fromkeys(value))
 
 
-def _learning_rate(value: Any, where: str) -> LearningRates | None:
+def _learning_rate(value: Any, where: str) -> tuple[Offer, ...]:
+    """Return the roundings that a learning rate offers: learned, and nearest where optional."""
     if value is None:
-        return None
+        return DEFAULTS["rounding"]
     single = as_number(value)
     if single is not None and single > 0:
-        return LearningRates(single, single, optional=False)
+        return _offers(ROUNDINGS, {"method": LEARNED, "learning_rate": single}, where)
     if not isinstance(value, dict):
         allowed = "a number > 0, or low, high and optional"
         raise SpecError(f"{where}: learning_rate: found {show(value)}, allowed: {allowed}")
@@ -301,4 +332,6 @@ def _learning_rate(value: Any, where: str) -> LearningRates | None:
     high = fields.number("high", low=low)
     optional = fields.flag("optional", True)
     fields.close()
-    return LearningRates(low, high, optional)
+    rate: Any = low if low == high else {"low": low, "high": high, "log": True}
+    learned = {"method": LEARNED, "learning_rate": rate}
+    return _offers(ROUNDINGS, ["nearest", learned] if optional else [learned], where)

@@ -40,8 +40,13 @@ def _site(space: SiteSpace, bits: int, choice: Choice | None) -> SiteRecipe:
     chosen = min(wide) if wide else max(c["weight_bits"])
     weight = None
     if chosen != FLOAT_BITS:
-        first = (c["weight_granularity"][0], c["weight_scheme"][0], c["weight_calibration"][0])
-        weight = WeightScheme(chosen, *first)
+        weight = WeightScheme(
+            chosen,
+            c["weight_granularity"][0],
+            c["weight_scheme"][0],
+            c["weight_calibration"][0],
+            c["rounding"][0].technique,
+        )
     activation = None
     quantized = [b for b in c["activation_bits"] if b != FLOAT_BITS]
     if quantized and (weight is not None or FLOAT_BITS not in c["activation_bits"]):
@@ -54,9 +59,7 @@ def _site(space: SiteSpace, bits: int, choice: Choice | None) -> SiteRecipe:
             taken["activation_scheme"],
             taken["activation_calibration"],
         )
-    rate = space.learning_rate
-    learned = rate.low if rate is not None and not rate.optional else None
-    return SiteRecipe(weight, activation, learned, c["bias_correction"][0]).canonical()
+    return SiteRecipe(weight, activation, c["correction"][0].technique).canonical()
 
 
 def widths(spaces: Mapping[str, SiteSpace]) -> list[int]:

@@ -10,8 +10,9 @@ from autoquant.errors import StudyError
 from autoquant.registry import unknown
 from autoquant.sensitivity.profile import Profile
 from autoquant.spec.formats import FLOAT_BITS
-from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.recipe_file import loads
+from autoquant.spec.techniques import NEAREST
 from autoquant.study.ledger import Ledger
 from autoquant.study.trials import RECIPE
 
@@ -53,7 +54,7 @@ def plain(profile: Profile) -> dict[str, Any]:
         sites[name] = {
             "numel": profile.numel[name],
             "weights": [
-                [w.bits, w.granularity, w.scheme, w.calibration, damage, errors.get(w)]
+                [w.bits, w.granularity, w.scheme, _how(w), damage, errors.get(w)]
                 for w, damage in weights.items()
             ],
             "activations": [
@@ -105,6 +106,13 @@ def shares(ledger: Ledger) -> dict[str, float]:
     return found
 
 
+def _how(scheme: WeightScheme | ActivationScheme) -> str:
+    """Return how numbers get to their grid, as the table of a study has it."""
+    if isinstance(scheme, ActivationScheme) or scheme.rounding == NEAREST:
+        return scheme.calibration
+    return f"{scheme.calibration}, {scheme.rounding}"
+
+
 def _kept(ledger: Ledger) -> Mapping[str, Any]:
     kept = ledger.header.get(FIELD)
     if kept is None:
@@ -123,11 +131,7 @@ def _recipe(ledger: Ledger) -> Mapping[str, SiteRecipe] | None:
 
 def _choices(rows: Sequence[Sequence[Any]], chosen: Any) -> tuple[Choice, ...]:
     """Return the choices of a table, the widest and least harmful first, and float."""
-    own = (
-        None
-        if chosen is None
-        else (chosen.bits, chosen.granularity, chosen.scheme, chosen.calibration)
-    )
+    own = None if chosen is None else (chosen.bits, chosen.granularity, chosen.scheme, _how(chosen))
     found = [
         Choice(f"{g} {s} {c}", bits, loss, error, own == (bits, g, s, c))
         for bits, g, s, c, loss, error in rows

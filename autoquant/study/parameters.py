@@ -22,7 +22,8 @@ from optuna.distributions import (
 from autoquant.errors import StudyError
 from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from autoquant.spec.space import SiteSpace
+from autoquant.spec.space import TECHNIQUES, SiteSpace
+from autoquant.spec.techniques import Axis, Offer, Technique
 
 Spaces = Mapping[str, SiteSpace]
 Params = dict[str, Any]
@@ -72,15 +73,10 @@ class ParameterMap:
                 continue
             known = len(self.distributions)
             for dimension, choices in space.choices.items():
-                if len(choices) > 1:
+                if dimension in TECHNIQUES:
+                    self._techniques(site, dimension, choices)
+                elif len(choices) > 1:
                     self._add(site, dimension, choices)
-            rate = space.learning_rate
-            if rate is not None:
-                if rate.optional:
-                    self._categorical(site, "learning", ("none", "learned"))
-                if rate.low < rate.high:
-                    name = f"{site}.learning_rate"
-                    self.distributions[name] = FloatDistribution(rate.low, rate.high, log=True)
             self._names[site] = list(self.distributions)[known:]
 
     def recipes(self, most: int) -> list[dict[str, SiteRecipe]] | None:
@@ -90,7 +86,7 @@ class ParameterMap:
         own: dict[str, list[SiteRecipe]] = {}
         count = 1
         for site in self.spaces:
-            mine = {n: d for n, d in self.distributions.items() if n.rpartition(".")[0] == site}
+            mine = {name: self.distributions[name] for name in self._names[site]}
             if math.prod(map(_choices, mine.values())) > MOST_OF_A_SITE:
                 return None
             values = itertools.product(*(_values(d) for d in mine.values()))
@@ -115,6 +111,18 @@ class ParameterMap:
             name = f"{site}.{dimension}_rank"
             self.distributions[name] = IntDistribution(0, len(order) - 1)
             self._codes[site][dimension] = (name, order)
+
+    def _techniques(self, site: str, dimension: str, offers: tuple[Offer, ...]) -> None:
+        """Make a parameter of which technique it is, and one of each option that is open."""
+        if len(offers) > 1:
+            self._categorical(site, dimension, tuple(offer.label for offer in offers))
+        for offer in offers:
+            for axis in offer.axes:
+                name = _axis_name(site, dimension, offer, axis)
+                if axis.choices:
+                    self.distributions[name] = CategoricalDistribution(axis.choices)
+                else:
+                    self.distributions[name] = FloatDistribution(axis.low, axis.high, log=axis.log)
 
     def _categorical(self, site: str, dimension: str, choices: tuple[Any, ...]) -> None:
         name = f"{site}.{dimension}"
@@ -146,20 +154,24 @@ class ParameterMap:
         space = self.spaces[site]
         if space.fixed is not None:
             return space.fixed.canonical()
-        value = {d: self._value(site, d, params) for d in space.choices}
+        value = {d: self._value(site, d, params) for d in space.choices if d not in TECHNIQUES}
         weight = activation = None
         if value["weight_bits"] != FLOAT_BITS:
-            weight = WeightScheme(*(value[d] for d in _WEIGHT))
+            rounding = self._technique(site, "rounding", params)
+            weight = WeightScheme(*[value[d] for d in _WEIGHT], rounding)  # type: ignore[call-arg]
         if value["activation_bits"] != FLOAT_BITS:
             activation = ActivationScheme(*(value[d] for d in _ACTIVATION))
-        rate = space.learning_rate
-        learned = None
-        if rate is not None and (not rate.optional or params[f"{site}.learning"] == "learned"):
-            learned = rate.low
-            if rate.low < rate.high:
-                learned = float(params[f"{site}.learning_rate"])
-        corrected = bool(value["bias_correction"])
-        return SiteRecipe(weight, activation, learned, corrected).canonical()
+        correction = self._technique(site, "correction", params)
+        return SiteRecipe(weight, activation, correction).canonical()
+
+    def _technique(self, site: str, dimension: str, params: Mapping[str, Any]) -> Any:
+        offers: tuple[Offer, ...] = self.spaces[site].choices[dimension]
+        offer = offers[0]
+        if len(offers) > 1:
+            label = params[f"{site}.{dimension}"]
+            offer = next(offer for offer in offers if offer.label == label)
+        names = {axis.name: _axis_name(site, dimension, offer, axis) for axis in offer.axes}
+        return offer.of({axis: params[name] for axis, name in names.items()})
 
     def _value(self, site: str, dimension: str, params: Mapping[str, Any]) -> Any:
         code = self._codes[site].get(dimension)
@@ -185,7 +197,6 @@ class ParameterMap:
         if w is not None:
             chosen = (w.bits, w.granularity, w.scheme, w.calibration)
             values |= dict(zip(_WEIGHT, chosen, strict=True))
-            values["bias_correction"] = recipe.bias_correction
         if a is not None:
             calibration: str | None = a.calibration
             if a.dynamic and calibration not in space.choices["activation_calibration"]:
@@ -193,7 +204,14 @@ class ParameterMap:
             values |= dict(
                 zip(_ACTIVATION, (a.bits, a.granularity, a.scheme, calibration), strict=True)
             )
+        own: dict[str, Technique | None] = {"rounding": None, "correction": None}
+        if w is not None:
+            own = {"rounding": w.rounding, "correction": recipe.correction}
+        for dimension, technique in own.items():
+            self._encode_technique(site, dimension, technique, params)
         for dimension, choices in space.choices.items():
+            if dimension in TECHNIQUES:
+                continue
             value = values.get(dimension)
             value = choices[0] if value is None else value
             if value not in choices:
@@ -202,12 +220,29 @@ class ParameterMap:
             if code is not None:
                 name, order = code
                 params[name] = order.index(value) if order else value
-        rate, learned = space.learning_rate, recipe.learning_rate
-        if learned is not None and (rate is None or not rate.low <= learned <= rate.high):
-            raise StudyError(f"{site}: learning_rate: {learned} is not in the search space")
-        if rate is None:
-            return
-        if rate.optional:
-            params[f"{site}.learning"] = "none" if learned is None else "learned"
-        if rate.low < rate.high:
-            params[f"{site}.learning_rate"] = rate.low if learned is None else learned
+
+    def _encode_technique(
+        self, site: str, dimension: str, technique: Technique | None, params: Params
+    ) -> None:
+        """Add the parameters of a technique; None is what has no effect."""
+        offers: tuple[Offer, ...] = self.spaces[site].choices[dimension]
+        chosen, values = offers[0], None
+        if technique is not None:
+            for offer in offers:
+                values = offer.values(technique)
+                if values is not None:
+                    chosen = offer
+                    break
+            else:
+                raise StudyError(f"{site}: {dimension}: {technique} is not in the search space")
+        if len(offers) > 1:
+            params[f"{site}.{dimension}"] = chosen.label
+        for offer in offers:
+            for axis in offer.axes:
+                own = values if offer is chosen and values is not None else {}
+                name = _axis_name(site, dimension, offer, axis)
+                params[name] = own.get(axis.name, axis.middle)
+
+
+def _axis_name(site: str, dimension: str, offer: Offer, axis: Axis) -> str:
+    return f"{site}.{dimension}.{offer.label}.{axis.name}"

@@ -34,7 +34,7 @@ from autoquant.kernels.cpu.heap import keep_freed_memory
 from autoquant.kernels.engine import make_engine
 from autoquant.kernels.operation import LINEAR, Operation
 from autoquant.kernels.reference import multiply, reference
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
@@ -148,7 +148,7 @@ def try_other(seed: int) -> str:
     x = torch.randn(d.randint(1, 12), d.randint(1, 9), layer.input_size)
     engine = make_engine(CPU)
     prepared = prepare(layer, lambda m: m(x), engine=engine)
-    realizer = Realizer(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
+    realizer = Applier(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
     bits, activation = d.choice((8, 7, 4)), ActivationScheme(8, "per_token", "asymmetric")
     realizer.apply({n: SiteRecipe(WeightScheme(bits), activation) for n in prepared.slots})
     engine.reset()

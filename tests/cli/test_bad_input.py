@@ -407,12 +407,22 @@ RECIPE_EDITS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
         ("layer 'head' is not in the model", "0, 2, 4"),
     ),
     "another version": (
-        lambda t: t.replace("autoquant_recipe: 1", "autoquant_recipe: 2"),
-        ("found version 2, this release reads 1",),
+        lambda t: t.replace("autoquant_recipe: 2", "autoquant_recipe: 3"),
+        ("found version 3, this release reads 1 and 2",),
     ),
     "unknown field": (
         lambda t: t.replace("scheme:", "schema:", 1),
         ("unknown field 'schema'", "did you mean 'scheme'"),
+    ),
+    "a correction that there is not": (
+        lambda t: re.sub(r"correction: {method: bias}", "correction: {method: bais}", t, count=1),
+        ("correction: unknown method 'bais': did you mean 'bias'?",),
+    ),
+    "a rounding with an option that it has not": (
+        lambda t: t.replace(
+            "    weight: ", "    rounding: {method: gptq, dampng: 1}\n    weight: "
+        ),
+        ("rounding: unknown field 'dampng'", "did you mean 'damping'?"),
     ),
     "aliases": (lambda t: ALIASES, ("aliases",)),
     "bits that the scale is not for": (

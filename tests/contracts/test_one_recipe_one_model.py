@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant import apply, resume, search
-from autoquant.methods import realize
+from autoquant.methods import applier
 from autoquant.models.data import make_splits
 from autoquant.models.files import of_module
 from autoquant.models.metrics import resolve_metric
@@ -28,7 +28,7 @@ from autoquant.spec.recipe_file import load
 from autoquant.spec.space import shipped
 
 TRIALS = 9
-CACHES = {"roomy": realize.CACHE_BYTES, "tiny": 1}
+CACHES = {"roomy": applier.CACHE_BYTES, "tiny": 1}
 
 
 class Net(nn.Module):
@@ -104,7 +104,7 @@ def told(recipe: Recipe) -> dict[str, SplitResult]:
 @pytest.mark.parametrize("space", shipped())
 @pytest.mark.parametrize("sampler", samplers.names())
 def test_confirmed_is_evaluated_is_applied_is_loaded(monkeypatch, sampler, space, cache, mode):
-    monkeypatch.setattr(realize, "CACHE_BYTES", CACHES[cache])
+    monkeypatch.setattr(applier, "CACHE_BYTES", CACHES[cache])
     recipe = run(mode, sampler, space)
     confirmed = {name: split.quantized for name, split in told(recipe).items()}
     again = measure_recipe(of_module(Net()), TASK, recipe).splits

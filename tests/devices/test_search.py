@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 import autoquant
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.models.files import load, of_module
 from autoquant.nn.archive import save_archive
 from autoquant.optimize.evaluate import measure_recipe
@@ -28,7 +30,7 @@ rules:
   - weight_bits: [8, 4]
     weight_calibration: [output_mse, max]
     weight_scheme: [symmetric, asymmetric]
-    bias_correction: [true]
+    correction: [bias]
     activation_bits: [8]
     activation_granularity: [per_tensor, per_token]
     activation_calibration: [mse]
@@ -101,12 +103,16 @@ def test_everything_that_can_be_chosen(name):
 
 
 @pytest.mark.usefixtures("gpu")
-def test_learned_rounding():
+@pytest.mark.parametrize("rounding", [LearnedRounding(0.02), GPTQ()], ids=str)
+def test_roundings(rounding):
     case = make("convolutional")
     result = search(case, trials=1)
-    sites = {n: replace(s, learning_rate=0.02) for n, s in result.recipe.sites.items()}
-    learned = result.recipe.with_sites(sites)
-    assert on_gpu(autoquant.apply(learned, case.model.cuda(), case.task))
+    sites = {
+        name: replace(site, weight=site.weight and replace(site.weight, rounding=rounding))
+        for name, site in result.recipe.sites.items()
+    }
+    rounded = result.recipe.with_sites(sites)
+    assert on_gpu(autoquant.apply(rounded, case.model.cuda(), case.task))
 
 
 @pytest.mark.usefixtures("gpu")

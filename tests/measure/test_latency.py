@@ -22,12 +22,15 @@ from autoquant.measure.layers import measure_latency
 from autoquant.measure.speed import FLOAT, speed_class
 from autoquant.measure.timing import WARM_UP
 from autoquant.measure.units import SIGNATURES, choose, find_units, signature
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
+from autoquant.methods.correction.bias import BiasCorrection
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.space import SearchSpace
 
+BIAS = BiasCorrection()
 CPU = torch.device("cpu")
 SPACE = SearchSpace.parse(
     "autoquant_space: 1\n"
@@ -109,7 +112,7 @@ class Growing(nn.Module):
 class Fake:
     """A clock: a layer takes its weights' bits × numbers in microseconds, the model their sum."""
 
-    def __init__(self, realizer: Realizer) -> None:
+    def __init__(self, realizer: Applier) -> None:
         self.realizer = realizer
         self.timed: Counter[str] = Counter()
 
@@ -166,7 +169,7 @@ class Setting:
         x = inputs_of(kind)
         self.run = lambda model, _=None: model(x)
         prepared = prepare(kind().eval(), self.run)
-        self.realizer = Realizer(prepared, calibrate(prepared, [None], self.run))
+        self.realizer = Applier(prepared, calibrate(prepared, [None], self.run))
         self.spaces = SPACE.resolve(prepared.sites)
         self.clock = Fake(self.realizer)
         self.clock.run = self.run
@@ -230,7 +233,9 @@ def test_calibration_and_learning_cost_no_time(path):
     table = setting.table()
     plain = setting.uniform(8, 8)
     other = {
-        n: SiteRecipe(WeightScheme(8, calibration="mse"), s.activation, 0.01)
+        n: SiteRecipe(
+            WeightScheme(8, calibration="mse", rounding=LearnedRounding(0.01)), s.activation, BIAS
+        )
         for n, s in plain.items()
     }
     assert table.seconds(other) == table.seconds(plain)

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from autoquant.kernels.engine import make_engine
 from autoquant.measure.reuse import Reuse
 from autoquant.measure.reuse_check import check, same_bits
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import deploy, prepare
 from autoquant.nn.converted import converted_of
@@ -292,11 +292,11 @@ class Bench:
         self.sites = [site.name for site in self.ours.prepared.sites]
         self.reuse = Reuse(self.ours.prepared, budget, self.said.append)
 
-    def _realizer(self, model: nn.Module) -> Realizer:
+    def _realizer(self, model: nn.Module) -> Applier:
         run = lambda m, x=self.batches[0]: m(x.clone())  # noqa: E731
         engine = make_engine(torch.device("cpu")) if self.fast else None
         prepared = prepare(model, run, engine=engine)
-        return Realizer(prepared, calibrate(prepared, [b.clone() for b in self.batches], run))
+        return Applier(prepared, calibrate(prepared, [b.clone() for b in self.batches], run))
 
     def check(self) -> bool:
         model, x = self.ours.prepared.model, self.batches[0]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from autoquant.measure.size import SizeModel, float_bytes, weight_bytes
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.archive import save_archive
 from autoquant.nn.convert import prepare
 from autoquant.nn.fold import without_norms
@@ -44,7 +44,7 @@ class Mixed(nn.Module):
 IDS = torch.tensor([[1, 2, 3]])
 FLOAT_SIZE = float_bytes(Mixed())
 PREPARED = prepare(Mixed().eval(), lambda m: m(IDS))
-REALIZER = Realizer(PREPARED, {})
+REALIZER = Applier(PREPARED, {})
 SIZES = SizeModel(PREPARED, FLOAT_SIZE)
 
 WEIGHTS = st.builds(

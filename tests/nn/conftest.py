@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils import _pytree as pytree
 
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import Prepared, prepare
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
@@ -180,9 +180,9 @@ class Case:
         """Prepare a copy of the model."""
         return prepare(copy.deepcopy(self.model), self.run)
 
-    def realizer(self) -> Realizer:
+    def realizer(self) -> Applier:
         prepared = self.prepared()
-        return Realizer(prepared, calibrate(prepared, [None], self.run))
+        return Applier(prepared, calibrate(prepared, [None], self.run))
 
 
 @pytest.fixture(params=CASES)

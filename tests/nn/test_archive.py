@@ -13,7 +13,7 @@ from torch import nn
 
 import autoquant
 from autoquant.errors import ModelFileError
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.archive import load_archive, read_recipe, save_archive
 from autoquant.nn.convert import prepare, use_channels_last
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
@@ -105,7 +105,7 @@ class Buffers(nn.Module):
 
 def test_buffers_that_are_views_can_be_saved(tmp_path):
     model, x = Buffers().eval(), torch.randn(2, 4)
-    realizer = Realizer(prepare(model, lambda m: m(x)), {})
+    realizer = Applier(prepare(model, lambda m: m(x)), {})
     one = {"layer": SiteRecipe(WeightScheme(4))}
     deployed = realizer.deploy(one)
     path = tmp_path / "model.safetensors"
@@ -120,7 +120,7 @@ def net(*widths, norm=True):
 
 @pytest.fixture
 def archive(tmp_path):
-    realizer = Realizer(prepare(net(32, 32, 4).eval()), {})
+    realizer = Applier(prepare(net(32, 32, 4).eval()), {})
     sites = {
         "0": SiteRecipe(WeightScheme(4, "per_group_32"), ActivationScheme(8, "per_token")),
         "1": SiteRecipe(WeightScheme(8)),
@@ -210,7 +210,7 @@ def test_sparse_buffers_are_kept(layout, tmp_path):
     x, path = torch.randn(5, 4), tmp_path / "graph.safetensors"
     prepared = prepare(Graph(6, layout))
     recipe = Recipe({"fc": SiteRecipe(WeightScheme(8))})
-    deployed = Realizer(prepared, {}).deploy(recipe.sites)
+    deployed = Applier(prepared, {}).deploy(recipe.sites)
     save_archive(deployed, recipe, path)
     loaded = load_archive(path, Graph(6, layout))
     assert loaded.edges.layout is layout
@@ -226,7 +226,7 @@ def test_sparse_buffers_are_kept(layout, tmp_path):
 def test_a_sparse_buffer_with_indices_beyond_its_shape_is_refused(tmp_path):
     path = tmp_path / "graph.safetensors"
     recipe = Recipe({"fc": SiteRecipe(WeightScheme(8))})
-    deployed = Realizer(prepare(Graph(6, torch.sparse_coo)), {}).deploy(recipe.sites)
+    deployed = Applier(prepare(Graph(6, torch.sparse_coo)), {}).deploy(recipe.sites)
     save_archive(deployed, recipe, path)
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -246,7 +246,7 @@ def test_convolutions_compute_in_the_memory_format_that_they_were_applied_in(las
     architecture, prepared = copy.deepcopy(net), prepare(net)
     use_channels_last(net, on=last)
     recipe = Recipe({name: SiteRecipe(WeightScheme(8)) for name in ("0", "2")})
-    deployed = Realizer(prepared, {}).deploy(recipe.sites)
+    deployed = Applier(prepared, {}).deploy(recipe.sites)
     save_archive(deployed, recipe, path)
     loaded = load_archive(path, architecture)
     assert [m.forward.channels_last for m in (loaded[0], loaded[2])] == [last, last]
@@ -257,7 +257,7 @@ def test_compiled_and_parallel_architectures(tmp_path):
     path, net = tmp_path / "net.safetensors", nn.Sequential(nn.Linear(4, 3))
     prepared = prepare(copy.deepcopy(net))
     recipe = Recipe({"0": SiteRecipe(WeightScheme(8))})
-    save_archive(Realizer(prepared, {}).deploy(recipe.sites), recipe, path)
+    save_archive(Applier(prepared, {}).deploy(recipe.sites), recipe, path)
     assert isinstance(load_archive(path, torch.compile(net)), nn.Sequential)
     with pytest.raises(ModelFileError, match=r"DataParallel.*\.module"):
         load_archive(path, nn.DataParallel(net))

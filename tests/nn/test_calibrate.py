@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoquant.errors import TrialError
-from autoquant.methods.rounding import output_error
 from autoquant.nn import calibrate as module
 from autoquant.nn.calibrate import MissingStatistics, SiteStatistics, calibrate
 from autoquant.nn.convert import prepare
+from autoquant.observers.output_error import exact_output_error
 from autoquant.quant.blocks import to_matrix
 from autoquant.spec.needs import EVERYTHING, Need
 
@@ -172,7 +172,8 @@ def test_moments_say_what_an_error_of_the_weight_adds_to_the_output(layer, shape
     axis = 1 if isinstance(layer, tuple(type(t) for t, _ in TRANSPOSED)) else 0
     delta = to_matrix(error.weight.detach(), axis)
     expected = y.double().square().mean() * channels
-    assert float(output_error(delta, found.moments)) == pytest.approx(float(expected), rel=1e-3)
+    whole = exact_output_error(delta, found.moments)
+    assert float(whole) == pytest.approx(float(expected), rel=1e-3)
     about = found.output_error(corrected=False)
     assert float(about.of_blocks(delta, 1).sum()) == pytest.approx(float(expected), rel=1e-3)
 

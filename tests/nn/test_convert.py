@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from autoquant.errors import ModelFileError
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import deploy, prepare, use_channels_last
 from autoquant.nn.fold import without_norms
@@ -135,7 +135,7 @@ def test_a_module_at_two_places_is_one_site_with_one_recipe():
     x = torch.randn(2, 3)
     prepared = prepare(model, lambda m: m(x))
     assert [site.name for site in prepared.sites] == ["0"]
-    realizer = Realizer(prepared, {})
+    realizer = Applier(prepared, {})
     realizer.apply({"0": SiteRecipe(WeightScheme(3))})
     weight = prepared.slots["0"].weight
     expected = F.linear(F.linear(x, weight, shared.bias).tanh(), weight, shared.bias)
@@ -180,7 +180,7 @@ def test_weights_of_another_float_type_keep_it(dtype):
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).to(dtype).eval()
     x = torch.randn(5, 6, dtype=dtype)
     prepared = prepare(model, lambda m: m(x))
-    realizer = Realizer(prepared, calibrate(prepared, [x], lambda m, batch: m(batch)))
+    realizer = Applier(prepared, calibrate(prepared, [x], lambda m, batch: m(batch)))
     recipe = {n: SiteRecipe(WeightScheme(8), ActivationScheme(8)) for n in ("0", "2")}
     before = model(x)
     realizer.apply(recipe)
@@ -224,7 +224,7 @@ def test_attention_whose_output_projection_is_quantized_calls_it():
 
     prepared = prepare(nn.MultiheadAttention(8, 2).eval(), run)
     before = run(prepared.model)
-    realizer = Realizer(prepared, {})
+    realizer = Applier(prepared, {})
     one = {"out_proj": SiteRecipe(None, ActivationScheme(3, "per_token"))}
     realizer.apply(one)
     expected = run(prepared.model)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoquant.errors import UserError
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.nn.converted import NAME
@@ -78,13 +78,13 @@ def random() -> Tensor:
 
 
 @pytest.fixture
-def realizer() -> Realizer:
+def realizer() -> Applier:
     torch.manual_seed(0)
     prepared = prepare(Net().eval(), lambda m: m(random()))
-    return Realizer(prepared, calibrate(prepared, [random()], lambda m, x: m(x)))
+    return Applier(prepared, calibrate(prepared, [random()], lambda m, x: m(x)))
 
 
-def int8(realizer: Realizer) -> dict[str, SiteRecipe]:
+def int8(realizer: Applier) -> dict[str, SiteRecipe]:
     return {s.name: INT8 for s in realizer.prepared.sites}
 
 
@@ -94,7 +94,7 @@ def test_nothing_of_the_users_is_touched_and_one_name_is_added():
     before, expected = copy.deepcopy(model), model(x)
     prepared = prepare(model, lambda m: m(x))
     torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
-    deployed = Realizer(prepared, {}).deploy({})
+    deployed = Applier(prepared, {}).deploy({})
     for path, module in before.named_modules():
         for now in (model.get_submodule(path), deployed.get_submodule(path)):
             assert type(now) is type(module)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from autoquant.errors import SpecError, TrialError
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.agreement import disagreement
 from autoquant.nn.convert import prepare
 from autoquant.nn.fold import fold
@@ -248,7 +248,7 @@ def test_a_run_that_takes_another_way_ends_in_an_error_and_not_in_other_numbers(
     prepared = prepare(model, lambda m: m(IMAGE))
     recipe = {} if kind == "float" else {"conv": SiteRecipe(WeightScheme(8))}
     if kind != "prepared":
-        model = Realizer(prepared, {}).deploy(recipe)
+        model = Applier(prepared, {}).deploy(recipe)
     model = {"copied": copy.deepcopy, "loaded": saved}.get(kind, lambda m: m)(model)
     assert type(model.norms[0]) is nn.BatchNorm2d
     for _ in range(2):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autoquant.kernels.engine import make_engine
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import deploy, prepare
 from autoquant.nn.converted import converted_of
@@ -85,7 +85,7 @@ def test_relus_are_computed_with_their_layers_and_the_numbers_stay(case, inplace
     model = prepared.model
     with torch.no_grad():
         assert torch.equal(model(X), expected)
-        realizer = Realizer(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+        realizer = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
         realizer.apply({"a": INT8, "b": INT8})
         given = []
         model.b.register_forward_hook(lambda *call: given.append(call[2]))
@@ -165,7 +165,7 @@ class Hooked(nn.Module):
 def exact_and_fast(model, recipes=INT8, x=None, watch=lambda m: m(DATA), then=None):
     """Return what ``then`` gives of the fast candidate, and of the reference one."""
     prepared = prepare(model.eval(), watch, engine=make_engine(CPU))
-    realizer = Realizer(prepared, calibrate(prepared, [DATA], lambda m, _: watch(m)))
+    realizer = Applier(prepared, calibrate(prepared, [DATA], lambda m, _: watch(m)))
     realizer.apply({s.name: recipes for s in prepared.sites})
     with torch.no_grad():
         fast = then(model)
@@ -298,7 +298,7 @@ def test_a_layer_that_alone_reads_another_is_handed_integers(case, reader, inpla
     model = prepared.model
     with torch.no_grad():
         assert torch.equal(model(X), expected)
-        realizer = Realizer(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+        realizer = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
         realizer.apply({"a": INT8, "b": INT8})
         handed = []
         hook = model.b.register_forward_pre_hook(lambda _, args: handed.append(integers(args[0])))
@@ -318,7 +318,7 @@ def test_integers_are_handed_on_only_to_who_takes_them():
     model = prepared.model
     handed = []
     model.b.register_forward_pre_hook(lambda _, args: handed.append(args[0]))
-    realizer = Realizer(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+    realizer = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
     wide, per_token = ActivationScheme(8), ActivationScheme(8, "per_token")
     with torch.no_grad():
         for site in (
@@ -352,7 +352,7 @@ def test_what_is_written_into_a_handed_output_reaches_its_reader():
     prepared = prepare(model, lambda m: m(X), engine=make_engine(CPU))
     assert readers(prepared)["a"] == "b"
     model.writes = True
-    realizer = Realizer(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+    realizer = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
     with torch.no_grad():
         realizer.apply({"a": INT8, "b": INT8})
         fast = model(X)
@@ -381,7 +381,7 @@ def test_code_may_take_the_views_that_the_float_model_allows(memory_format):
     x = X.to(memory_format=memory_format)
     shape, strides = model(x).shape, model.strides
     prepared = prepare(model, lambda m: m(x), engine=make_engine(CPU))
-    realizer = Realizer(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
+    realizer = Applier(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
     realizer.apply({"a": INT8, "b": INT8})
     with torch.no_grad():
         assert model(x).shape == shape
@@ -459,7 +459,7 @@ def test_what_is_between_linear_layers_is_part_of_the_first(case, handed, bits):
             found = converted_of(model.a)
             assert (None if found.reader is None else "b", found.after) == handed
         assert torch.equal(model(data), expected)
-        realizer = Realizer(prepared, calibrate(prepared, [data], lambda m, x: m(x)))
+        realizer = Applier(prepared, calibrate(prepared, [data], lambda m, x: m(x)))
         site = SiteRecipe(WeightScheme(MOST_BITS), ActivationScheme(bits, scheme="asymmetric"))
         realizer.apply({"a": site, "b": site})
         given = []

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autoquant.kernels.engine import make_engine
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
@@ -32,7 +32,7 @@ def test_a_gradient_changes_no_output_and_is_near_the_float_models(name, activat
 
     expected = slopes(case.model)[1]
     prepared = prepare(case.model, case.run, engine=make_engine(torch.device("cpu")))
-    realizer = Realizer(prepared, calibrate(prepared, [None], case.run))
+    realizer = Applier(prepared, calibrate(prepared, [None], case.run))
     recipe = SiteRecipe(WeightScheme(8), activation)
     sites = {site.name: recipe for site in prepared.sites}
     model = prepared.model

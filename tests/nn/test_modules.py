@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.nn.layouts import LAYOUTS
@@ -114,7 +114,7 @@ class Bench:
         self.channel_axis = 1 if "transposed" in kind else 0
         self.prepared = prepare(nn.Sequential(self.layer).eval(), self.run)
         self.statistics = calibrate(self.prepared, [None], self.run)
-        self.realizer = Realizer(self.prepared, self.statistics)
+        self.realizer = Applier(self.prepared, self.statistics)
 
     def run(self, model: nn.Module, _: Any = None) -> Tensor:
         with torch.inference_mode():
@@ -172,7 +172,7 @@ def test_an_embedding_looks_rows_up_in_its_quantized_table(granularity, scheme):
     table = nn.Embedding(7, 64, padding_idx=0)
     weight = table.weight.detach().clone()
     prepared = prepare(table)
-    realizer = Realizer(prepared, {})
+    realizer = Applier(prepared, {})
     indices = torch.tensor([[0, 6, 6], [2, 1, 0]])
     for bits in range(2, 9):
         choice = WeightScheme(bits, granularity, scheme)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
 from autoquant.nn.convert import prepare
 from autoquant.nn.packed import PackedSite
 from autoquant.nn.sites import find_sites
@@ -115,7 +115,7 @@ def test_a_deployed_recurrent_layer_can_be_moved_and_copied(make_case, uniform, 
 def test_a_layer_read_by_name_gives_its_dequantized_weight():
     model = nn.Sequential(nn.Linear(8, 4)).eval()
     prepared = prepare(model)
-    realizer = Realizer(prepared, {})
+    realizer = Applier(prepared, {})
     one = {"0": SiteRecipe(WeightScheme(2))}
     realizer.apply(one)
     expected = model[0].weight.clone()

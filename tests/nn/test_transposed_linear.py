@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from autoquant.kernels.engine import Engine, make_engine
 from autoquant.measure.cost import count_macs
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
+from autoquant.methods.correction.bias import BiasCorrection
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
@@ -61,18 +64,20 @@ def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
 
 
 X = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(2))
+BIAS = BiasCorrection()
 RECIPES = [
-    SiteRecipe(WeightScheme(8), ActivationScheme(8, calibration="mse"), None, True),
+    SiteRecipe(WeightScheme(8), ActivationScheme(8, calibration="mse"), BIAS),
     SiteRecipe(WeightScheme(4, "per_tensor"), ActivationScheme(8, "per_token")),
     SiteRecipe(WeightScheme(3, "per_channel", "asymmetric", "mse")),
-    SiteRecipe(WeightScheme(4, calibration="output_mse"), ActivationScheme(6), None, True),
-    SiteRecipe(WeightScheme(3), None, 0.01),
+    SiteRecipe(WeightScheme(4, calibration="output_mse"), ActivationScheme(6), BIAS),
+    SiteRecipe(WeightScheme(3, rounding=LearnedRounding(0.01))),
+    SiteRecipe(WeightScheme(3, rounding=GPTQ()), None, BIAS),
 ]
 
 
-def realizer(model: nn.Module, engine: Engine) -> Realizer:
+def realizer(model: nn.Module, engine: Engine) -> Applier:
     prepared = prepare(model.eval(), lambda m: m(X), engine=engine)
-    return Realizer(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+    return Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
@@ -121,7 +126,7 @@ def test_fast_kernels_take_it(pair):
 
 def test_profiles_are_those_of_the_linear_layer(pair):
     schemes = (WeightScheme(4), WeightScheme(3, "per_tensor"))
-    candidates = {"0": Candidates(schemes, (ActivationScheme(4),), True)}
+    candidates = {"0": Candidates(schemes, (ActivationScheme(4),), BIAS)}
     scores = []
     for model in pair:
         made = realizer(model, Engine())

@@ -7,12 +7,15 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from autoquant.kernels.engine import make_engine
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
+from autoquant.methods.correction.bias import BiasCorrection
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.sensitivity.fisher import Candidates, Sensitivity, measure_sensitivity
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.spec.techniques import UNCORRECTED
 
+BIAS = BiasCorrection()
 WEIGHTS = tuple(WeightScheme(bits) for bits in (8, 6, 5, 4))
 ACTIVATIONS = (ActivationScheme(8), ActivationScheme(6), ActivationScheme(5, "per_token"))
 
@@ -38,7 +41,7 @@ def make(net, x, auto=True):
     engine = make_engine(torch.device("cpu"), "auto" if auto else "reference")
     prepared = prepare(net.eval(), lambda m: m(x), engine=engine)
     statistics = calibrate(prepared, [x], lambda m, b: m(b))
-    return Realizer(prepared, statistics)
+    return Applier(prepared, statistics)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def case():
         net.head.weight.mul_(6.0)  # outputs that are sure of something
     realizer = make(net, x)
     sites = [s.name for s in realizer.prepared.sites]
-    candidates = {name: Candidates(WEIGHTS, ACTIVATIONS, corrected=True) for name in sites}
+    candidates = {name: Candidates(WEIGHTS, ACTIVATIONS, BIAS) for name in sites}
     found = measure_sensitivity(
         realizer, lambda m, b: m(b), [x[:150], x[150:]], candidates, classes=True, samples=400
     )
@@ -75,7 +78,7 @@ def test_the_loss_of_one_change_is_predicted(case):
     for name in sites:
         for weight in WEIGHTS:
             predicted.append(found.weights[name][weight].loss)
-            recipe = SiteRecipe(weight, None, None, True)
+            recipe = SiteRecipe(weight, None, BIAS)
             measured.append(divergence(realizer, x, {name: recipe}))
         for activation in ACTIVATIONS:
             predicted.append(found.activations[name][activation].loss)
@@ -90,7 +93,7 @@ def test_the_loss_of_one_change_is_predicted(case):
 
 def test_errors_say_how_far_scores_of_other_samples_lie(case):
     realizer, x, sites, _ = case
-    candidates = {n: Candidates(WEIGHTS, (), corrected=False) for n in sites}
+    candidates = {n: Candidates(WEIGHTS, (), UNCORRECTED) for n in sites}
 
     def once(batch, seed):
         found = measure_sensitivity(
@@ -110,7 +113,7 @@ def test_what_is_no_class_score_is_the_noise_of_the_output():
     net, x = nn.Sequential(nn.Linear(6, 1)), torch.randn(50, 6)
     realizer = make(net, x)
     scheme = WeightScheme(3)
-    candidates = {"0": Candidates((scheme,), (), corrected=False)}
+    candidates = {"0": Candidates((scheme,), (), UNCORRECTED)}
     found = measure_sensitivity(
         realizer, lambda m, b: m(b), [x], candidates, classes=False, samples=50
     )
@@ -148,7 +151,7 @@ def test_recurrent_layers_and_tables_have_gradients_too():
     realizer = make(Words(), ids)
     sites = [s.name for s in realizer.prepared.sites]
     wide = {s.name: ACTIVATIONS if s.activation else () for s in realizer.prepared.sites}
-    candidates = {n: Candidates(WEIGHTS, wide[n], corrected=False) for n in sites}
+    candidates = {n: Candidates(WEIGHTS, wide[n], UNCORRECTED) for n in sites}
     found = measure_sensitivity(
         realizer, lambda m, b: m(b), [ids], candidates, classes=True, samples=120
     )
@@ -160,7 +163,7 @@ def test_recurrent_layers_and_tables_have_gradients_too():
 
 def test_where_there_is_no_gradient_the_reason_is_one_line(case):
     realizer, x, sites, _ = case
-    candidates = {n: Candidates(WEIGHTS, (), corrected=True) for n in sites}
+    candidates = {n: Candidates(WEIGHTS, (), BIAS) for n in sites}
 
     def without(model, batch):
         with torch.no_grad():
@@ -181,7 +184,7 @@ def test_where_there_is_no_gradient_the_reason_is_one_line(case):
 def test_what_is_decoded_is_scored_by_the_last_layer(case):
     """The last layer's scores are all there is to a decision: the same losses as with them."""
     realizer, x, sites, found = case
-    candidates = {name: Candidates(WEIGHTS, ACTIVATIONS, corrected=True) for name in sites}
+    candidates = {name: Candidates(WEIGHTS, ACTIVATIONS, BIAS) for name in sites}
     decided = measure_sensitivity(
         realizer,
         lambda m, b: m(b).argmax(1).tolist(),
@@ -217,7 +220,7 @@ def test_what_is_scored_after_the_end_of_a_decoded_sample_does_not_count():
     def scores(steps, decode):
         torch.manual_seed(0)
         realizer = make(Twice(steps), x)
-        candidates = {n: Candidates(WEIGHTS, (), corrected=False) for n in ("body", "head")}
+        candidates = {n: Candidates(WEIGHTS, (), UNCORRECTED) for n in ("body", "head")}
         found = measure_sensitivity(realizer, decode, [x], candidates, classes=False, samples=60)
         assert isinstance(found, Sensitivity)
         assert found.layer == "head"

@@ -8,12 +8,16 @@ import torch
 from torch import nn
 
 from autoquant.measure.size import SizeModel, float_bytes, weight_bytes
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
+from autoquant.methods.correction.bias import BiasCorrection
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.sensitivity.profile import ROWS, activation_schemes, profile, weight_schemes
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from autoquant.spec.space import DEFAULTS, LearningRates, SearchSpace, SiteSpace
+from autoquant.spec.space import DEFAULTS, DIMENSIONS, SearchSpace, SiteSpace
+from autoquant.spec.techniques import NEAREST, Axis, Offer
 
 
 class Net(nn.Module):
@@ -46,7 +50,7 @@ CHOICES = {
     "activation_granularity": ("per_tensor", "per_token"),
     "activation_calibration": ("max", "mse"),
 }
-RULE = "\n".join(f"    {key}: {list(value)}" for key, value in CHOICES.items())
+RULE = "\n".join(f"    {key}: {list(CHOICES[key])}" for key in DIMENSIONS)
 SPACE = SearchSpace.parse(f"autoquant_space: 1\nrules:\n  -\n{RULE}", "s.yaml")
 
 
@@ -64,12 +68,12 @@ def made():
 
 def test_weights_that_are_kept_give_the_same_profile(made):
     prepared, statistics, spaces, found = made
-    realizer = Realizer(prepared, statistics)
+    realizer = Applier(prepared, statistics)
     asked = []
 
-    def quantize(site, scheme, corrected):
+    def quantize(site, scheme, correction):
         asked.append((site.name, scheme))
-        held = realizer.held(site.name, SiteRecipe(scheme, None, None, corrected))
+        held = realizer.held(site.name, SiteRecipe(scheme, None, correction))
         return held.quantized
 
     again = profile(prepared, statistics, spaces, quantize=quantize)
@@ -86,7 +90,7 @@ def noise(prepared, statistics, name, recipe):
     seen = {}
     module = prepared.model.get_submodule(name)
     handle = module.register_forward_hook(lambda m, args, out: seen.__setitem__("out", out))
-    realizer = Realizer(prepared, statistics)
+    realizer = Applier(prepared, statistics)
     try:
         with torch.no_grad():
             realizer.to_float()
@@ -200,8 +204,8 @@ def test_more_bits_less_damage(made):
 def test_a_locked_site_has_one_option(made):
     prepared, statistics, _, _ = made
     fixed = SiteRecipe(WeightScheme(4), ActivationScheme(8, scale=0.1, zero_point=0))
-    spaces = {s.name: SiteSpace(CHOICES, None, fixed) for s in prepared.sites if s.name != "words"}
-    spaces["words"] = SiteSpace(CHOICES, None, SiteRecipe())
+    spaces = {s.name: SiteSpace(CHOICES, fixed) for s in prepared.sites if s.name != "words"}
+    spaces["words"] = SiteSpace(CHOICES, SiteRecipe())
     found = profile(prepared, statistics, spaces)
     assert [o.recipe for o in found.options["stem"]] == [fixed]
     assert found.options["stem"][0].damage == pytest.approx(found.damage("stem", fixed))
@@ -213,15 +217,55 @@ def test_a_locked_site_has_one_option(made):
 
 def test_where_learning_is_demanded_every_option_learns(made):
     prepared, statistics, _, _ = made
-    rate = LearningRates(0.01, 0.1, optional=False)
-    choices = {**CHOICES, "weight_granularity": ("per_channel",)}
-    spaces = {site.name: SiteSpace(choices, rate) for site in prepared.sites}
-    spaces["words"] = SiteSpace({**choices, "activation_bits": (16,)}, rate)
+    rates = Axis("learning_rate", 0.01, 0.1, log=True)
+    learned = Offer("learned_rounding", LearnedRounding(0.03), (rates,))
+    choices = {**CHOICES, "weight_granularity": ("per_channel",), "rounding": (learned,)}
+    spaces = {site.name: SiteSpace(choices) for site in prepared.sites}
+    spaces["words"] = SiteSpace({**choices, "activation_bits": (16,)})
     found = profile(prepared, statistics, spaces)
     for row in found.options.values():
         for option in row:
-            learned = option.recipe.learning_rate
-            assert learned == (None if option.recipe.weight is None else 0.01)
+            weight = option.recipe.weight
+            assert weight is None or weight.rounding == LearnedRounding(0.03)
+
+
+@pytest.mark.parametrize("correction", [[], [Offer("bias", BiasCorrection())]])
+def test_other_roundings_are_measured_on_the_best_grids_and_compete(made, correction):
+    prepared, statistics, spaces, _ = made
+    # What has an open option is left to the trials, and not measured here.
+    left = Offer("learned_rounding", LearnedRounding(), (Axis("learning_rate", 0.001, 0.1),))
+    added = {"rounding": (Offer("nearest", NEAREST), left, Offer("gptq", GPTQ()))}
+    if correction:
+        added["correction"] = tuple(correction)
+    spaces = {n: SiteSpace({**s.choices, **added}) for n, s in spaces.items() if n != "words"}
+    spaces["words"] = SiteSpace({**CHOICES, "activation_bits": (16,)})
+    found = profile(prepared, statistics, spaces)
+    for name in ("stem", "group", "wide"):
+        table = found.weight_damage[name]
+        nearest = {w: d for w, d in table.items() if w.rounding == NEAREST}
+        other = {w: d for w, d in table.items() if w.rounding == GPTQ()}
+        assert set(table) == {*nearest, *other}
+        grids = {}
+        for scheme, damage in nearest.items():
+            grids.setdefault((scheme.bits, scheme.granularity, scheme.scheme), []).append(damage)
+        assert len(other) == len(grids)
+        for scheme, damage in other.items():
+            plain = dataclasses.replace(scheme, rounding=NEAREST)
+            best = min(grids[scheme.bits, scheme.granularity, scheme.scheme])
+            assert nearest[plain] == best
+            assert damage <= best
+        for option in found.options[name]:
+            if option.recipe.weight is not None:
+                same = [
+                    d
+                    for w, d in table.items()
+                    if (w.bits, w.granularity) == (option.bits, option.recipe.weight.granularity)
+                ]
+                assert table[option.recipe.weight] == min(same)
+                assert option.recipe.correction.centers is bool(correction)
+    # Inputs of a convolution's neighbouring pixels are correlated: it is there that it pays.
+    taken = [o.recipe.weight for row in found.options.values() for o in row if o.recipe.weight]
+    assert any(weight.rounding == GPTQ() for weight in taken)
 
 
 def test_per_token_is_one_scheme_whatever_its_calibration():

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from autoquant.kernels.engine import make_engine
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
+from autoquant.methods.correction.bias import BiasCorrection
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.sensitivity import fisher as sensitivity
@@ -22,7 +23,9 @@ from autoquant.sensitivity.sample_gradients import (
     listening,
 )
 from autoquant.spec.recipe import ActivationScheme, WeightScheme
+from autoquant.spec.techniques import UNCORRECTED
 
+BIAS = BiasCorrection()
 WEIGHTS = (WeightScheme(4), WeightScheme(3, "per_tensor"))
 ACTIVATIONS = (ActivationScheme(8), ActivationScheme(4), ActivationScheme(6, "per_token"))
 
@@ -78,9 +81,11 @@ def made(net, inputs):
     engine = make_engine(torch.device("cpu"), "reference")
     call = (lambda m, b: m(*b)) if isinstance(inputs, tuple) else (lambda m, b: m(b))
     prepared = prepare(net.eval(), lambda m: call(m, inputs), engine=engine)
-    realizer = Realizer(prepared, calibrate(prepared, [inputs], call))
+    realizer = Applier(prepared, calibrate(prepared, [inputs], call))
     candidates = {
-        s.name: Candidates(WEIGHTS, ACTIVATIONS if s.activation else (), s.corrects)
+        s.name: Candidates(
+            WEIGHTS, ACTIVATIONS if s.activation else (), BIAS if s.corrects else UNCORRECTED
+        )
         for s in prepared.sites
     }
     return realizer, candidates, call

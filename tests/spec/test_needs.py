@@ -6,10 +6,14 @@ import itertools
 
 import pytest
 
+from autoquant.methods.correction.bias import BiasCorrection
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.spec.needs import EVERYTHING, Need, needs_of
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.space import SearchSpace, shipped
 
+BIAS, LEARNED = BiasCorrection(), LearnedRounding(0.01)
 STATIC, TOKENS = ActivationScheme(8), ActivationScheme(8, "per_token")
 ROWS = [
     (SiteRecipe(), set()),
@@ -19,12 +23,16 @@ ROWS = [
     (SiteRecipe(None, ActivationScheme(8, scale=0.5, zero_point=0)), set()),
     (SiteRecipe(WeightScheme(4, calibration="output_mse")), {Need.OUTPUT_ERROR}),
     (
-        SiteRecipe(WeightScheme(4, calibration="output_mse"), None, None, True),
+        SiteRecipe(WeightScheme(4, calibration="output_mse"), None, BIAS),
         {Need.CENTERED_OUTPUT_ERROR, Need.MEANS},
     ),
-    (SiteRecipe(WeightScheme(4), None, None, True), {Need.MEANS}),
-    (SiteRecipe(WeightScheme(4), None, 0.01), {Need.MOMENTS}),
-    (SiteRecipe(WeightScheme(4), STATIC, 0.01, True), {Need.MOMENTS, Need.MEANS, Need.RANGE}),
+    (SiteRecipe(WeightScheme(4), None, BIAS), {Need.MEANS}),
+    (SiteRecipe(WeightScheme(4, rounding=LEARNED)), {Need.MOMENTS}),
+    (SiteRecipe(WeightScheme(4, rounding=GPTQ())), {Need.MOMENTS}),
+    (
+        SiteRecipe(WeightScheme(4, rounding=LEARNED), STATIC, BIAS),
+        {Need.MOMENTS, Need.MEANS, Need.RANGE},
+    ),
 ]
 
 
@@ -41,17 +49,17 @@ class Layer:
 @pytest.mark.parametrize("space", shipped())
 def test_a_space_needs_what_any_of_its_recipes_needs(space):
     found = SearchSpace.load(space).resolve([Layer()])["layer"]
-    rate = found.learning_rate
-    rates = [None] if rate is None else [rate.low, *([None] if rate.optional else [])]
     c = found.choices
     union: set[Need] = set()
-    for bits, method, corrected, learning in itertools.product(
-        c["weight_bits"], c["weight_calibration"], c["bias_correction"], rates
+    roundings, corrections = ([o.technique for o in c[d]] for d in ("rounding", "correction"))
+    for bits, method, rounding, correction in itertools.product(
+        c["weight_bits"], c["weight_calibration"], roundings, corrections
     ):
-        weight = None if bits == 16 else WeightScheme(bits, calibration=method)
+        weight = WeightScheme(bits, calibration=method, rounding=rounding)
+        weight = None if bits == 16 else weight
         for wide, grain in itertools.product(c["activation_bits"], c["activation_granularity"]):
             activation = None if wide == 16 else ActivationScheme(wide, grain)
-            union |= needs_of(SiteRecipe(weight, activation, learning, corrected).canonical())
+            union |= needs_of(SiteRecipe(weight, activation, correction).canonical())
     assert found.needs == union
     assert found.needs <= EVERYTHING
 

@@ -146,8 +146,8 @@ def space(*bits):
 
 
 def test_a_budget_below_the_narrowest_recipe():
-    locked = SiteSpace({}, None, SiteRecipe(WeightScheme(6)))
-    spaces = {"a": space(8, 4, 16), "b": locked, "c": SiteSpace({}, None, SiteRecipe())}
+    locked = SiteSpace({}, SiteRecipe(WeightScheme(6)))
+    spaces = {"a": space(8, 4, 16), "b": locked, "c": SiteSpace({}, SiteRecipe())}
     assert [narrowest(s) for s in spaces.values()] == [4, 6, 16]
     numel = {"a": 600, "b": 300, "c": 100}
     least = (4 * 600 + 6 * 300 + 16 * 100) / 1000

@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoquant.methods.correction.bias import BiasCorrection
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.spec.recipe import (
     FLOAT_SITE,
     ActivationScheme,
@@ -17,11 +20,23 @@ from autoquant.spec.recipe import (
     WeightScheme,
     choices_key,
 )
+from autoquant.spec.techniques import NEAREST, UNCORRECTED
 
+BIAS = BiasCorrection()
 W4 = WeightScheme(4)
 A8 = ActivationScheme(8, calibration="mse", scale=0.25, zero_point=3)
 
-weights = st.builds(WeightScheme, st.integers(2, 8), calibration=st.sampled_from(["max", "mse"]))
+roundings = (
+    st.just(NEAREST)
+    | st.builds(LearnedRounding, st.floats(1e-4, 0.1))
+    | st.builds(GPTQ, st.floats(1e-4, 0.1), st.booleans())
+)
+weights = st.builds(
+    WeightScheme,
+    st.integers(2, 8),
+    calibration=st.sampled_from(["max", "mse"]),
+    rounding=roundings,
+)
 activations = st.builds(
     ActivationScheme,
     st.integers(2, 8),
@@ -30,7 +45,7 @@ activations = st.builds(
     scale=st.none() | st.floats(1e-3, 1.0),
 )
 sites = st.builds(
-    SiteRecipe, st.none() | weights, st.none() | activations, st.none() | st.floats(1e-4, 0.1)
+    SiteRecipe, st.none() | weights, st.none() | activations, st.sampled_from([UNCORRECTED, BIAS])
 )
 
 
@@ -45,9 +60,11 @@ def test_the_one_spelling_is_a_fixed_point(site):
 
 def test_what_has_no_effect_is_left_out():
     per_token = ActivationScheme(8, "per_token", calibration="mse", scale=0.5, zero_point=1)
-    found = SiteRecipe(None, per_token, 0.01).canonical()
-    assert found == SiteRecipe(None, ActivationScheme(8, "per_token", calibration="max"), None)
-    assert SiteRecipe(W4, A8, 0.01).canonical() == SiteRecipe(W4, A8, 0.01)
+    found = SiteRecipe(None, per_token, BIAS).canonical()
+    assert found == SiteRecipe(None, ActivationScheme(8, "per_token", calibration="max"))
+    assert SiteRecipe(W4, A8, BIAS).canonical() == SiteRecipe(W4, A8, BIAS)
+    learned = WeightScheme(4, rounding=LearnedRounding(0.01))
+    assert SiteRecipe(learned, A8).canonical() == SiteRecipe(learned, A8)
 
 
 def test_uncalibrated_keeps_the_choices():

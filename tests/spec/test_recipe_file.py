@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoquant.errors import SpecError, UserError
+from autoquant.methods.correction.bias import BiasCorrection
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.spec.calibration import ACTIVATION_CALIBRATIONS, WEIGHT_CALIBRATIONS
 from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.formats import FORMATS
@@ -23,8 +26,10 @@ from autoquant.spec.recipe import (
     WeightScheme,
 )
 from autoquant.spec.recipe_file import SCHEMES, dumps, load, loads, save
+from autoquant.spec.techniques import NEAREST, UNCORRECTED
 from autoquant.spec.verdict import Verdict
 
+BIAS = BiasCorrection()
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 weights = st.builds(
@@ -33,6 +38,9 @@ weights = st.builds(
     st.sampled_from(WEIGHT_GRANULARITIES),
     st.sampled_from(SCHEMES),
     st.sampled_from(WEIGHT_CALIBRATIONS),
+    st.just(NEAREST)
+    | st.builds(LearnedRounding, st.floats(1e-6, 1.0))
+    | st.builds(GPTQ, st.floats(1e-6, 1.0), st.booleans()),
 )
 
 
@@ -54,8 +62,11 @@ def activations(draw):
 
 
 sites = st.builds(
-    SiteRecipe, st.none() | weights, st.none() | activations(), st.none() | st.floats(1e-6, 1.0)
-)
+    SiteRecipe,
+    st.none() | weights,
+    st.none() | activations(),
+    st.sampled_from([UNCORRECTED, BIAS]),
+).map(SiteRecipe.canonical)
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1)
 
 
@@ -187,9 +198,8 @@ def test_version_1_is_readable_for_ever():
     assert dict(found.sites) == {
         "features.0": SiteRecipe(WeightScheme(8, "per_channel", "symmetric", "mse"), static),
         "hidden": SiteRecipe(
-            WeightScheme(4, "per_group_32", "asymmetric", "percentile_99.9"),
+            WeightScheme(4, "per_group_32", "asymmetric", "percentile_99.9", LearnedRounding(0.01)),
             ActivationScheme(8, "per_token", "symmetric", "max"),
-            0.01,
         ),
         "classifier": SiteRecipe(),
     }
@@ -209,7 +219,17 @@ def test_version_1_is_readable_for_ever():
     assert loads(dumps(found)) == found
 
 
-GOOD = dumps(recipe(fc=SiteRecipe(WeightScheme(4), ActivationScheme(8, scale=0.5, zero_point=3))))
+GOOD = dumps(
+    recipe(
+        fc=SiteRecipe(
+            WeightScheme(4, rounding=LearnedRounding(0.25)),
+            ActivationScheme(8, scale=0.5, zero_point=3),
+            BIAS,
+        )
+    )
+)
+ROUNDING = "rounding: {method: learned_rounding, learning_rate: 0.25}"
+CORRECTION = "correction: {method: bias}"
 
 
 @pytest.mark.parametrize(
@@ -238,14 +258,25 @@ GOOD = dumps(recipe(fc=SiteRecipe(WeightScheme(4), ActivationScheme(8, scale=0.5
         ("per_channel", "per_token", ["weight: granularity", "per_group_128"]),
         ("per_channel", "per_group_48", ["weight: granularity", "per_group_48"]),
         ("weight: {", "weight: [", ["not valid YAML"]),
-        ("learning_rate: null", "learning_rate: 0", ["learning_rate", "a number > 0, or null"]),
-        ("learning_rate: null", "learning_rate: none", ["fc: learning_rate", "'none'", "or null"]),
-        ("learning_rate: null", "learning_rte: 1", ["fc", "'learning_rte'", "'learning_rate'"]),
-        ("autoquant_recipe: 1", "autoquant_recipe: 2", ["version 2"]),
-        ("autoquant_recipe: 1", "autoquant_recipe: true", ["version True", "reads 1"]),
-        ("autoquant_recipe: 1", "autoquant_recipe: 1.0", ["version 1.0"]),
-        ("autoquant_recipe: 1", "autoquant_recipe: '1'", ["version '1'"]),
-        ("autoquant_recipe: 1", "other: 1", ["not a recipe"]),
+        (ROUNDING, "learning_rate: 0", ["learning_rate", "a number > 0, or null"]),
+        (ROUNDING, "learning_rate: none", ["fc: learning_rate", "'none'", "or null"]),
+        (ROUNDING, "learning_rte: 1", ["fc", "'learning_rte'", "'learning_rate'"]),
+        (ROUNDING, f"{ROUNDING}\n    learning_rate: 0.1", ["learning_rate", "beside rounding"]),
+        (CORRECTION, "bias_correction: 1", ["fc: bias_correction", "found 1", "True, False"]),
+        (CORRECTION, f"{CORRECTION}\n    bias_correction: true", ["beside correction"]),
+        ("rounding: {", "roundng: {", ["fc", "'roundng'", "did you mean 'rounding'"]),
+        ("method: learned_rounding, ", "", ["fc: rounding: method is missing"]),
+        ("learned_rounding", "lerned_rounding", ["fc: rounding", "did you mean 'learned_roundi"]),
+        ("learning_rate: 0.25", "learning_rate: 0", ["rounding: learning_rate", "found 0", "> 0"]),
+        ("learning_rate: 0.25", "rate: 1", ["fc: rounding", "'rate'", "allowed: method, learn"]),
+        ("method: bias", "method: bais", ["fc: correction", "'bais'", "did you mean 'bias'"]),
+        ("method: bias", "method: bias, by: 1", ["fc: correction", "'by'", "allowed: method"]),
+        (CORRECTION, "correction: [bias]", ["fc: correction", "found ['bias']"]),
+        ("autoquant_recipe: 2", "autoquant_recipe: 3", ["version 3"]),
+        ("autoquant_recipe: 2", "autoquant_recipe: true", ["version True", "reads 1 and 2"]),
+        ("autoquant_recipe: 2", "autoquant_recipe: 1.0", ["version 1.0"]),
+        ("autoquant_recipe: 2", "autoquant_recipe: '1'", ["version '1'"]),
+        ("autoquant_recipe: 2", "other: 1", ["not a recipe"]),
         ("seed: 0", "seed: -1", ["seed", "found -1", "an integer ≥ 0"]),
         ("seed: 0", "sed: 0", ["'sed'", "did you mean 'seed'"]),
         ("seed: 0", "size_bytes: -5", ["size_bytes", "found -5"]),
@@ -299,10 +330,11 @@ def test_what_is_no_recipe_is_one_line(tmp_path, data):
 
 def test_numbers_as_people_write_them():
     """YAML 1.1 takes 1e-3, which has no dot, for text."""
-    text = GOOD.replace("learning_rate: null", "learning_rate: 1e-3").replace("0.5", "5e-1")
-    site = loads(text).sites["fc"]
-    assert site.learning_rate == 0.001
-    assert site.activation.scale == 0.5
+    for rounding in (ROUNDING.replace("0.25", "1e-3"), "learning_rate: 1e-3"):
+        text = GOOD.replace(ROUNDING, rounding).replace("0.5", "5e-1")
+        site = loads(text).sites["fc"]
+        assert site.weight.rounding == LearnedRounding(0.001)
+        assert site.activation.scale == 0.5
 
 
 def test_what_is_left_out_has_its_default():
@@ -313,7 +345,8 @@ def test_what_is_left_out_has_its_default():
     assert (found.model, found.evidence, dict(found.folded), found.seed) == (None, None, {}, 0)
 
 
-WHOLE = yaml.safe_load((ASSETS / "recipe_v1.yaml").read_text())
+VERSION_1 = (ASSETS / "recipe_v1.yaml").read_text()
+WHOLE = [yaml.safe_load(text) for text in (VERSION_1, dumps(replace(loads(VERSION_1), seed=7)))]
 odd = st.recursive(
     st.none()
     | st.booleans()
@@ -353,9 +386,14 @@ def read(text):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(list(places(WHOLE))[1:]), odd, st.sampled_from(["set", "add", "drop"]))
-def test_whatever_is_in_a_field_is_a_recipe_or_one_line(path, value, act):
-    data = copy.deepcopy(WHOLE)
+@given(
+    st.sampled_from([(i, p) for i, whole in enumerate(WHOLE) for p in places(whole) if p]),
+    odd,
+    st.sampled_from(["set", "add", "drop"]),
+)
+def test_whatever_is_in_a_field_is_a_recipe_or_one_line(place, value, act):
+    version, path = place
+    data = copy.deepcopy(WHOLE[version])
     parent = data
     for key in path[:-1]:
         parent = parent[key]

@@ -7,9 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoquant.errors import SpecError
+from autoquant.methods.correction.bias import BiasCorrection
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.spec.granularity import divides
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from autoquant.spec.space import DEFAULTS, DIMENSIONS, LearningRates, SearchSpace, shipped
+from autoquant.spec.space import DEFAULTS, DIMENSIONS, OLDER, TECHNIQUES, SearchSpace, shipped
+from autoquant.spec.techniques import NEAREST, UNCORRECTED, Axis, Offer
+
+BIAS = BiasCorrection()
+EVERY = [*DIMENSIONS, *TECHNIQUES]
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,8 @@ LAYERS = (
     Layer("stem", "Conv2d", (16, 27)),
     Layer("body.fc1"),
     Layer("body.fc2"),
-    Layer("words", "Embedding", (100, 64), activation=False),
-    Layer("rnn.weight_ih_l0", "GRU", (192, 64)),
+    Layer("words", "Embedding", (100, 64), activation=False, corrects=False),
+    Layer("rnn.weight_ih_l0", "GRU", (192, 64), corrects=False),
 )
 
 
@@ -40,7 +47,7 @@ def test_shipped_spaces_resolve_on_every_layer(name):
     assert set(resolved) == {layer.name for layer in LAYERS}
     for layer in LAYERS:
         choices = resolved[layer.name].choices
-        assert set(choices) == set(DIMENSIONS)
+        assert set(choices) == set(EVERY)
         assert all(choices.values())
         assert all(divides(g, layer.matrix) for g in choices["weight_granularity"])
         if not layer.activation:
@@ -54,6 +61,8 @@ def test_every_dimension_is_on_offer_in_full():
         if dimension != "activation_bits":
             assert set(found[dimension]) == set(allowed)
     assert set(found["activation_bits"]) == {4, 5, 6, 7, 8, 16}
+    for dimension, registry in TECHNIQUES.items():
+        assert {offer.technique.method for offer in found[dimension]} == set(registry.names())
 
 
 def test_seven_spaces_are_shipped_the_default_first():
@@ -107,12 +116,13 @@ def test_a_later_rule_ends_a_lock():
 def test_a_lock_says_everything_a_recipe_says():
     found = space(
         "  - {lock: {weight: {bits: 4, granularity: per_channel, calibration: mse}, "
-        "activation: {bits: 8, scheme: symmetric}, learning_rate: 1e-2}}"
+        "activation: {bits: 8, scheme: symmetric}, rounding: {method: gptq, damping: 0.1}, "
+        "correction: bias}}"
     ).resolve(LAYERS)
-    weight = WeightScheme(4, "per_channel", "symmetric", "mse")
+    weight = WeightScheme(4, "per_channel", "symmetric", "mse", GPTQ(0.1))
     activation = ActivationScheme(8, scheme="symmetric")
-    assert found["stem"].fixed == SiteRecipe(weight, activation, 0.01)
-    assert found["words"].fixed == SiteRecipe(weight, None, 0.01)
+    assert found["stem"].fixed == SiteRecipe(weight, activation, BIAS)
+    assert found["words"].fixed == SiteRecipe(weight, None)
 
 
 def test_type_and_name_must_both_match():
@@ -125,21 +135,56 @@ def test_type_and_name_must_both_match():
     assert all(s.choices["weight_bits"] == (8,) for s in nobody.values())
 
 
+NEAR = Offer("nearest", NEAREST)
+
+
+def learned(low, high):
+    middle = LearnedRounding((low * high) ** 0.5)
+    return Offer("learned_rounding", middle, (Axis("learning_rate", low, high, log=True),))
+
+
+ONE_RATE = Offer("learned_rounding", LearnedRounding(0.001))
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        ("{low: 1e-4, high: 0.1}", LearningRates(1e-4, 0.1)),
-        ("{low: 0.001, high: 0.001, optional: false}", LearningRates(0.001, 0.001, optional=False)),
-        ("1e-3", LearningRates(0.001, 0.001, optional=False)),
-        ("null", None),
+        ("learning_rate: {low: 1e-4, high: 0.1}", (NEAR, learned(1e-4, 0.1))),
+        ("learning_rate: {low: 0.001, high: 0.001, optional: false}", (ONE_RATE,)),
+        ("learning_rate: {low: 0.01, high: 0.1, optional: false}", (learned(0.01, 0.1),)),
+        ("learning_rate: 1e-3", (ONE_RATE,)),
+        ("learning_rate: null", (NEAR,)),
+        (
+            "rounding: [nearest, {method: learned_rounding, "
+            "learning_rate: {low: 1e-4, high: 0.1, log: true}}]",
+            (NEAR, learned(1e-4, 0.1)),
+        ),
+        ("rounding: {method: learned_rounding, learning_rate: 1e-3}", (ONE_RATE,)),
+        ("rounding: nearest", (NEAR,)),
+        ("rounding: [gptq, nearest, gptq]", (Offer("gptq", GPTQ()), NEAR)),
     ],
 )
-def test_learning_rates(written, read):
+def test_roundings_in_both_spellings(written, read):
     before = "  - {learning_rate: {low: 0.2, high: 0.3}}\n"
-    found = space(f"{before}  - {{learning_rate: {written}}}").resolve(LAYERS)
-    assert found["stem"].learning_rate == read
+    found = space(f"{before}  - {{{written}}}").resolve(LAYERS)
+    assert found["stem"].choices["rounding"] == read
     kept = space(f"{before}  - {{weight_bits: 4}}").resolve(LAYERS)
-    assert kept["stem"].learning_rate == LearningRates(0.2, 0.3)
+    assert kept["stem"].choices["rounding"] == (NEAR, learned(0.2, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("bias_correction: [true]", (Offer("bias", BIAS),)),
+        ("bias_correction: [false, true]", (Offer("none", UNCORRECTED), Offer("bias", BIAS))),
+        ("correction: [bias, none]", (Offer("bias", BIAS), Offer("none", UNCORRECTED))),
+        ("correction: {method: bias}", (Offer("bias", BIAS),)),
+    ],
+)
+def test_corrections_in_both_spellings(written, read):
+    found = space(f"  - {{{written}}}").resolve(LAYERS)
+    assert found["stem"].choices["correction"] == read
+    assert found["words"].choices["correction"] == DEFAULTS["correction"]
 
 
 def test_a_space_of_one_s_own_from_a_file(tmp_path):
@@ -159,6 +204,18 @@ WHOLE = {
     "rules": [
         {"weight_bits": [8, 4], "activation_calibration": ["mse", "percentile_99.5"]},
         {"types": ["Conv*"], "learning_rate": {"low": 0.01, "high": 0.1, "optional": False}},
+        {
+            "types": ["Linear"],
+            "rounding": [
+                "nearest",
+                {"method": "gptq", "damping": [0.01, 0.1], "act_order": [True, False]},
+                {
+                    "method": "learned_rounding",
+                    "learning_rate": {"low": 0.01, "high": 0.1, "log": True},
+                },
+            ],
+            "correction": ["none", {"method": "bias"}],
+        },
         {"names": ["body.fc?"], "lock": {"weight": {"bits": 8}, "activation": {"bits": 8}}},
         {"names": ["words"], "skip": True},
     ],
@@ -186,7 +243,7 @@ def places(data, path=()):
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(list(places(WHOLE))[1:]),
-    st.sampled_from([None, *DIMENSIONS, "skip", "lock", "names", "types", "learning_rate"]),
+    st.sampled_from([None, "skip", "lock", "names", "types", *OLDER.values(), *EVERY]),
     odd,
 )
 def test_whatever_is_in_a_field_is_a_space_or_one_line(path, name, value):
@@ -206,7 +263,7 @@ def test_whatever_is_in_a_field_is_a_space_or_one_line(path, name, value):
         assert len(str(caught.value).splitlines()) == 1
         return
     for found in resolved.values():
-        assert set(found.choices) == set(DIMENSIONS)
+        assert set(found.choices) == set(EVERY)
         assert all(found.choices.values())
 
 
@@ -234,6 +291,14 @@ def test_whatever_is_in_a_field_is_a_space_or_one_line(path, name, value):
         ("  - {learning_rate: fast}", ["learning_rate", "found 'fast'", "low, high"]),
         ("  - {learning_rate: 0}", ["learning_rate", "found 0", "a number > 0"]),
         ("  - {learning_rate: {low: 0.1}}", ["learning_rate: high is missing"]),
+        ("  - {learning_rate: 0.1, rounding: gptq}", ["rule 1", "rounding is given twice"]),
+        ("  - {bias_correction: true, correction: bias}", ["rule 1", "correction is given twice"]),
+        ("  - {rounding: []}", ["rule 1: rounding", "found an empty list", "one or more"]),
+        ("  - {rounding: [gtpq]}", ["rule 1: rounding", "'gtpq'", "did you mean 'gptq'"]),
+        ("  - {rounding: 3}", ["rule 1: rounding", "expected fields, found 3"]),
+        ("  - {rounding: {method: gptq, dampng: 1}}", ["'dampng'", "did you mean 'damping'"]),
+        ("  - {rounding: {method: gptq, damping: 11}}", ["rounding: damping", "found 11", "10"]),
+        ("  - {correction: [[bias]]}", ["rule 1: correction", "found ['bias']"]),
         ("  - {names: [], weight_bits: 4}", ["rule 1", "names", "found []"]),
         ("  - {names: [3], weight_bits: 4}", ["names", "[3]"]),
         ("  - {skip: yes please}", ["skip", "'yes please'"]),

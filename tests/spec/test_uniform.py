@@ -3,23 +3,37 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoquant.methods.correction.bias import BiasCorrection
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from autoquant.spec.space import DEFAULTS, DIMENSIONS, LearningRates, SiteSpace
+from autoquant.spec.space import DEFAULTS, DIMENSIONS, SiteSpace
+from autoquant.spec.techniques import NEAREST, UNCORRECTED, Axis, Offer
 from autoquant.spec.uniform import GLOBAL, baselines, choices, uniform, widths
 
+BIAS = BiasCorrection()
+NEAR = Offer("nearest", NEAREST)
+LEARNED = Offer(
+    "learned_rounding", LearnedRounding(0.03), (Axis("learning_rate", 0.01, 0.09, log=True),)
+)
+TECHNIQUES = {
+    "rounding": (NEAR, LEARNED, Offer("gptq", GPTQ())),
+    "correction": (Offer("none", UNCORRECTED), Offer("bias", BIAS)),
+}
 
-def space(rate=None, **choices):
-    return SiteSpace({**DEFAULTS, **choices}, rate)
+
+def space(**choices):
+    return SiteSpace({**DEFAULTS, **choices})
 
 
 @st.composite
 def spaces(draw):
     choices = {
         name: tuple(draw(st.lists(st.sampled_from(allowed), min_size=1, max_size=4, unique=True)))
-        for name, allowed in DIMENSIONS.items()
+        for name, allowed in (DIMENSIONS | TECHNIQUES).items()
     }
     fixed = draw(st.sampled_from([None, None, None, SiteRecipe(WeightScheme(5)), SiteRecipe()]))
-    return SiteSpace(choices, None, fixed)
+    return SiteSpace(choices, fixed)
 
 
 resolved = st.lists(spaces(), min_size=1, max_size=4).map(
@@ -42,6 +56,8 @@ def test_the_width_asked_for_or_the_next_on_offer(found, bits):
             assert site.weight.granularity == s.choices["weight_granularity"][0]
             assert site.weight.scheme == s.choices["weight_scheme"][0]
             assert site.weight.calibration == s.choices["weight_calibration"][0]
+            assert site.weight.rounding == s.choices["rounding"][0].technique
+            assert site.correction == s.choices["correction"][0].technique
 
 
 @given(resolved)
@@ -98,14 +114,14 @@ def test_a_layer_left_in_float_keeps_its_activation_in_float_where_it_may():
 
 
 def test_learning_only_where_the_space_insists():
-    assert uniform({"a": space(LearningRates(0.01, 0.1))}, 8)["a"].learning_rate is None
-    insists = LearningRates(0.01, 0.1, optional=False)
-    assert uniform({"a": space(insists)}, 8)["a"].learning_rate == 0.01
-    assert uniform({"a": space(insists, weight_bits=(16,))}, 8)["a"].learning_rate is None
+    optional, insists = (NEAR, LEARNED), (LEARNED,)
+    assert uniform({"a": space(rounding=optional)}, 8)["a"].weight.rounding == NEAREST
+    assert uniform({"a": space(rounding=insists)}, 8)["a"].weight.rounding == LearnedRounding(0.03)
+    assert uniform({"a": space(rounding=insists, weight_bits=(16,))}, 8)["a"].weight is None
 
 
 def test_nothing_to_choose_is_still_one_recipe():
-    locked = {"a": SiteSpace({}, None, SiteRecipe(WeightScheme(8)))}
+    locked = {"a": SiteSpace({}, SiteRecipe(WeightScheme(8)))}
     assert list(baselines(locked)) == [{"a": SiteRecipe(WeightScheme(8))}]
     weights_only = {"a": space(activation_bits=(16,), weight_bits=(8, 4))}
     assert [s["a"].weight.bits for s in baselines(weights_only)] == [8, 4]

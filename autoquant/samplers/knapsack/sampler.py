@@ -13,7 +13,7 @@ unless the speed is known. More than one limit at a time makes the knapsack an i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.measure.cost import CostModel
 from autoquant.measure.speed import speed_class
-from autoquant.samplers.knapsack.mutation import inherit, mutate
+from autoquant.samplers.knapsack.mutation import inherit, mutate, rounded_as
 from autoquant.samplers.knapsack.posterior import Posterior, Row, Sums, believe, prior
 from autoquant.selection.drop_curve import fit_drops
 from autoquant.sensitivity.profile import Option, Profile
@@ -377,7 +377,7 @@ class KnapsackSampler(BaseSampler):
         # Gradients know calibrations apart; what a trial that did well had by chance does not.
         likely = LIKELY * self.profile.damage(site, recipe)
         if self.profile.samples and self.profile.damage(site, found) > likely:
-            found = replace(recipe, learning_rate=known.learning_rate).canonical()
+            found = rounded_as(recipe, known)
         if self.costs is None or self.costs.indifferent:
             return found
         return found if speed_class(found) == speed_class(recipe) else recipe

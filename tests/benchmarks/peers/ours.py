@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 import autoquant
+from autoquant.methods.correction.bias import BiasCorrection
 from autoquant.models.files import of_module
 from autoquant.session.session import Session, open_session
 from autoquant.solvers.convex_hull import solve
 from autoquant.spec.outputs import write_text
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.spec.techniques import UNCORRECTED
 from tests.benchmarks.peers.cases import Case, table_path
 from tests.benchmarks.peers.greedy import WIDEST, greedy
 from tests.benchmarks.peers.tools import Found
@@ -26,6 +28,7 @@ from tests.benchmarks.zoo import naive
 
 CALIBRATIONS = ("mse", "max", "percentile_99.9", "percentile_99.99", "percentile_99.999")
 NARROW = (6, 4)
+BIAS = BiasCorrection()
 SPACE = f"""\
 autoquant_space: 1
 name: peers
@@ -34,7 +37,7 @@ rules:
     weight_granularity: [per_channel]
     weight_scheme: [symmetric]
     weight_calibration: [output_mse, mse, max]
-    bias_correction: [true]
+    correction: [bias]
     activation_bits: [8]
     activation_granularity: [per_tensor]
     activation_scheme: [asymmetric]
@@ -138,7 +141,7 @@ def recipe_of(session: Session, widths: dict[str, int], method: str) -> dict[str
         s.name: SiteRecipe(
             WeightScheme(widths[s.name], calibration="output_mse"),
             ActivationScheme(8, calibration=method) if s.activation else None,
-            bias_correction=s.corrects,
+            BIAS if s.corrects else UNCORRECTED,
         )
         for s in session.prepared.sites
     }

@@ -39,7 +39,7 @@ name: real_life
 rules:
   - weight_bits: [8]
     weight_calibration: [mse, max]
-    bias_correction: [true]
+    correction: [bias]
     activation_bits: [8]
     activation_calibration: [mse]
 """

@@ -13,17 +13,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
+from autoquant.methods.correction.bias import BiasCorrection
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.samplers.knapsack.sampler import KnapsackSampler
 from autoquant.sensitivity.profile import Option, Profile
 from autoquant.spec.costs import Costs
 from autoquant.spec.goal import Goal, Measurement
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme, choices_key
-from autoquant.spec.space import DEFAULTS, DIMENSIONS, LearningRates, SiteSpace
+from autoquant.spec.space import DEFAULTS, DIMENSIONS, SiteSpace
+from autoquant.spec.techniques import NEAREST, UNCORRECTED, Axis, Offer
 from autoquant.spec.uniform import baselines
 from autoquant.study.ledger import MEASURED, finished
 from autoquant.study.parameters import ParameterMap
 
 FLOAT_BYTES = 2
+NEAR = Offer("nearest", NEAREST)
+LEARNED = Offer(
+    "learned_rounding", LearnedRounding(0.01), (Axis("learning_rate", 1e-3, 0.1, log=True),)
+)
+ROUNDINGS = [
+    (NEAR,),
+    (NEAR, LEARNED),
+    (LEARNED,),
+    (NEAR, Offer("learned_rounding", LearnedRounding(0.01))),
+    (Offer("gptq", GPTQ(), (Axis("act_order", choices=(True, False)),)), NEAR),
+]
+CORRECTIONS = [Offer("bias", BiasCorrection()), Offer("none", UNCORRECTED)]
 
 
 def product(space, prefix):
@@ -40,18 +56,19 @@ def make_profile(spaces, numel):
             options[site] = (Option(fixed, 0.0, fixed.weight_bits, 2 * numel[site]),)
             weights[site], activations[site] = {}, {}
             continue
-        found = [WeightScheme(*row) for row in product(space, "weight") if row[0] < 16]
+        rounding = space.choices["rounding"][0].technique
+        correction = space.choices["correction"][0].technique
+        rows = [row for row in product(space, "weight") if row[0] < 16]
+        found = [WeightScheme(*row, rounding=rounding) for row in rows]
         weights[site] = {w: 4.0**-w.bits * (1 + i / 50) for i, w in enumerate(found)}
         acts = (ActivationScheme(*row) for row in product(space, "activation") if row[0] < 16)
         acts = [SiteRecipe(None, a).canonical().activation for a in acts]
         activations[site] = {a: 4.0**-a.bits * 0.1 for a in acts}
         activation = max(acts, key=lambda a: a.bits, default=None)
-        rate = space.learning_rate
-        learned = None if rate is None or rate.optional else rate.low
         best = {}
         for w, damage in weights[site].items():
             size = numel[site] * w.bits // 8
-            recipe = SiteRecipe(w, activation, learned, space.choices["bias_correction"][0])
+            recipe = SiteRecipe(w, activation, correction)
             option = Option(recipe, damage, w.bits, size)
             best.setdefault((w.bits, w.granularity), option)
         if 16 in space.choices["weight_bits"]:
@@ -163,7 +180,7 @@ def test_the_optimum_is_found_in_far_fewer_trials_than_random_needs():
 @pytest.mark.parametrize("bits", [4.0, 4.01, 5.0, 7.3, 8.0, 16.0])
 def test_a_bit_budget_is_always_kept(bits):
     spaces = plain_spaces(9, (8, 7, 6, 5, 4, 16))
-    spaces["layer0"] = SiteSpace(spaces["layer0"].choices, None, SiteRecipe(WeightScheme(4)))
+    spaces["layer0"] = SiteSpace(spaces["layer0"].choices, SiteRecipe(WeightScheme(4)))
     problem = Problem(spaces, Goal(0.05, 20_000, bits=bits))
     sampler, done = problem.sampler(), []
     for number in range(20):
@@ -198,18 +215,11 @@ def resolved(draw):
             )
             for dimension, allowed in DIMENSIONS.items()
         }
-        rate = draw(
-            st.sampled_from(
-                [
-                    None,
-                    LearningRates(1e-3, 0.1),
-                    LearningRates(1e-3, 0.1, optional=False),
-                    LearningRates(0.01, 0.01),
-                ]
-            )
-        )
+        choices["rounding"] = draw(st.sampled_from(ROUNDINGS))
+        corrections = st.lists(st.sampled_from(CORRECTIONS), min_size=1, unique=True)
+        choices["correction"] = tuple(draw(corrections))
         fixed = draw(st.sampled_from([None, None, None, SiteRecipe(WeightScheme(8)), SiteRecipe()]))
-        found[name] = SiteSpace(choices, rate, fixed)
+        found[name] = SiteSpace(choices, fixed)
     return found
 
 

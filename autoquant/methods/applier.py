@@ -10,26 +10,27 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import SpecError, TrialError
-from autoquant.methods.bias import bias_shift
-from autoquant.methods.rounding import learn_rounding
+from autoquant.methods.correction.bias import bias_shift
+from autoquant.methods.problem import Bench
 from autoquant.nn.calibrate import SiteStatistics
 from autoquant.nn.convert import Prepared, deploy
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.sites import Site
-from autoquant.nn.weights import quantize_weight
 from autoquant.observers.calibration import activation_range
 from autoquant.quant.affine import choose_qparams
 from autoquant.quant.blocks import to_matrix
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.granularity import divides
+from autoquant.spec.need import Need
 from autoquant.spec.needs import WEIGHT_NEEDS
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe, WeightScheme
+from autoquant.spec.techniques import UNCORRECTED, Correction
 
 CACHE_BYTES = 512 << 20
 """Most bytes that quantized weights are kept in, to be used again by a later candidate."""
 
 
-class Realizer:
+class Applier:
     """Gives a prepared model one recipe after another.
 
     Quantized weights and calibrated ranges are kept, so that a candidate costs only what is new
@@ -40,10 +41,10 @@ class Realizer:
         self.prepared = prepared
         self.statistics = statistics
         self._sites = {site.name: site for site in prepared.sites}
-        self._weights: OrderedDict[tuple[str, WeightScheme, float | None, bool], HeldWeight]
-        self._weights = OrderedDict()
+        self._weights: OrderedDict[tuple[str, WeightScheme, Correction], HeldWeight] = OrderedDict()
         self._ranges: dict[tuple[str, ActivationScheme], ActivationScheme] = {}
         self._current: dict[str, SiteRecipe] = {}
+        self._bench: Bench | None = None
 
     def apply(self, sites: Mapping[str, SiteRecipe]) -> dict[str, SiteRecipe]:
         """Switch the model to ``sites``; return them with their calibrated numbers.
@@ -73,7 +74,7 @@ class Realizer:
         """Return ``recipe`` in canonical form, with scale and zero point where they are static."""
         recipe = recipe.canonical()
         if not self._sites[name].corrects:
-            recipe = replace(recipe, bias_correction=False)
+            recipe = replace(recipe, correction=UNCORRECTED)
         if not self._sites[name].activation:
             return replace(recipe, activation=None)
         if recipe.activation is None:
@@ -111,12 +112,12 @@ class Realizer:
         scheme = recipe.weight
         if scheme is None:
             return None
-        key = (site.name, scheme, recipe.learning_rate, recipe.bias_correction)
+        key = (site.name, scheme, recipe.correction)
         if key in self._weights:
             self._weights.move_to_end(key)
             return self._weights[key]
         made = self._quantize(site, scheme, recipe)
-        shift = self._shift(site, made) if recipe.bias_correction else None
+        shift = self._shift(site, made) if recipe.correction.centers else None
         self._weights[key] = HeldWeight(made, self.prepared.engine, shift)
         self._evict()
         return self._weights[key]
@@ -130,9 +131,9 @@ class Realizer:
 
     def _shift(self, site: Site, made: QuantizedWeight) -> Tensor:
         """Return what the bias of a site moves by."""
-        means = self._known(site.name, "bias_correction: a corrected bias").mean_input()
+        means = self._known(site.name, "correction: a corrected bias").mean_input()
         if means is None:
-            raise SpecError(f"{site.name}: bias_correction: the calibration data have no input")
+            raise SpecError(f"{site.name}: correction: the calibration data have no input")
         parameter = self.prepared.slots[site.name].parameter.detach()
         matrix = to_matrix(parameter.to(torch.float32), site.channel_axis)
         return bias_shift(made.matrix() - matrix, means)
@@ -150,18 +151,25 @@ class Realizer:
                 f"{site.matrix[1]} inputs of a channel"
             )
         parameter = self.prepared.slots[site.name].parameter
-        corrected, rate, error = recipe.bias_correction, recipe.learning_rate, None
+        known = self.statistics.get(site.name)
         if scheme.calibration in WEIGHT_NEEDS:
             known = self._known(site.name, f"calibration {scheme.calibration}: it")
-            error = known.output_error(corrected=corrected)
+        if Need.MOMENTS in scheme.rounding.needs:
+            known = self._known(site.name, f"rounding: {scheme.rounding.method}")
         try:
-            if rate is None:
-                return quantize_weight(parameter, site, scheme, error)
-            known = self._known(site.name, "learning_rate: learned rounding")
-            moments = known.second_moments(centered=corrected)
-            return learn_rounding(parameter, site, scheme, moments, rate, error=error)
+            return self._bench_of(site, parameter, known, recipe.correction).round(scheme)
         except TrialError as error:
             raise TrialError(f"{site.name}: {error}") from error
+
+    def _bench_of(
+        self, site: Site, weight: Tensor, known: SiteStatistics | None, correction: Correction
+    ) -> Bench:
+        """Return the bench of a site, the last one where that is its: they are large."""
+        last = self._bench
+        same = last is not None and last.weight is weight and last.known is known
+        if last is None or not same or last.correction != correction:
+            self._bench = last = Bench(weight, site, known, correction)
+        return last
 
     def deploy(self, sites: Mapping[str, SiteRecipe]) -> torch.nn.Module:
         """Return a copy of the model that carries ``sites`` as packed integers."""

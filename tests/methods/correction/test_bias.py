@@ -6,12 +6,13 @@ from torch import nn
 
 from autoquant.errors import SpecError
 from autoquant.kernels.engine import make_engine
-from autoquant.methods.bias import bias_shift
-from autoquant.methods.realize import Realizer
+from autoquant.methods.applier import Applier
+from autoquant.methods.correction.bias import BiasCorrection, bias_shift
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
+from autoquant.spec.techniques import UNCORRECTED
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (5, 6)),
@@ -24,7 +25,8 @@ LAYERS = {
     "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), (3, 4, 7, 8)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1), (2, 2, 3, 4, 3)),
 }
-CORRECTED = SiteRecipe(WeightScheme(3), None, None, True)
+BIAS = BiasCorrection()
+CORRECTED = SiteRecipe(WeightScheme(3), None, BIAS)
 
 
 def make(kind, engine=None):
@@ -37,7 +39,7 @@ def make(kind, engine=None):
             return model(x)
 
     prepared = prepare(nn.Sequential(layer()).eval(), run, engine=engine)
-    return prepared, Realizer(prepared, calibrate(prepared, [None], run)), run
+    return prepared, Applier(prepared, calibrate(prepared, [None], run)), run
 
 
 def means(y, kind):
@@ -63,7 +65,7 @@ def test_the_mean_output_of_every_channel_is_that_of_the_float_layer(kind):
 
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv2d", "depthwise"])
 def test_kernels_compute_with_the_corrected_bias(kind):
-    recipe = SiteRecipe(WeightScheme(4), ActivationScheme(8), None, True)
+    recipe = SiteRecipe(WeightScheme(4), ActivationScheme(8), BIAS)
     fast, realizer, run = make(kind, make_engine(torch.device("cpu"), "auto"))
     realizer.apply({"0": recipe})
     slow, other, _ = make(kind)
@@ -87,11 +89,11 @@ def test_a_saved_model_carries_it(kind, tmp_path):
 
 def test_it_needs_data_and_a_layer_with_a_mean():
     prepared, _, _ = make("linear")
-    with pytest.raises(SpecError, match="bias_correction: a corrected bias needs calibration"):
-        Realizer(prepared, {}).apply({"0": CORRECTED})
+    with pytest.raises(SpecError, match="0: correction: a corrected bias needs calibration"):
+        Applier(prepared, {}).apply({"0": CORRECTED})
     table = prepare(nn.Sequential(nn.Embedding(5, 3)), lambda m: m(torch.tensor([1])))
-    done = Realizer(table, {}).apply({"0": CORRECTED})
-    assert done["0"].bias_correction is False
+    done = Applier(table, {}).apply({"0": CORRECTED})
+    assert done["0"].correction == UNCORRECTED
 
 
 def test_a_user_sees_the_bias_that_counts():

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from autoquant.errors import SpecError, TrialError
-from autoquant.methods import realize
-from autoquant.methods.realize import Realizer
+from autoquant.methods import applier, problem
+from autoquant.methods.applier import Applier
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.observers.calibration import activation_range
@@ -25,7 +27,7 @@ def run(model, _=None):
 def realizer():
     torch.manual_seed(0)
     prepared = prepare(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval(), run)
-    return Realizer(prepared, calibrate(prepared, [None], run))
+    return Applier(prepared, calibrate(prepared, [None], run))
 
 
 INT8 = SiteRecipe(WeightScheme(8), ActivationScheme(8))
@@ -49,7 +51,7 @@ def test_what_comes_back_says_all_and_gives_the_same_model_without_data(realizer
     expected = run(realizer.prepared.model)
     assert done["0"].activation.scale is not None
     assert done["2"].activation.scale is None
-    again = Realizer(realizer.prepared, {})
+    again = Applier(realizer.prepared, {})
     assert again.apply(done) == done
     assert torch.equal(run(realizer.prepared.model), expected)
 
@@ -70,7 +72,7 @@ def test_sites_that_are_not_named_go_back_to_float(realizer):
 
 def test_only_what_is_new_is_quantized(realizer, monkeypatch):
     made, switched = [], []
-    original, switch = realize.quantize_weight, type(realizer.prepared).switch
+    original, switch = problem.quantize_weight, type(realizer.prepared).switch
 
     def counted(weight, site, scheme, error=None):
         made.append(site.name)
@@ -80,7 +82,7 @@ def test_only_what_is_new_is_quantized(realizer, monkeypatch):
         switched.append(name)
         switch(self, name, *args)
 
-    monkeypatch.setattr(realize, "quantize_weight", counted)
+    monkeypatch.setattr(problem, "quantize_weight", counted)
     monkeypatch.setattr(type(realizer.prepared), "switch", watched)
     realizer.apply({"0": INT8, "2": INT8})
     realizer.apply({"0": INT8, "2": SiteRecipe(WeightScheme(4))})
@@ -90,7 +92,7 @@ def test_only_what_is_new_is_quantized(realizer, monkeypatch):
 
 
 def test_old_weights_are_forgotten_when_there_are_too_many(realizer, monkeypatch):
-    monkeypatch.setattr(realize, "CACHE_BYTES", 300)  # one weight is 256 bytes, the other 128
+    monkeypatch.setattr(applier, "CACHE_BYTES", 300)  # one weight is 256 bytes, the other 128
     weights = {}
     for bits in (2, 3, 4, 5):
         realizer.apply({"0": SiteRecipe(WeightScheme(bits))})
@@ -104,12 +106,15 @@ def test_old_weights_are_forgotten_when_there_are_too_many(realizer, monkeypatch
 
 def test_learning_needs_its_statistics_and_changes_the_weight(realizer):
     nearest = SiteRecipe(WeightScheme(3))
-    learned = SiteRecipe(WeightScheme(3), None, 0.05)
     site = realizer._sites["2"]
-    one, two = realizer.weight(site, nearest), realizer.weight(site, learned)
-    assert not torch.equal(one.q, two.q)
-    with pytest.raises(SpecError, match=r"2: learning_rate: .* needs calibration data"):
-        Realizer(realizer.prepared, {}).apply({"2": learned})
+    for rounding in (LearnedRounding(0.05), GPTQ()):
+        learned = SiteRecipe(WeightScheme(3, rounding=rounding))
+        one, two = realizer.weight(site, nearest), realizer.weight(site, learned)
+        assert not torch.equal(one.q, two.q)
+        with pytest.raises(
+            SpecError, match=f"2: rounding: {rounding.method} needs calibration data"
+        ):
+            Applier(realizer.prepared, {}).apply({"2": learned})
 
 
 def test_mistakes_name_the_site(realizer):
@@ -120,7 +125,7 @@ def test_mistakes_name_the_site(realizer):
     ):
         realizer.apply({"0": SiteRecipe(WeightScheme(4, "per_group_32"))})
     with pytest.raises(SpecError, match="0: activation: no scale in the recipe"):
-        Realizer(realizer.prepared, {}).apply({"0": INT8})
+        Applier(realizer.prepared, {}).apply({"0": INT8})
     with torch.no_grad():
         realizer.prepared.slots["2"].parameter[0, 0] = float("nan")
     with pytest.raises(TrialError, match="2: the weight holds NaN or Inf"):
@@ -141,6 +146,6 @@ def test_an_activation_is_left_out_where_none_meets_the_weight():
     ids = torch.tensor([1, 2])
     prepared = prepare(nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 2)), lambda m: m(ids))
     statistics = calibrate(prepared, [ids], lambda m, b: m(b))
-    done = Realizer(prepared, statistics).apply({"0": INT8, "1": INT8})
+    done = Applier(prepared, statistics).apply({"0": INT8, "1": INT8})
     assert done["0"] == SiteRecipe(WeightScheme(8))
     assert done["1"].activation is not None

@@ -7,7 +7,24 @@ with that taken off its bias is right on average again. Sources: Nagel et al. 20
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from autoquant.spec.need import Need
+from autoquant.spec.techniques import CORRECTIONS, Correction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@CORRECTIONS.register("bias")
+@dataclass(frozen=True)
+class BiasCorrection(Correction):
+    """Take the mean error of the output off the bias; a layer without one gets one."""
+
+    method: ClassVar[str] = "bias"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MEANS})
+    centers: ClassVar[bool] = True
 
 
 def bias_shift(delta: Tensor, means: Tensor) -> Tensor:

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from autoquant.methods.rounding import learn_rounding, output_error
+from autoquant.methods.problem import Bench, SiteProblem
+from autoquant.methods.rounding.learned_rounding import LearnedRounding, learn
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.nn.weights import quantize_weight
+from autoquant.observers.output_error import exact_output_error
+from autoquant.quant.blocks import to_matrix
 from autoquant.spec.recipe import WeightScheme
+from autoquant.spec.techniques import UNCORRECTED
 
 
 def correlated(rows, columns, seed=0):
@@ -29,6 +33,11 @@ def ready(layer, x):
 def site_and_moments(layer, x):
     prepared, statistics = ready(layer, x)
     return prepared.sites[0], statistics["0"].moments
+
+
+def problem_of(weight, site, scheme, moments):
+    matrix, bench = to_matrix(weight, site.channel_axis), Bench(weight, site, None, UNCORRECTED)
+    return SiteProblem(site, matrix, quantize_weight(weight, site, scheme), moments, bench.once)
 
 
 def images(channels, size):
@@ -60,7 +69,7 @@ def test_the_output_error_is_the_one_that_is_measured(layer, x):
     site, moments = site_and_moments(copy.deepcopy(layer), x)
     rounded = quantize_weight(layer.weight, site, WeightScheme(3)).dequantize()
     change = rounded - layer.weight.detach()
-    predicted = output_error(change.reshape(site.matrix), moments)
+    predicted = exact_output_error(change.reshape(site.matrix), moments)
     torch.testing.assert_close(predicted, measured_error(layer, change, x), rtol=1e-4, atol=0)
 
 
@@ -76,17 +85,17 @@ def test_the_output_error_of_a_recurrent_weight_is_that_of_its_projection():
         weight = prepared.slots[name].parameter
         change = (quantize_weight(weight, site, WeightScheme(2)).dequantize() - weight).detach()
         measured = (rows @ change.T).square().mean((0, 1)).sum()
-        predicted = output_error(change, statistics[name].moments)
+        predicted = exact_output_error(change, statistics[name].moments)
         torch.testing.assert_close(predicted, measured, rtol=1e-4, atol=0)
 
 
 def test_the_output_error_of_a_diagonal_and_of_white_inputs():
     change = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     diagonal = torch.rand(2, 4, generator=torch.Generator().manual_seed(1))
-    whole = output_error(change, torch.diag_embed(diagonal))
-    torch.testing.assert_close(output_error(change, diagonal), whole)
-    white = output_error(change, torch.eye(4)[None])
-    torch.testing.assert_close(output_error(change, None), white)
+    whole = exact_output_error(change, torch.diag_embed(diagonal))
+    torch.testing.assert_close(exact_output_error(change, diagonal), whole)
+    white = exact_output_error(change, torch.eye(4)[None])
+    torch.testing.assert_close(exact_output_error(change, None), white)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -100,12 +109,12 @@ def test_learning_beats_nearest_on_correlated_inputs_and_is_deterministic(
     site, moments = site_and_moments(copy.deepcopy(layer), x)
     weight = layer.weight.detach()
     choice = WeightScheme(bits, granularity, scheme, "mse")
-    nearest = quantize_weight(weight, site, choice)
-    learned = learn_rounding(weight, site, choice, moments, 0.05)
+    problem = problem_of(weight, site, choice, moments)
+    nearest, learned = problem.nearest, learn(problem, 0.05)
     errors = [measured_error(layer, q.matrix() - weight, x) for q in (nearest, learned)]
     assert errors[1] < 0.7 * errors[0]
     assert not torch.equal(learned.q, nearest.q)
-    again = learn_rounding(weight.clone(), site, choice, moments, 0.05)
+    again = LearnedRounding(0.05).fit(problem_of(weight.clone(), site, choice, moments))
     assert torch.equal(again.q, learned.q)
     assert torch.equal(again.qparams.scale, learned.qparams.scale)
 
@@ -116,9 +125,10 @@ def test_learning_works_where_gradients_are_off_and_on_a_grouped_convolution():
     smooth = nn.functional.avg_pool2d(torch.randn(4, 8, 20, 20), 5, 1)
     site, moments = site_and_moments(copy.deepcopy(layer), smooth)
     choice, weight = WeightScheme(3, "per_channel"), layer.weight.detach()
-    nearest = quantize_weight(weight, site, choice).dequantize()
+    problem = problem_of(weight, site, choice, moments)
+    nearest = problem.nearest.dequantize()
     with torch.no_grad():
-        learned = learn_rounding(weight, site, choice, moments, 0.05).dequantize()
+        learned = learn(problem, 0.05).dequantize()
     better = measured_error(layer, learned - weight, smooth)
     assert better < 0.7 * measured_error(layer, nearest - weight, smooth)
 
@@ -138,12 +148,12 @@ def test_learning_is_never_worse_than_nearest_and_stays_on_the_grid(rate, bits, 
     }[known]
     weight = layer.weight.detach()
     choice = WeightScheme(bits, scheme="asymmetric")
-    nearest = quantize_weight(weight, site, choice)
-    learned = learn_rounding(weight, site, choice, moments, rate, steps=15)
+    problem = problem_of(weight, site, choice, moments)
+    nearest, learned = problem.nearest, learn(problem, rate, steps=15)
     assert -(2 ** (bits - 1)) <= learned.q.min()
     assert learned.q.max() <= 2 ** (bits - 1) - 1
     assert learned.matrix().isfinite().all()
-    errors = [output_error(q.matrix() - weight, moments) for q in (learned, nearest)]
+    errors = [exact_output_error(q.matrix() - weight, moments) for q in (learned, nearest)]
     assert errors[0] <= errors[1] * (1 + 1e-6)
 
 
@@ -154,7 +164,7 @@ def test_what_is_learned_is_what_is_stored():
     site, moments = site_and_moments(copy.deepcopy(layer), x)
     weight, errors = layer.weight.detach(), []
     for steps in (1, 10, 40):
-        learned = learn_rounding(weight, site, WeightScheme(3), moments, 0.05, steps)
+        learned = learn(problem_of(weight, site, WeightScheme(3), moments), 0.05, steps)
         assert (learned.qparams.scale > 0).all()
         errors.append(float(measured_error(layer, learned.matrix() - weight, x)))
     assert errors[2] < errors[1] < errors[0]

@@ -22,7 +22,7 @@ from autoquant.models.usercode import interruptible
 from autoquant.optimize.callbacks import Reporter, Silent
 from autoquant.optimize.result import SearchResult
 from autoquant.optimize.stages import run_study
-from autoquant.samplers import samplers
+from autoquant.samplers import registry
 from autoquant.selection.schedule import Schedule
 from autoquant.session.costs import (
     check_latency,
@@ -68,7 +68,7 @@ def search(
     size: str | None = None,
     trials: int | str | None = None,
     timeout: float | None = None,
-    sampler: str | BaseSampler = samplers.DEFAULT,
+    sampler: str | BaseSampler = registry.DEFAULT,
     study: str | None = None,
     storage: str | None = None,
     device: str = "auto",
@@ -156,7 +156,7 @@ def start(
     if options.size is not None:
         parse_size(options.size, 1)
     if own is None:
-        samplers.check(options.sampler)
+        registry.check(options.sampler)
     check_out(out, source)
     Ledger.check_free(study or new_name(loaded.name, storage), storage)
     session = open_session(
@@ -256,7 +256,7 @@ def resume(
     if memory is not None:
         options = replace(options, memory=memory)
     check(options)
-    if sampler is None and options.sampler not in samplers.names():
+    if sampler is None and options.sampler not in registry.names():
         raise StudyError(
             f"study {name} was begun with a sampler of one's own ({options.sampler}): "
             "go on with autoquant.resume(sampler=…)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Mapping
@@ -17,10 +16,12 @@ from autoquant.errors import StudyError, TaskError, TrialError, UserError
 from autoquant.measure.evaluator import Bar, Watch
 from autoquant.optimize.callbacks import Reporter
 from autoquant.optimize.loop import Outcome, Stop, run_trials
-from autoquant.optimize.proposer import make_proposer
 from autoquant.optimize.result import SearchResult, Speed
 from autoquant.optimize.termination import Enough
-from autoquant.samplers import samplers
+from autoquant.samplers.base import Context, Proposer
+from autoquant.samplers.baselines import Baselines
+from autoquant.samplers.exhaustive import Exhaustive
+from autoquant.samplers.registry import make_proposer
 from autoquant.selection.confirmation import confirm
 from autoquant.selection.finalists import finalists, incumbent
 from autoquant.selection.schedule import Schedule
@@ -41,7 +42,6 @@ from autoquant.study.opening import (
     RECIPE_FILE,
 )
 from autoquant.study.parameters import ParameterMap
-from autoquant.study.rank_correlation import fidelity
 from autoquant.study.trials import FRONT, RECIPE, best_trial, measured
 
 WORTH_REUSING = 0.3
@@ -82,19 +82,19 @@ def run_study(
     stop = Stop(most, schedule)
     # From here on whoever interrupts the search is told which study to resume.
     reporter.begin(ledger.name, goal, ledger.trials(), stop)
-    then, sampler = make_proposer(
-        ledger, session, mapping, goal, options, own, reporter, worker, schedule
-    )
-    proposer = samplers.Baselines(plain, mapping, then, worker)
+    context = Context(ledger, session, mapping, goal, options, worker, schedule, reporter.say)
+    then: Proposer = make_proposer(context, own)
+    forecast = then.forecast
+    session.keep({name: space.needs for name, space in mapping.spaces.items()})
     if options.trials == AUTO and most is None:
-        gain = None if sampler is None else sampler.expected_gain
+        gain = None if forecast is None else forecast.expected_gain
         stop = replace(stop, enough=Enough(len(plain), gain))
     # Of few recipes all are tried: no sampler does better.
     every = mapping.recipes(MOST_OF_ALL if most is None else most)
     if every is not None and own is None and mapping.distributions:
-        exhaustive = samplers.Exhaustive(every, mapping, ledger.trials, worker)
-        proposer = samplers.Baselines(plain, mapping, exhaustive, worker)
+        then = exhaustive = Exhaustive(every, mapping, ledger.trials, worker)
         stop = replace(stop, enough=exhaustive.done)
+    proposer = Baselines(plain, mapping, then, worker)
     answered = any(measured(trial) is not None for trial in ledger.trials())
 
     def bar() -> Bar | None:
@@ -132,9 +132,9 @@ def run_study(
         schedule.begin_trials()
     done = run_trials(ledger, mapping, proposer, goal, measure, stop, reporter, session.costs.of)
     trials = ledger.trials()
-    foretold = None if sampler is None else fidelity(sampler.profile, mapping, trials)
-    if sampler is not None:
-        ledger.note(**{FRONT: [dataclasses.asdict(point) for point in sampler.sweep(trials)]})
+    foretold = None if forecast is None else forecast.fidelity(trials)
+    if forecast is not None:
+        ledger.note(**{FRONT: forecast.front(trials)})
     speed = Speed(
         len(trials) - before,
         time.monotonic() - started,

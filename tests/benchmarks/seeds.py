@@ -25,10 +25,10 @@ from autoquant.models.evidence import Evidence, FunctionEvidence, StatisticsEvid
 from autoquant.models.metrics import drop
 from autoquant.models.noninferiority import drop_interval
 from autoquant.models.trees import take
-from autoquant.optimize import proposer as proposing
 from autoquant.optimize import run
 from autoquant.optimize.callbacks import Silent
 from autoquant.optimize.result import SearchResult
+from autoquant.samplers.knapsack import proposer
 from autoquant.sensitivity.profile import Profile, profile
 from autoquant.session.preflight import Preflight, preflight
 from autoquant.session.session import Session, open_session
@@ -67,7 +67,7 @@ class Bench:
         with (
             mock.patch.object(run, "open_session", return_value=self.session),
             mock.patch.object(run, "preflight", return_value=self.found),
-            mock.patch.object(proposing, "profile", return_value=self.table),
+            mock.patch.object(proposer, "profile", return_value=self.table),
         ):
             yield
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from autoquant.optimize import proposer as proposing
 from autoquant.optimize import run, stages
+from autoquant.samplers.knapsack import proposer
 from autoquant.session import preflight
 
 WORDS = ("search", "model.pt", "--task", "task.py", "--study", "s")
@@ -60,7 +60,7 @@ def test_in_a_trial(project, cli, monkeypatch, storage):
     assert count(cli, "s", *where) == 9
 
 
-@pytest.mark.parametrize(("module", "name"), [(proposing, "profile"), (stages, "finalists")])
+@pytest.mark.parametrize(("module", "name"), [(proposer, "profile"), (stages, "finalists")])
 def test_before_and_after_the_trials(project, cli, monkeypatch, module, name):
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupt)

@@ -37,6 +37,7 @@ from autoquant.spec.recipe import SiteRecipe, choices_key
 from autoquant.spec.space import SearchSpace, SiteSpace
 from autoquant.spec.uniform import baselines, uniform
 from autoquant.study.source import Source
+from autoquant.study.storage import Storage
 from tests.benchmarks.evaluation import line
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.zoo import TITLES
@@ -77,18 +78,17 @@ class Bench:
         given = Options(seed=seed, **options)  # type: ignore[arg-type]
         words = "-".join(f"{k}{v}" for k, v in options.items())
         with self.shared():
-            return run.start(
-                self.source.load(task),
-                task,
-                self.source,
-                SearchSpace.load("default"),
-                given,
-                "study",
-                str(folder / f"{self.name}-{seed}-{words}.journal"),
-                folder,
-                None,
-                Silent(),
+            request = run.Request(
+                loaded=self.source.load(task),
+                task=task,
+                source=self.source,
+                space=SearchSpace.load("default"),
+                options=given,
+                study="study",
+                storage=Storage.parse(str(folder / f"{self.name}-{seed}-{words}.journal")),
+                out=folder,
             )
+            return run.start(request, Silent())
 
 
 def opened(name: str, folder: Path) -> Bench:

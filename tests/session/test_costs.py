@@ -18,7 +18,8 @@ from autoquant.models.task import Task
 from autoquant.nn.converted import converted_of
 from autoquant.optimize.callbacks import Silent
 from autoquant.optimize.result import SearchResult
-from autoquant.optimize.run import resume, search
+from autoquant.optimize.resume import resume
+from autoquant.optimize.run import search
 from autoquant.report.tables import latency_lines, preflight_lines, trials_table
 from autoquant.session import costs as pricing
 from autoquant.session.costs import LatencyCheck

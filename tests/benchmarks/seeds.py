@@ -210,7 +210,7 @@ def coverage(bench: Bench, rounds: int) -> list[str]:
     session._measured.clear()
     try:
         with session.without_reuse():
-            base = session.baseline("search").evidence
+            floats = session.baseline("search")
             read = []
             for sites in recipes(bench):
                 m, reading, _ = session.measure(sites, "search")
@@ -218,8 +218,7 @@ def coverage(bench: Bench, rounds: int) -> list[str]:
     finally:
         evaluator.splits = before
     read.sort(key=lambda r: r[0])
-    metric = evaluator.metric
-    assert metric is not None
+    base, metric = floats.evidence, floats.metric
     assert base is not None
     draw = np.random.default_rng(1)
     inside: list[bool] = []

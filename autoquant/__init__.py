@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autoquant.kernels.cpu.heap import keep_freed_memory as keep_freed_memory
     from autoquant.models.task import Task as Task
     from autoquant.nn.archive import load_archive as load
-    from autoquant.optimize.run import resume as resume
+    from autoquant.optimize.resume import resume as resume
     from autoquant.optimize.run import search as search
     from autoquant.session.apply import apply as apply
     from autoquant.spec.recipe import Recipe as Recipe
@@ -38,7 +38,7 @@ _PLACES = {
     "apply": ("autoquant.session.apply", "apply"),
     "keep_freed_memory": ("autoquant.kernels.cpu.heap", "keep_freed_memory"),
     "load": ("autoquant.nn.archive", "load_archive"),
-    "resume": ("autoquant.optimize.run", "resume"),
+    "resume": ("autoquant.optimize.resume", "resume"),
     "search": ("autoquant.optimize.run", "search"),
 }
 

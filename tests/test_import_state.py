@@ -111,7 +111,8 @@ task = autoquant.Task(
 )
 class Own(optuna.samplers.RandomSampler):
     pass
-import autoquant.optimize.run, autoquant.session.apply  # imports are another test's
+# Imports are another test's.
+import autoquant.optimize.resume, autoquant.optimize.run, autoquant.session.apply
 optuna.logging.set_verbosity(LEVEL)
 before = state()
 kind = SAMPLER

@@ -80,7 +80,7 @@ def command(
         raise UserError("--task and --data are two sources of data; give one")
     with loading():
         from autoquant.cli.progress import searching
-        from autoquant.optimize.run import resume
+        from autoquant.optimize.resume import resume
 
     limit = seconds(timeout)
     with searching(as_json, storage) as reporter:

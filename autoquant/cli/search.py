@@ -149,19 +149,19 @@ def command(
     # All that is cheap to check comes before what takes seconds to import.
     limit = seconds(timeout)
     options = Options(
-        max_drop,
-        bits,
-        size,
-        trials,
-        limit,
-        sampler,
-        device,
-        seed,
-        max_latency,
-        objective,
-        backend,
-        prune,
-        memory,
+        max_drop=max_drop,
+        bits=bits,
+        size=size,
+        trials=trials,
+        timeout=limit,
+        sampler=sampler,
+        device=device,
+        seed=seed,
+        max_latency=max_latency,
+        objective=objective,
+        backend=backend,
+        prune=prune,
+        memory=memory,
     )
     check(options)
     if task is not None and data is not None:
@@ -194,7 +194,7 @@ def run(
     chosen = SearchSpace.load(space)
     with loading():
         from autoquant.cli.progress import searching
-        from autoquant.optimize.run import start
+        from autoquant.optimize.run import Request, start
         from autoquant.study.source import Source, space_file
         from autoquant.study.storage import Storage
 
@@ -203,19 +203,17 @@ def run(
     source = Source(model, task, data, metric, trust_pickle, space_file(space))
     with searching(as_json, storage) as reporter:
         loaded_task = source.load_task()
-        loaded = source.load(loaded_task)
-        result = start(
-            loaded,
-            loaded_task,
-            source,
-            chosen,
-            options,
-            study,
-            place,
-            folder,
-            None,
-            reporter,
-            click.get_current_context().find_root().obj,
+        request = Request(
+            loaded=source.load(loaded_task),
+            task=loaded_task,
+            source=source,
+            space=chosen,
+            options=options,
+            study=study,
+            storage=place,
+            out=folder,
+            began=click.get_current_context().find_root().obj,
         )
+        result = start(request, reporter)
     reporter.finish(result)
     return result

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,24 +18,19 @@ from autoquant.measure.decoding import scoring
 from autoquant.measure.divergence import Distance, FloatOutputs
 from autoquant.measure.outputs import fingerprint
 from autoquant.measure.reuse import Reuse
+from autoquant.measure.scored import Scored
 from autoquant.models.data import Splits, batch_size, take, to_device
 from autoquant.models.evidence import Evidence, as_float
 from autoquant.models.metrics import (
     METRICS,
     Metric,
     MetricInfo,
-    StatisticMetric,
     drop,
     model_metric,
     resolve_metric,
 )
 from autoquant.models.task import Task, outputs_of, run_forward
 from autoquant.models.usercode import guarded
-
-FEWEST_TO_STOP = 64
-"""Samples after which a candidate may be stopped."""
-STOP_ERRORS = 3.0
-"""Standard errors by which a candidate must be beyond the limit to be stopped early."""
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
@@ -46,7 +40,7 @@ Watch = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Reading:
-    """What one pass of a model over one split gave.
+    """What one pass of a model over one split gave: the ``value`` of a ``metric``.
 
     ``evidence`` is None for a task that only has ``evaluate(model)``. ``divergence`` says how far
     the outputs are from the float model's, None where they can't be compared; ``distance`` says it
@@ -54,6 +48,7 @@ class Reading:
     early, on the first ``samples`` samples.
     """
 
+    metric: MetricInfo
     value: float
     samples: int
     evidence: Evidence | None
@@ -62,11 +57,20 @@ class Reading:
     stopped: bool = False
     distance: Distance | None = None
 
+    @property
+    def by_classes(self) -> bool:
+        """Whether the model's outputs are taken for scores of classes."""
+        return _by_classes(self.metric)
+
+
+def _by_classes(metric: MetricInfo) -> bool:
+    return metric.name in ("accuracy", "top5", "f1", "kl")
+
 
 @dataclass(frozen=True)
 class Bar:
     """What a candidate has to reach: to lose at most ``limit`` against ``rival`` (None: the float
-    model). One that is beyond it by STOP_ERRORS standard errors of the paired difference, sample
+    model). One that is surely beyond it (``Scored.hopeless``), by the paired difference, sample
     by sample, can't win and is stopped. ``name`` tells one bar from another.
     """
 
@@ -88,7 +92,7 @@ FEW = 4
 class Evaluator:
     """Runs a model over the splits of a task and scores it.
 
-    ``metric`` is known after ``baseline``. The model is whatever is passed in: the same code
+    Each reading says by which metric. The model is whatever is passed in: the same code
     measures the float model, candidates, and a model that was loaded back. With ``reuse``, what a
     candidate has in common with earlier ones is not computed again; readings are the same.
     ``scorer`` is the model's last layer, where that is known: of a model that decodes the
@@ -100,11 +104,11 @@ class Evaluator:
         self.splits = splits
         self.device = device
         self.reuse: Reuse | None = None
-        self.metric: MetricInfo | None = model_metric(task) if task.evaluate else None
         self._float: dict[str, Reading] = {}
         self._outputs = FloatOutputs()
         self.scorer: nn.Module | None = None
         self._few: Any = None
+        self._metric: Metric | None = None
 
     @property
     def confirms(self) -> bool:
@@ -119,11 +123,6 @@ class Evaluator:
     def outputs(self, model: nn.Module, inputs: Any) -> Any:
         """Return the outputs that metrics take, of one batch; TrialError where the code fails."""
         return self._outputs_of(model, inputs)
-
-    @property
-    def by_classes(self) -> bool:
-        """Whether outputs are taken for scores of classes; known after ``baseline``."""
-        return self.metric is not None and self.metric.name in ("accuracy", "top5", "f1", "kl")
 
     def example(self) -> Any:
         """Return one batch of inputs, or None for a task that only has ``evaluate(model)``."""
@@ -210,8 +209,8 @@ class Evaluator:
 
     def drop(self, split: str, value: float) -> float:
         """Return how much worse ``value`` is than the float model's metric on ``split``."""
-        assert self.metric is not None
-        return drop(self.metric, self._float[split].value, value)
+        base = self._float[split]
+        return drop(base.metric, base.value, value)
 
     def _read(
         self,
@@ -228,11 +227,11 @@ class Evaluator:
             assert function is not None
             with self._reusing(model, split, None):
                 value = self._call(function, model)
-            return Reading(value, 0, None, None, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            return Reading(model_metric(self.task), value, 0, None, None, seconds)
         batches = getattr(self.splits, split)
         total = self.splits.samples[split]
-        pairs: list[tuple[Any, Any]] = []
-        parts: list[np.ndarray] = []
+        scored: Scored | None = None
         scores: list[Any] = []
         done = 0
         stopped = False
@@ -245,27 +244,43 @@ class Evaluator:
                     self._outputs.keep(split, i, outputs, given, needed=self._compares)
                 else:
                     scores.append(given)
-                if self.metric is None:
-                    self.metric = resolve_metric(self.task, outputs)
-                pairs.append((outputs, targets))
-                if isinstance(self.metric, StatisticMetric):
-                    self._add_statistics(split, pairs, parts)
-                    if i >= len(self._outputs.of(split)):  # nothing is compared with it
-                        pairs[i] = (None, None)
+                if scored is None:
+                    scored = Scored(self._metric_of(outputs), self._outputs.of(split))
+                scored.add(outputs, targets)
                 del outputs
                 done += batch_size(inputs)
                 watch(done, total)
-                if bar is not None and done < total and self._hopeless(split, pairs, parts, bar):
+                if bar is not None and done < total and self._hopeless(split, scored, bar):
                     stopped = True
                     break
-        evidence = self._evidence(split, pairs, parts)
+        assert scored is not None  # no split that is read is without a batch
+        evidence = scored.evidence()
         divergence, distance = None, None
         if not baseline:
             divergence, distance = self._outputs.divergence(
-                split, [o for o, _ in pairs], scores, classes=self.by_classes
+                split, scored.outputs, scores, classes=_by_classes(scored.metric)
             )
         seconds = time.perf_counter() - start
-        return Reading(evidence.score(), done, evidence, divergence, seconds, stopped, distance)
+        return Reading(
+            metric=scored.metric,
+            value=evidence.score(),
+            samples=done,
+            evidence=evidence,
+            divergence=divergence,
+            seconds=seconds,
+            stopped=stopped,
+            distance=distance,
+        )
+
+    def _metric_of(self, outputs: Any) -> Metric:
+        """Return the task's metric; where it has none, what suits the first outputs of all."""
+        if self._metric is None:
+            self._metric = resolve_metric(self.task, outputs)
+        return self._metric
+
+    def _hopeless(self, split: str, scored: Scored, bar: Bar) -> bool:
+        """Return whether a candidate is surely beyond ``bar`` by what was seen of it so far."""
+        return scored.hopeless(bar.limit, bar.rival or self._float[split].evidence)
 
     def _outputs_of(self, model: nn.Module, inputs: Any) -> Any:
         with self._guarded("forward"):
@@ -292,44 +307,3 @@ class Evaluator:
         """Whether the metric may compare with the float model's outputs."""
         named = self.task.metric
         return named is None or (isinstance(named, str) and METRICS.get(named).reference)
-
-    def _evidence(
-        self, split: str, pairs: list[tuple[Any, Any]], parts: list[np.ndarray]
-    ) -> Evidence:
-        """Return what the metric makes of ``pairs``; ``parts`` are the statistics known by now.
-
-        What is missing in ``parts`` is added, so that no batch is looked at twice.
-        """
-        metric: Metric = self.metric  # type: ignore[assignment]
-        if not isinstance(metric, StatisticMetric):
-            return metric.evidence(pairs)
-        self._add_statistics(split, pairs, parts)
-        return metric.of_statistics(parts)
-
-    def _add_statistics(
-        self, split: str, pairs: list[tuple[Any, Any]], parts: list[np.ndarray]
-    ) -> None:
-        metric = self.metric
-        assert isinstance(metric, StatisticMetric)
-        kept = self._outputs.of(split)
-        for i in range(len(parts), len(pairs)):
-            outputs, targets = pairs[i]
-            parts.append(metric.statistics(outputs, kept[i] if metric.reference else targets))
-
-    def _hopeless(
-        self, split: str, pairs: list[tuple[Any, Any]], parts: list[np.ndarray], bar: Bar
-    ) -> bool:
-        """Return whether the paired loss so far is surely beyond ``bar``."""
-        metric: Metric = self.metric  # type: ignore[assignment]
-        reference = bar.rival or self._float[split].evidence
-        if not metric.bounded or reference is None:
-            return False
-        theirs = metric.per_sample_loss(reference)
-        if theirs is None:
-            return False
-        ours = metric.per_sample_loss(self._evidence(split, pairs, parts))
-        if ours is None or len(ours) < FEWEST_TO_STOP:
-            return False
-        worse = ours - theirs[: len(ours)]
-        error = float(worse.std(ddof=1)) / math.sqrt(len(worse))
-        return float(worse.mean()) - STOP_ERRORS * error > bar.limit

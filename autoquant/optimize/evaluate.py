@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant.errors import TrialError, UserError
+from autoquant.measure.evaluator import Reading
 from autoquant.models.files import LoadedModel
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task
 from autoquant.selection.confirmation import confirm_one
-from autoquant.session.session import Session, choose_device, open_session
+from autoquant.session.session import choose_device, open_session
 from autoquant.spec.goal import Goal
 from autoquant.spec.recipe import Recipe, SplitResult
 from autoquant.spec.verdict import Verdict
@@ -74,7 +75,7 @@ def measure_recipe(
         base = session.baseline("search")
         if session.evaluator.confirms:
             session.baseline("confirm")
-        margin = math.inf if recipe is None else _margin(session, recipe, base.value, max_drop)
+        margin = math.inf if recipe is None else _margin(base, recipe, max_drop)
         goal = Goal(margin, session.sizes.float_size_bytes)
         sites = {} if recipe is None else recipe.sites
         seed = 0 if recipe is None else recipe.seed
@@ -99,11 +100,9 @@ def measure_recipe(
     )
 
 
-def _margin(session: Session, recipe: Recipe, value: float, max_drop: str | None) -> float:
+def _margin(base: Reading, recipe: Recipe, max_drop: str | None) -> float:
     """Return the maximum drop to judge by, in the metric's unit; infinite where there is none."""
-    metric = session.evaluator.metric
-    assert metric is not None
     if max_drop is not None:
-        return parse_max_drop(max_drop).absolute(metric, value)
+        return parse_max_drop(max_drop).absolute(base.metric, base.value)
     verdict = None if recipe.evidence is None else recipe.evidence.verdict
     return math.inf if verdict is None else verdict.margin

@@ -21,7 +21,7 @@ from autoquant.study.trials import SCALES, best_trial, better, scales
 
 if TYPE_CHECKING:
     from autoquant.measure.evaluator import Watch
-    from autoquant.samplers.samplers import Proposer
+    from autoquant.samplers.base import Proposer
     from autoquant.selection.schedule import Schedule
 
 FAILURES = 10

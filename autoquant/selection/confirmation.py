@@ -176,8 +176,7 @@ class _Jury:
 
     def inferior(self, finalist: Finalist, rival: Finalist) -> bool:
         """Return whether a recipe surely loses more than the maximum drop against the incumbent."""
-        metric = self.session.evaluator.metric
-        assert metric is not None
+        metric = finalist.reading.metric
         worse = finalist.result.drop - rival.result.drop
         one, two = rival.reading.evidence, finalist.reading.evidence
         if one is None or two is None or not self._compares():
@@ -187,9 +186,8 @@ class _Jury:
 
     def spread(self, best: Finalist, other: Finalist) -> float:
         """Return the standard error of the difference between two finalists; 0 if not known."""
-        metric = self.session.evaluator.metric
-        assert metric is not None
-        return self._error(best.reading.evidence, other.reading.evidence, metric)
+        one, two = best.reading, other.reading
+        return self._error(one.evidence, two.evidence, one.metric)
 
     def as_near(self, best: Finalist, other: Finalist) -> bool:
         """Return whether ``other`` is as near to the float model's outputs as ``best`` is.
@@ -329,8 +327,7 @@ def confirm_one(
     splits.insert(0, other)
     if len(splits) == 1:
         result, interval = other, its
-    metric = session.evaluator.metric
-    assert metric is not None
+    metric = base.metric
     verdict: Verdict | None = None
     if math.isfinite(goal.max_drop):
         both = base.evidence, reading.evidence
@@ -368,10 +365,8 @@ def _result(
 ) -> tuple[SplitResult, Interval]:
     """Return what a split gave and, where asked for and known, how ``sure`` its drop is."""
     baseline = session.evaluator.baseline(session.model, split)
-    metric = session.evaluator.metric
-    assert metric is not None
     found = UNKNOWN
     if sure and reading.evidence is not None and baseline.evidence is not None:
-        found = drop_interval(baseline.evidence, reading.evidence, metric, seed)
+        found = drop_interval(baseline.evidence, reading.evidence, baseline.metric, seed)
     ends = (found.low, found.high) if found.known else None
     return SplitResult(reading.samples, baseline.value, reading.value, drop, ends), found

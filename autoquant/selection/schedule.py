@@ -144,12 +144,13 @@ class Schedule:
 
 def _seconds_of_interval(session: Session) -> float:
     """Return what the interval of one drop takes on the search split."""
-    evidence, metric = session.baseline("search").evidence, session.evaluator.metric
-    if evidence is None or metric is None:
+    base = session.baseline("search")
+    evidence = base.evidence
+    if evidence is None:
         return 0.0
     start = time.monotonic()
     if isinstance(evidence, FunctionEvidence):
         evidence.score()
         return 2 * FEWEST_RESAMPLES * (time.monotonic() - start)
-    drop_interval(evidence, evidence, metric)
+    drop_interval(evidence, evidence, base.metric)
     return time.monotonic() - start

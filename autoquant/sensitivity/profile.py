@@ -5,7 +5,7 @@ its output, as a fraction of the output's power: tr(ΔW·C·ΔWᵀ) / tr(W·G·W
 G the second moments of its input and C those about the mean where the bias is corrected (else G),
 and ε²·‖W‖² / tr(W·G·Wᵀ) for the activation, with ε² its mean squared rounding error. That tells
 which calibration is best at each width, with no forward pass. Then, where the model has gradients,
-what the best ones do to the model's output (``sensitivity``); where it has none, how much each
+what the best ones do to the model's output (``fisher``); where it has none, how much each
 layer's noise matters is left to the trials to say.
 """
 

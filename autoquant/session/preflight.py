@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from autoquant.errors import TaskError, TrialError, UserError
+from autoquant.measure.evaluator import Reading
 from autoquant.methods.applier import CACHE_BYTES
 from autoquant.models.chance import chance_level
 from autoquant.models.evidence import FunctionEvidence
@@ -73,17 +74,16 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
     check_rereads(session.task, session.splits)
     try:
         reading = session.baseline("search")
-        _check_repeats(session, reading.value)
+        _check_repeats(session, reading)
     except TrialError as error:
         raise TaskError(f"{session.task.source}: on the float model: {error}") from error
     check_kernels(session, spaces)
     _check_round_trip(session, spaces)
     _check_memory(session, max(process.memory_info().rss - before, 0))
-    assert session.evaluator.metric is not None
     held = session.prepared
     parameters = sum(s.numel for s in held.sites) + sum(p.parameters for p in held.float_parts)
     return Preflight(
-        session.evaluator.metric.name,
+        reading.metric.name,
         reading.value,
         session.splits.samples,
         session.prepared.sites,
@@ -91,15 +91,15 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
         parameters,
         reading.seconds,
         (*session.splits.notes, *session.prepared.engine.notes),
-        higher_is_better=session.evaluator.metric.higher_is_better,
-        warnings=_no_better_than_chance(session, reading.value),
+        higher_is_better=reading.metric.higher_is_better,
+        warnings=_no_better_than_chance(session, reading),
     )
 
 
-def _no_better_than_chance(session: Session, value: float) -> tuple[str, ...]:
+def _no_better_than_chance(session: Session, base: Reading) -> tuple[str, ...]:
     """Return a warning where the float model knows no more than a constant answer does."""
-    metric, pairs = session.evaluator.metric, session.splits.search
-    if metric is None or not pairs or not isinstance(session.task.metric, str):
+    metric, pairs = base.metric, session.splits.search
+    if not pairs or not isinstance(session.task.metric, str):
         return ()
     classes = None
     if metric.name == "perplexity":
@@ -108,10 +108,10 @@ def _no_better_than_chance(session: Session, value: float) -> tuple[str, ...]:
                 session.evaluator.outputs(session.model, pairs[0][0]), pairs[0][1]
             )
     chance = chance_level(metric.name, [targets for _, targets in pairs], classes)
-    if chance is None or drop(metric, value, chance.value) > 0:
+    if chance is None or drop(metric, base.value, chance.value) > 0:
         return ()
     return (
-        f"the float model's {metric.name} is {value:.4g}, no better than {chance.answer} "
+        f"the float model's {metric.name} is {base.value:.4g}, no better than {chance.answer} "
         f"({chance.value:.4g}): is it trained, and are its inputs prepared as it was trained on?",
     )
 
@@ -125,8 +125,8 @@ def _run(session: Session, model: torch.nn.Module, inputs: Any) -> Any:
         return session.evaluator.run(model, inputs)
 
 
-def _check_repeats(session: Session, value: float) -> None:
-    source = session.task.source
+def _check_repeats(session: Session, base: Reading) -> None:
+    source, value = session.task.source, base.value
     example = session.evaluator.few(session.model)
     if session.task.evaluate is not None:
         # Made ready for quantization the model rounds otherwise than the one that gave ``value``.
@@ -137,14 +137,12 @@ def _check_repeats(session: Session, value: float) -> None:
                 "float model; seed what it draws at random"
             )
         return
-    evidence = session.baseline("search").evidence
-    metric = session.evaluator.metric
-    if isinstance(evidence, FunctionEvidence) and metric is not None:
-        again = evidence.score()
+    if isinstance(base.evidence, FunctionEvidence):
+        again = base.evidence.score()
         if abs(again - value) > REPEATS * max(abs(value), 1e-12):
             raise TaskError(
-                f"{source}: metric {metric.name} returned {value:g} and then {again:g} on the same "
-                "outputs and targets; seed what it draws at random"
+                f"{source}: metric {base.metric.name} returned {value:g} and then {again:g} on the "
+                "same outputs and targets; seed what it draws at random"
             )
     # A model may write into what it returned before.
     first = frozen(_run(session, session.model, example))

@@ -194,7 +194,7 @@ class Session:
             self.evaluator.outputs,
             [b for b in self.splits.calibrate if b is not None],
             candidates,
-            classes=self.evaluator.by_classes,
+            classes=self.baseline("search").by_classes,
             seconds=seconds,
         )
 

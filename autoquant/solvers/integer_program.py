@@ -1,6 +1,6 @@
 """The multiple-choice knapsack with several budgets, as an integer program.
 
-One budget is solved far faster by ``knapsack``; with two there is no order of best bargains any
+One budget is solved far faster by ``convex_hull``; with two there is no order of best bargains any
 more, so branch and cut (HiGHS: Huangfu and Hall 2018) does it.
 """
 

@@ -45,7 +45,7 @@ class Goal:
     Without a budget: the size, as long as the drop is at most ``max_drop``. With a budget on
     ``bits`` (average weight bits) or ``size_bytes``: the loss, how far the outputs are from the
     float model's, which is far less noisy than the metric; finalists are told apart by the
-    metric. ``minimize`` (see ``OBJECTIVES``) makes another cost small under the maximum drop,
+    metric. ``minimize`` (see ``costs.OBJECTIVES``) makes another cost small under the maximum drop,
     within the budgets that there are.
     ``latency`` is the most seconds that a recipe may take, whatever the objective is.
     """
@@ -66,7 +66,7 @@ class Goal:
 
     @property
     def cost(self) -> str:
-        """The cost that is made small, or that is given: one of ``OBJECTIVES``."""
+        """The cost that is made small, or that is given: one of ``costs.OBJECTIVES``."""
         if self.minimize is not None:
             return self.minimize
         return "size" if self.bits is None else "bits"

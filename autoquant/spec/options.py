@@ -17,7 +17,7 @@ from autoquant.spec.space import SiteSpace
 MAX_DROP = "1%"
 """The maximum drop of a search that is told none."""
 AUTO = "auto"
-"""As many trials as it takes; see ``enough``."""
+"""As many trials as it takes; see ``optimize.termination``."""
 TRIALS = 60
 """Trials of a search that is told neither --trials nor --timeout."""
 

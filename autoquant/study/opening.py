@@ -67,9 +67,7 @@ def check_out(folder: Path, source: Source) -> None:
 
 def make_goal(session: Session, options: Options, found: Preflight) -> Goal:
     """Return the goal in the metric's own unit and in bytes."""
-    metric = session.evaluator.metric
-    assert metric is not None
-    size = session.sizes.float_size_bytes
+    metric, size = session.baseline("search").metric, session.sizes.float_size_bytes
     table, limit = session.costs.latency, options.max_latency
     base = 1.0 if table is None else table.float_seconds
     return Goal(
@@ -97,7 +95,6 @@ def header_of_study(
 ) -> Header:
     """Return all that a study must know to be resumed or shown."""
     ships = source.space is None and space.name in shipped()
-    assert session.evaluator.metric is not None
     return Header(
         datetime.datetime.now().isoformat(timespec="seconds"),
         versions(),
@@ -120,7 +117,7 @@ def header_of_study(
             found.metric,
             found.value,
             found.samples.get("search", 0),
-            session.evaluator.metric.higher_is_better,
+            found.higher_is_better,
             session.sizes.float_size_bytes,
         ),
         goal.max_drop,

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -21,10 +22,15 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from autoquant.optimize.loop import Outcome, Stop, run_trials
-from autoquant.samplers import samplers
+from autoquant.samplers.base import Context, Proposer
+from autoquant.samplers.baselines import Baselines
+from autoquant.samplers.knapsack.proposer import KnapsackProposer
 from autoquant.samplers.knapsack.sampler import KnapsackSampler
+from autoquant.samplers.registry import SAMPLERS
 from autoquant.sensitivity.profile import Option, Profile
+from autoquant.session.session import Session
 from autoquant.spec.goal import Goal, Measurement
+from autoquant.spec.options import Options
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.space import DEFAULTS, SiteSpace
 from autoquant.spec.uniform import baselines
@@ -96,7 +102,7 @@ class Clock:
 
 def through_autoquant(
     name: str,
-    make: Callable[[Ledger, ParameterMap, Profile, Goal], samplers.Proposer],
+    make: Callable[[Ledger, ParameterMap, Profile, Goal], Proposer],
     layers: int = LAYERS,
     trials: int = TRIALS,
 ) -> list[float]:
@@ -119,26 +125,23 @@ def through_autoquant(
     plain = list(baselines(mapping.spaces))
     with tempfile.TemporaryDirectory(dir=".") as folder:
         ledger = Ledger.create(name, f"{folder}/study.journal", {"made": "up"})
-        proposer = samplers.Baselines(plain, mapping, make(ledger, mapping, profile, goal))
+        proposer = Baselines(plain, mapping, make(ledger, mapping, profile, goal))
         stop = Stop(len(plain) + trials, None)
         clock = Clock()
         run_trials(ledger, mapping, proposer, goal, measure, stop, clock)
     return clock.times[len(plain) :]
 
 
-def knapsack(
-    ledger: Ledger, mapping: ParameterMap, profile: Profile, goal: Goal
-) -> samplers.Proposer:
+def knapsack(ledger: Ledger, mapping: ParameterMap, profile: Profile, goal: Goal) -> Proposer:
     """Return the default sampler."""
     sampler = KnapsackSampler(mapping, profile, goal, 0, 0)
-    return samplers.KnapsackProposer(sampler, ledger.trials)
+    return KnapsackProposer(sampler, ledger.trials)
 
 
-def stock_tpe(
-    ledger: Ledger, mapping: ParameterMap, profile: Profile, goal: Goal
-) -> samplers.Proposer:
+def tpe(ledger: Ledger, mapping: ParameterMap, profile: Profile, goal: Goal) -> Proposer:
     """Return TPE through autoquant's one write a trial."""
-    return samplers.StockProposer(samplers.seeded("tpe", 0), mapping, [])
+    session = mock.create_autospec(Session)  # there is no model, and TPE asks for none
+    return SAMPLERS.get("tpe")(Context(ledger, session, mapping, goal, Options()))
 
 
 def plain_tpe() -> list[float]:
@@ -168,7 +171,7 @@ def main() -> None:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     rows = {
         "autoquant, default sampler": through_autoquant("knapsack", knapsack),
-        "autoquant, TPE": through_autoquant("tpe", stock_tpe),
+        "autoquant, TPE": through_autoquant("tpe", tpe),
         "Optuna, TPE, one write a parameter": plain_tpe(),
     }
     for layers, trials in LATE:

@@ -25,10 +25,10 @@ from autoquant.models.evidence import Evidence, FunctionEvidence, StatisticsEvid
 from autoquant.models.metrics import drop
 from autoquant.models.noninferiority import drop_interval
 from autoquant.models.trees import take
-from autoquant.optimize import proposer as proposing
 from autoquant.optimize import run
 from autoquant.optimize.callbacks import Silent
 from autoquant.optimize.result import SearchResult
+from autoquant.samplers.knapsack import proposer
 from autoquant.sensitivity.profile import Profile, profile
 from autoquant.session.preflight import Preflight, preflight
 from autoquant.session.session import Session, open_session
@@ -37,6 +37,7 @@ from autoquant.spec.recipe import SiteRecipe, choices_key
 from autoquant.spec.space import SearchSpace, SiteSpace
 from autoquant.spec.uniform import baselines, uniform
 from autoquant.study.source import Source
+from autoquant.study.storage import Storage
 from tests.benchmarks.evaluation import line
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.zoo import TITLES
@@ -67,7 +68,7 @@ class Bench:
         with (
             mock.patch.object(run, "open_session", return_value=self.session),
             mock.patch.object(run, "preflight", return_value=self.found),
-            mock.patch.object(proposing, "profile", return_value=self.table),
+            mock.patch.object(proposer, "profile", return_value=self.table),
         ):
             yield
 
@@ -77,18 +78,17 @@ class Bench:
         given = Options(seed=seed, **options)  # type: ignore[arg-type]
         words = "-".join(f"{k}{v}" for k, v in options.items())
         with self.shared():
-            return run.start(
-                self.source.load(task),
-                task,
-                self.source,
-                SearchSpace.load("default"),
-                given,
-                "study",
-                str(folder / f"{self.name}-{seed}-{words}.journal"),
-                folder,
-                None,
-                Silent(),
+            request = run.Request(
+                loaded=self.source.load(task),
+                task=task,
+                source=self.source,
+                space=SearchSpace.load("default"),
+                options=given,
+                study="study",
+                storage=Storage.parse(str(folder / f"{self.name}-{seed}-{words}.journal")),
+                out=folder,
             )
+            return run.start(request, Silent())
 
 
 def opened(name: str, folder: Path) -> Bench:
@@ -210,7 +210,7 @@ def coverage(bench: Bench, rounds: int) -> list[str]:
     session._measured.clear()
     try:
         with session.without_reuse():
-            base = session.baseline("search").evidence
+            floats = session.baseline("search")
             read = []
             for sites in recipes(bench):
                 m, reading, _ = session.measure(sites, "search")
@@ -218,8 +218,7 @@ def coverage(bench: Bench, rounds: int) -> list[str]:
     finally:
         evaluator.splits = before
     read.sort(key=lambda r: r[0])
-    metric = evaluator.metric
-    assert metric is not None
+    base, metric = floats.evidence, floats.metric
     assert base is not None
     draw = np.random.default_rng(1)
     inside: list[bool] = []

@@ -100,9 +100,9 @@ def test_what_was_searched_by_is_never_confirmed_with(begun, cli, how, monkeypat
     earlier = make_splits(Source("", str(begun / "task.py")).load_task())
     change(begun, how)
     used = {}
-    from autoquant.optimize import run
+    from autoquant.optimize import resume
 
-    opened = run.open_session
+    opened = resume.open_session
 
     def watched(*args, **kwargs):
         session = opened(*args, **kwargs)
@@ -111,7 +111,7 @@ def test_what_was_searched_by_is_never_confirmed_with(begun, cli, how, monkeypat
         return session
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "open_session", watched)
+        patch.setattr(resume, "open_session", watched)
         accepted = cli("resume", "s", "--trials", 6, "--accept-changes")
     assert accepted.done, accepted.err
     assert "samples to confirm with were searched by before: not used" in accepted.err
@@ -121,7 +121,7 @@ def test_what_was_searched_by_is_never_confirmed_with(begun, cli, how, monkeypat
     change(begun, lambda x, y: (x.flip(0), y.flip(0)))
     seen = inputs(earlier.search) | used["search"]
     with monkeypatch.context() as patch:
-        patch.setattr(run, "open_session", watched)
+        patch.setattr(resume, "open_session", watched)
         cli("resume", "s", "--trials", 7, "--accept-changes")
     assert not used["confirm"] & seen
 

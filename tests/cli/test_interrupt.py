@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from autoquant.optimize import proposer as proposing
-from autoquant.optimize import run, stages
+from autoquant.optimize import choose
+from autoquant.samplers.knapsack import proposer
 from autoquant.session import preflight
+from autoquant.session.session import Session
 
 WORDS = ("search", "model.pt", "--task", "task.py", "--study", "s")
 
@@ -42,14 +43,14 @@ def test_in_a_trial(project, cli, monkeypatch, storage):
     where = () if storage is None else ("--storage", storage)
     with monkeypatch.context() as patch:
         calls = iter(range(100))
-        finished = run.Session.measure
+        finished = Session.measure
 
         def measure(*args: object, **kwargs: object) -> object:
             if next(calls) == 5:
                 raise KeyboardInterrupt
             return finished(*args, **kwargs)
 
-        patch.setattr(run.Session, "measure", measure)
+        patch.setattr(Session, "measure", measure)
         result = cli(*WORDS, *where, "--trials", 9)
     assert (result.status, result.out) == (130, "")
     assert "Traceback" not in result.err
@@ -60,7 +61,7 @@ def test_in_a_trial(project, cli, monkeypatch, storage):
     assert count(cli, "s", *where) == 9
 
 
-@pytest.mark.parametrize(("module", "name"), [(proposing, "profile"), (stages, "finalists")])
+@pytest.mark.parametrize(("module", "name"), [(proposer, "profile"), (choose, "finalists")])
 def test_before_and_after_the_trials(project, cli, monkeypatch, module, name):
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupt)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from autoquant.cli import demo
-from autoquant.optimize import stages
+from autoquant.optimize import confirm as confirming
 
 SEARCH = ("search", "model.pt", "--task", "task.py", "--trials", 3)
 APPLY = ("apply", "recipe.yaml", "model.pt", "--task", "task.py")
@@ -51,7 +51,7 @@ def test_a_recipe_that_was_edited(searched, cli, refused):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_recipe_that_is_edited_while_the_search_runs(searched, cli, monkeypatch, as_json):
-    found = stages.confirm
+    found = confirming.confirm
     mine = []
 
     def confirm(*args, **kwargs):
@@ -59,7 +59,7 @@ def test_a_recipe_that_is_edited_while_the_search_runs(searched, cli, monkeypatc
             mine.append(edit(searched / "recipe.yaml"))
         return found(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "confirm", confirm)
+    monkeypatch.setattr(confirming, "confirm", confirm)
     result = cli("resume", "s", "--trials", 15, *(["--json"] * as_json))
     assert result.done, result.err
     assert (searched / "recipe.yaml").read_text() == mine[0]

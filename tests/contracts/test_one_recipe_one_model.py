@@ -21,7 +21,7 @@ from autoquant.models.metrics import resolve_metric
 from autoquant.models.task import Task
 from autoquant.nn.archive import load_archive
 from autoquant.optimize.evaluate import measure_recipe
-from autoquant.samplers import samplers
+from autoquant.samplers import registry
 from autoquant.session.apply import write
 from autoquant.spec.recipe import Recipe, SplitResult
 from autoquant.spec.recipe_file import load
@@ -102,7 +102,7 @@ def told(recipe: Recipe) -> dict[str, SplitResult]:
 @pytest.mark.parametrize("mode", ["fresh", "resumed", "two workers"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("space", shipped())
-@pytest.mark.parametrize("sampler", samplers.names())
+@pytest.mark.parametrize("sampler", registry.names())
 def test_confirmed_is_evaluated_is_applied_is_loaded(monkeypatch, sampler, space, cache, mode):
     monkeypatch.setattr(applier, "CACHE_BYTES", CACHES[cache])
     recipe = run(mode, sampler, space)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoquant.errors import TrialError
-from autoquant.measure import divergence, evaluator
+from autoquant.measure import divergence, evaluator, scored
 from autoquant.measure.evaluator import Bar, Evaluator
 from autoquant.models.data import make_splits
-from autoquant.models.metrics import StatisticMetric
+from autoquant.models.metrics import METRICS
 from autoquant.models.task import Task
 
 CPU = torch.device("cpu")
@@ -100,9 +100,8 @@ def test_baseline_is_measured_once():
         return model(x)
 
     found = evaluator_of(task_of(forward=forward))
-    assert found.metric is None
     first = found.baseline(Linear(), "search")
-    assert found.metric is not None
+    assert first.metric is METRICS.get("accuracy")
     made = len(calls)
     assert found.baseline(Linear(9.0), "search") is first
     assert len(calls) == made
@@ -183,7 +182,7 @@ def test_limit_stops_a_hopeless_candidate_early():
     assert whole.samples == 750
     assert found.drop("search", whole.value) > 0.2
     assert early.stopped
-    assert evaluator.FEWEST_TO_STOP <= early.samples < whole.samples
+    assert scored.FEWEST_TO_STOP <= early.samples < whole.samples
     # The first moment at which the rule holds, by the rule's own words.
     x, y = joined(found, "search")
     with torch.no_grad():
@@ -223,16 +222,18 @@ def test_limit_is_not_for_metrics_without_bounds():
 
 
 def test_no_batch_is_looked_at_twice(monkeypatch):
-    found = evaluator_of(task_of())
-    base = found.baseline(Linear(), "search")
-    metric, seen = found.metric, []
-    assert isinstance(metric, StatisticMetric)
+    metric, seen = METRICS.get("accuracy"), []
 
     def statistics(outputs: Tensor, targets: Tensor) -> Any:
         seen.append(outputs)
         return metric.statistics(outputs, targets)
 
-    found.metric = replace(metric, statistics=statistics)
+    watched = replace(metric, statistics=statistics)
+    monkeypatch.setattr(evaluator, "resolve_metric", lambda task, outputs: watched)
+    found = evaluator_of(task_of())
+    base = found.baseline(Linear(), "search")
+    assert len(seen) == 5
+    seen.clear()
     reading = found.read(Linear(0.1), "search", bar=Bar(0.5))
     assert not reading.stopped
     assert len(seen) == 5
@@ -274,8 +275,7 @@ def test_no_targets_means_fidelity(monkeypatch):
         base = found.baseline(Linear(), "search")
         assert base.value == 0
         reading = found.read(Linear(0.2), "search")
-        assert found.metric is not None
-        assert found.metric.name == "kl"
+        assert base.metric is reading.metric is METRICS.get("kl")
         assert reading.value == reading.divergence > 0
         assert found.drop("search", reading.value) == reading.value
 

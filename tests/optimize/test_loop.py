@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 
 from autoquant.errors import StudyError, TrialError
 from autoquant.optimize.loop import FAILURES, Outcome, Stop, run_trials
-from autoquant.samplers.samplers import Proposal
+from autoquant.samplers.base import Proposal
 from autoquant.spec.costs import Costs
 from autoquant.spec.goal import Goal, Measurement
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe

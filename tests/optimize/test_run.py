@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from autoquant.errors import StudyError, TrialError, UserError
 from autoquant.models.files import LoadedModel, state_hash
 from autoquant.models.task import Task
-from autoquant.optimize import stages
+from autoquant.optimize import confirm as confirming
 from autoquant.optimize.callbacks import Silent
 from autoquant.optimize.evaluate import measure_recipe
 from autoquant.optimize.loop import FAILURES, Stop
 from autoquant.optimize.result import SearchResult
-from autoquant.optimize.run import resume, search
+from autoquant.optimize.resume import resume
+from autoquant.optimize.run import search
 from autoquant.session.preflight import Preflight
 from autoquant.spec.goal import Goal
 from autoquant.spec.recipe_file import load
@@ -221,7 +222,7 @@ def test_failures_at_the_confirmation_leave_the_study(monkeypatch):
         raise TrialError("no finalist could be measured again: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "confirm", confirm)
+        patch.setattr(confirming, "confirm", confirm)
         with pytest.raises(StudyError, match="study s: no finalist could be measured again"):
             searched()
     assert len(trials()) == 12
@@ -232,7 +233,7 @@ def test_the_recipe_is_in_the_study_even_where_it_cannot_be_written(monkeypatch)
     def save(*args: object) -> None:
         raise UserError("recipe.yaml: cannot write: No space left on device")
 
-    monkeypatch.setattr(stages, "save", save)
+    monkeypatch.setattr(confirming, "save", save)
     with pytest.raises(UserError, match="cannot write"):
         searched()
     assert "autoquant_recipe" in Ledger.open("s", None).header["recipe"]["text"]

@@ -26,6 +26,7 @@ from autoquant.study.ledger import MEASURED, finished
 from autoquant.study.parameters import ParameterMap
 from autoquant.study.trials import measured
 
+ACCURACY = METRICS.get("accuracy")
 BITS = (8, 6, 4, 2)
 SPACE = SiteSpace({**DEFAULTS, "weight_bits": BITS, "activation_bits": (16,)})
 MAPPING = ParameterMap({"a": SPACE, "b": SPACE})
@@ -139,12 +140,11 @@ class FakeSession:
         self.costs = SimpleNamespace(latency=None, operations=None)
         self.evaluator = SimpleNamespace(
             confirms=confirms,
-            metric=METRICS.get("accuracy"),
             baseline=lambda model, split: self.baseline(split),
         )
 
     def baseline(self, split):
-        return Reading(0.9 if split == "search" else 0.8, 10, None, None, 0.0)
+        return Reading(ACCURACY, 0.9 if split == "search" else 0.8, 10, None, None, 0.0)
 
     def measure(self, sites, split, **_):
         key = tuple(s.weight.bits for s in sites.values())
@@ -156,7 +156,7 @@ class FakeSession:
         value = self.baseline(split).value - drop
         bits = sum(key) / 2
         m = Measurement(value, drop, drop, bits, int(100 * bits), 0.0)
-        return m, Reading(value, 10, None, None, 0.0), dict(sites)
+        return m, Reading(ACCURACY, value, 10, None, None, 0.0), dict(sites)
 
 
 def trials_of(*rows):
@@ -231,8 +231,8 @@ class PairedSession(FakeSession):
 
     def read(self, hits):
         outputs = torch.tensor(~hits).long()
-        evidence = METRICS.get("accuracy").evidence([(outputs, torch.zeros_like(outputs))])
-        return Reading(evidence.score(), self.n, evidence, None, 0.0)
+        evidence = ACCURACY.evidence([(outputs, torch.zeros_like(outputs))])
+        return Reading(ACCURACY, evidence.score(), self.n, evidence, None, 0.0)
 
     def baseline(self, split):
         return self.read(self.hits())

@@ -13,7 +13,7 @@ from torch import nn
 
 import autoquant
 from autoquant.models.task import Task
-from autoquant.optimize import proposer as proposing
+from autoquant.selection.schedule import Schedule
 from autoquant.spec.verdict import NOT_PROVEN
 
 SAMPLES = 480
@@ -93,7 +93,7 @@ def test_with_time_enough_nothing_is_skipped():
 
 
 def test_a_profile_that_there_is_no_time_for(monkeypatch):
-    monkeypatch.setattr(proposing.Schedule, "for_profile", 0.0)
+    monkeypatch.setattr(Schedule, "for_profile", 0.0)
     result, _ = timed(slow_task(0.0), trials=14, timeout=600)
     assert "the profile: recipes after the uniform ones are drawn at random" in result.skipped
     assert sum(result.trials.values()) == 14
@@ -120,8 +120,8 @@ def test_the_clock_of_the_command_line_starts_with_the_process():
 
 
 def test_what_costs_nothing_is_not_left_out_however_late_it_is(monkeypatch):
-    monkeypatch.setattr(proposing.Schedule, "left", -1.0)
-    monkeypatch.setattr(proposing.Schedule, "least", -2.0)
+    monkeypatch.setattr(Schedule, "left", -1.0)
+    monkeypatch.setattr(Schedule, "least", -2.0)
     result, _ = timed(slow_task(0.0), trials=14, timeout=600)
     assert "13 of 14 trials" in result.skipped
     assert result.recipe.evidence.confirm.interval is not None

@@ -18,9 +18,10 @@ from autoquant.models.task import Task
 from autoquant.nn.converted import converted_of
 from autoquant.optimize.callbacks import Silent
 from autoquant.optimize.result import SearchResult
-from autoquant.optimize.run import resume, search
+from autoquant.optimize.resume import resume
+from autoquant.optimize.run import search
 from autoquant.report.tables import latency_lines, preflight_lines, trials_table
-from autoquant.session import costs as pricing
+from autoquant.session import costs
 from autoquant.session.costs import LatencyCheck
 from autoquant.session.preflight import Preflight
 from autoquant.spec.recipe_file import load
@@ -302,7 +303,7 @@ def test_a_model_that_fails_while_it_is_timed(monkeypatch):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("GPU")
 
-    monkeypatch.setattr(pricing, "measure_latency", fail)
+    monkeypatch.setattr(costs, "measure_latency", fail)
     with pytest.raises(UserError, match="while layers are timed: GPU"):
         searched(objective="latency")
 

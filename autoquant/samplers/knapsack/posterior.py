@@ -1,8 +1,8 @@
 """How much each layer's noise matters: a Bayesian regression of measured losses on the profile.
 
 The loss of a trial is taken for a sum over sites of weight × damage, with a relative error; the
-weights' logarithms are normal beforehand. Of many layers those that are alike (``alike``) share
-most of what is not known: what a trial says of one it says of all, until the trials tell them
+weights' logarithms are normal beforehand. Of many layers those that are alike (``clustering``)
+share most of what is not known: what a trial says of one it says of all, until the trials tell them
 apart.
 """
 

@@ -244,7 +244,8 @@ class KnapsackSampler(BaseSampler):
     def expected_gain(self, trials: Sequence[FrozenTrial]) -> float | None:
         """Return what knowing the layers' true weights would gain, as a share of the objective.
 
-        The mean over draws of the posterior; see ``enough``. None where no trial is feasible yet.
+        The mean over draws of the posterior; see ``optimize.termination``. None where no trial is
+        feasible yet.
         """
         seen = [s for s in map(self._read, trials) if s is not None]
         good = [s for s in seen if s.feasible and s.complete]

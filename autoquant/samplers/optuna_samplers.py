@@ -1,8 +1,7 @@
-"""Where the next recipe comes from: the uniform ones first, then a sampler.
+"""Optuna's samplers, and any of the user's own: each works on a copy of the study in memory.
 
-Each trial's randomness is a function of the seed and the trial's number, so that a resumed study
-gives the trials that an uninterrupted one gives. Optuna's own samplers work on a copy of the study
-in memory, because they write one parameter at a time; the finished trial is written once.
+They write one parameter at a time, which a study's storage would take seconds for; the finished
+trial is written once.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import datetime
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -21,105 +19,82 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.errors import UserError
 from autoquant.models.usercode import guarded
-from autoquant.registry import Registry
-from autoquant.samplers.knapsack.sampler import KnapsackSampler
-from autoquant.spec.recipe import SiteRecipe, choices_key
+from autoquant.samplers.base import Context, Make, Proposal, Proposer
+from autoquant.samplers.seeding import derive, of_worker
 from autoquant.study.ledger import MEASURED, finished, quiet_optuna
 from autoquant.study.parameters import ParameterMap
 
-STOCK: Registry[Callable[[int], BaseSampler]] = Registry("sampler")
-DEFAULT = "knapsack"
 SAMPLER_STATE = "sampler_state"
 """System attribute of a trial: what the sampler keeps with the study, as it was after the trial."""
 
+Factory = Callable[[int], BaseSampler]
+"""Makes a sampler from a seed."""
 
-@STOCK.register("tpe")
-def _tpe(seed: int) -> BaseSampler:
+
+def tpe(seed: int) -> BaseSampler:
+    """Tree-structured Parzen estimator."""
     return optuna.samplers.TPESampler(seed=seed)
 
 
-@STOCK.register("nsga2")
-def _nsga2(seed: int) -> BaseSampler:
+def nsga2(seed: int) -> BaseSampler:
+    """Genetic algorithm NSGA-II."""
     return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
 
 
-@STOCK.register("gp")
-def _gp(seed: int) -> BaseSampler:
+def gp(seed: int) -> BaseSampler:
+    """Gaussian process."""
     return optuna.samplers.GPSampler(seed=seed)
 
 
-@STOCK.register("cmaes")
-def _cmaes(seed: int) -> BaseSampler:
+def cmaes(seed: int) -> BaseSampler:
+    """Covariance matrix adaptation."""
     return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
 
 
-@STOCK.register("qmc")
-def _qmc(seed: int) -> BaseSampler:
+def qmc(seed: int) -> BaseSampler:
+    """Quasi-random sequence."""
     return optuna.samplers.QMCSampler(
         seed=seed, scramble=True, warn_independent_sampling=False, warn_asynchronous_seeding=False
     )
 
 
-@STOCK.register("random")
-def _random(seed: int) -> BaseSampler:
+def random(seed: int) -> BaseSampler:
+    """Random draws."""
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def names() -> tuple[str, ...]:
-    """Return the names that ``--sampler`` takes, the default first."""
-    return (DEFAULT, *STOCK.names())
+def seeded_by_trial(factory: Factory) -> Make:
+    """Return what makes a proposer whose sampler is made anew, with a new seed, for each trial."""
+
+    def make(context: Context) -> Proposer:
+        seed = of_worker(context.options.seed, context.worker)
+        return _proposer(context, lambda number: factory(derive(seed, number)))
+
+    return make
 
 
-def check(name: str) -> None:
-    """Raise UserError where ``name`` is no sampler."""
-    if name != DEFAULT:
-        try:
-            STOCK.get(name)
-        except UserError as error:
-            raise UserError(f"--sampler: {error}, {DEFAULT}") from None
+def one_sequence(factory: Factory) -> Make:
+    """Return the same for a sampler that is one sequence for the whole study: one seed for all."""
+
+    def make(context: Context) -> Proposer:
+        seed = of_worker(context.options.seed, context.worker)
+        return _proposer(context, lambda _: factory(seed))
+
+    return make
 
 
-@dataclass
-class Proposal:
-    """The parameters of the next trial. ``system_attrs`` is what the sampler keeps with it."""
-
-    params: dict[str, Any]
-    system_attrs: dict[str, Any] = field(default_factory=dict)
+def one_object(own: BaseSampler) -> Make:
+    """Return what makes a proposer of the user's own sampler: one object for the whole study."""
+    return lambda context: _proposer(context, lambda _: own)
 
 
-class Proposer(Protocol):
-    """Proposes trials, and is told of each one that is finished."""
-
-    def propose(self, number: int) -> Proposal:
-        """Return the proposal for trial ``number``."""
-
-    def told(self, trial: FrozenTrial) -> FrozenTrial:
-        """Take note of a finished trial, and return it as it should be written.
-
-        UserError where a sampler of the user's own fails at that: the trial stays what it is.
-        """
+def _proposer(context: Context, make: Callable[[int], BaseSampler]) -> OptunaProposer:
+    state = context.ledger.header.get(SAMPLER_STATE, {})
+    trials, limits = context.ledger.trials(), context.goal.limits
+    return OptunaProposer(make, context.mapping, trials, state, limits)
 
 
-class KnapsackProposer:
-    """Proposes what the default sampler does, straight from the ledger's study."""
-
-    def __init__(
-        self, sampler: KnapsackSampler, trials: Callable[[], Sequence[FrozenTrial]]
-    ) -> None:
-        self._sampler = sampler
-        self._trials = trials
-
-    def propose(self, number: int) -> Proposal:
-        """Return the proposal for trial ``number``."""
-        sites = self._sampler.propose(self._trials(), number)
-        return Proposal(self._sampler.mapping.encode(sites))
-
-    def told(self, trial: FrozenTrial) -> FrozenTrial:
-        """Return ``trial`` as it is: the sampler reads it from the ledger."""
-        return trial
-
-
-class StockProposer:
+class OptunaProposer:
     """Proposes what an Optuna sampler does, on a copy of the study in memory.
 
     ``make`` gives the sampler for one trial from its number. What the sampler keeps with the study
@@ -132,13 +107,14 @@ class StockProposer:
     of the goal; what is not known of one counts as just kept.
     """
 
+    forecast = None
+
     def __init__(
         self,
         make: Callable[[int], BaseSampler],
         mapping: ParameterMap,
         trials: Sequence[FrozenTrial],
         state: Mapping[str, Any] | None = None,
-        keep: Callable[[dict[str, Any]], None] | None = None,
         limits: Sequence[str] = (),
     ) -> None:
         self._make = make
@@ -236,88 +212,3 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", message="Constraints have been set")
         yield
-
-
-def of_worker(seed: int, worker: int) -> int:
-    """Return the seed of one of several workers on a study: the study's own for the first."""
-    return seed if not worker else derive(seed, 10**6 + worker)
-
-
-def derive(seed: int, number: int) -> int:
-    """Return the seed of one trial."""
-    return (seed * 1_000_003 + number * 7919 + 1) % (2**32 - 1)
-
-
-def seeded(name: str, seed: int) -> Callable[[int], BaseSampler]:
-    """Return what makes the stock sampler ``name`` for a trial's number.
-
-    A quasi-random sequence is one sequence for the whole study, so its seed stays the same.
-    """
-    factory = STOCK.get(name)
-    if name == "qmc":
-        return lambda _: factory(seed)
-    return lambda number: factory(derive(seed, number))
-
-
-class Baselines:
-    """Proposes the uniform recipes first, then what ``then`` does.
-
-    The first worker on a study tries them; others (``worker`` above 0) begin with ``then``.
-    """
-
-    def __init__(
-        self,
-        recipes: Sequence[Mapping[str, SiteRecipe]],
-        mapping: ParameterMap,
-        then: Proposer,
-        worker: int = 0,
-    ) -> None:
-        self._params = [] if worker else [mapping.encode(sites) for sites in recipes]
-        self._then = then
-
-    def propose(self, number: int) -> Proposal:
-        """Return the proposal for trial ``number``."""
-        if number < len(self._params):
-            return Proposal(dict(self._params[number]))
-        return self._then.propose(number)
-
-    def told(self, trial: FrozenTrial) -> FrozenTrial:
-        """Pass a finished trial on."""
-        return self._then.told(trial)
-
-
-class Exhaustive:
-    """Proposes every recipe of a small space, one after the other, whatever the sampler."""
-
-    def __init__(
-        self,
-        recipes: Sequence[Mapping[str, SiteRecipe]],
-        mapping: ParameterMap,
-        trials: Callable[[], Sequence[FrozenTrial]],
-        worker: int = 0,
-    ) -> None:
-        self._worker = worker
-        self._recipes = {choices_key(sites): sites for sites in recipes}
-        self._mapping = mapping
-        self._trials = trials
-
-    def left(self, trials: Sequence[FrozenTrial]) -> list[str]:
-        """Return the keys of the recipes that no trial was of."""
-        tried = {choices_key(self._mapping.decode(t.params)) for t in trials}
-        return [key for key in self._recipes if key not in tried]
-
-    def done(self, trials: Sequence[FrozenTrial]) -> str | None:
-        """Return in one line that there is nothing left to try, or None."""
-        if self.left(trials):
-            return None
-        return f"done: all {len(self._recipes)} recipes of the space were tried"
-
-    def propose(self, number: int) -> Proposal:
-        """Return the proposal for trial ``number``."""
-        left = self.left(self._trials()) or list(self._recipes)
-        key = left[self._worker % len(left)]
-        return Proposal(self._mapping.encode(self._recipes[key]))
-
-    def told(self, trial: FrozenTrial) -> FrozenTrial:
-        """Return ``trial`` as it is."""
-        return trial

@@ -43,7 +43,7 @@ def whole_seconds(model: nn.Module, run: Run, device: torch.device, clock: Clock
 
 
 def measure_latency(
-    realizer: Applier,
+    applier: Applier,
     spaces: Mapping[str, SiteSpace],
     run: Run,
     device: torch.device,
@@ -57,13 +57,13 @@ def measure_latency(
 
     ``run`` runs the model on one batch. Raises what the model's own code raises.
     """
-    prepared = realizer.prepared
+    prepared = applier.prepared
     cache = LatencyCache() if cache is None else cache
-    realizer.to_float()
+    applier.to_float()
     float_seconds = whole_seconds(prepared.model, run, device, clock)
     units = find_units(prepared)
     counts = [choose(c) for c in count_calls(prepared.model, units, run)]
-    timer = _Timer(realizer, device, clock or clock_of(device), cache)
+    timer = _Timer(applier, device, clock or clock_of(device), cache)
     rows = {u.name: _recipes(u, spaces) for u in units}
 
     def hook(unit: Unit, wanted: Mapping[str, int]) -> Hook:
@@ -79,7 +79,7 @@ def measure_latency(
         hooks = {u.module: hook(u, c) for u, c in zip(units, counts, strict=True) if c}
         run_hooked(prepared.model, run, hooks)
     finally:
-        realizer.to_float()
+        applier.to_float()
         cache.save()
     layers = tuple(
         LayerTimes(unit.name, unit.shares, timer.total(unit, wanted))
@@ -101,15 +101,15 @@ class _Timer:
     """Times units in the middle of a run; the same code on the same inputs is timed once."""
 
     def __init__(
-        self, realizer: Applier, device: torch.device, clock: Clock, cache: LatencyCache
+        self, applier: Applier, device: torch.device, clock: Clock, cache: LatencyCache
     ) -> None:
-        self.realizer = realizer
+        self.applier = applier
         self.clock = clock
         self.cache = cache
         self.device = device
         self.times: dict[tuple[str, str], dict[str, float]] = {}
         self._known: dict[str, float] = {}
-        readers = (c.reader for c in converted_modules(realizer.prepared.model))
+        readers = (c.reader for c in converted_modules(applier.prepared.model))
         self._read = {reader.module for reader in readers if reader is not None}
 
     def time(
@@ -135,7 +135,7 @@ class _Timer:
                     self.cache.put(key, seconds)
             if seconds is not None:
                 found[label] = self._known[key] = seconds
-        self.realizer.to_float()
+        self.applier.to_float()
 
     def _measure(
         self, unit: Unit, recipe: SiteRecipe, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,11 +146,11 @@ class _Timer:
         if converted is not None and (reader := self._site_of(converted.reader)) is not None:
             sites.setdefault(reader.name, adapted(recipe, reader.matrix))
         try:
-            self.realizer.apply(sites)
+            self.applier.apply(sites)
         except (SpecError, TrialError):
             return None  # a choice that this layer can't take costs its own trial, not the search
         if converted is not None and unit.module in self._read and isinstance(args[0], Tensor):
-            slot = self.realizer.prepared.slots[unit.sites[0][1].name]
+            slot = self.applier.prepared.slots[unit.sites[0][1].name]
             args = (slot.as_read(converted.operation, args[0]), *args[1:])
         # Not through __call__: the user's own hooks would see calls that their model never makes.
         call = functools.partial(unit.module.forward, *args, **kwargs)
@@ -160,13 +160,13 @@ class _Timer:
         """Return the site of a layer that reads another."""
         if layer is None:
             return None
-        sites = self.realizer.prepared.sites
+        sites = self.applier.prepared.sites
         return next((s for s in sites if (layer.path, "weight") in s.users), None)
 
     def _key(self, unit: Unit, text: str) -> str:
         """Return what a unit's time depends on beside its speed class."""
         kind = type(unit.module)
-        slots = self.realizer.prepared.slots
+        slots = self.applier.prepared.slots
         weights = [
             [path, list(s.shape), list(slots[s.name].parameter.stride()), s.activation]
             for path, s in unit.sites
@@ -174,7 +174,7 @@ class _Timer:
         dtype = str(slots[unit.sites[0][1].name].parameter.dtype)
         converted = converted_of(unit.module)
         layout = converted is not None and converted.channels_last
-        engine = self.realizer.prepared.engine
+        engine = self.applier.prepared.engine
         backends = [b.name for b in engine.backends] if engine.fast else []
         own = [] if _ours(unit.module) else [unit.name]
         parts = [f"{kind.__module__}.{kind.__qualname__}", repr(unit.module), weights, dtype]

@@ -30,7 +30,7 @@ ORDER = (0, 1, 0, 2, 1)
 
 def check(
     reuse: Reuse,
-    realizer: Applier,
+    applier: Applier,
     run: Callable[[], Any],
     key: Hashable,
     *,
@@ -44,18 +44,18 @@ def check(
     """
     if not reuse.on:
         return False
-    sites = [site.name for site in realizer.prepared.sites]
+    sites = [site.name for site in applier.prepared.sites]
     recipes: list[Mapping[str, SiteRecipe]] = [{}, {sites[0]: CHANGED}, {sites[-1]: CHANGED}]
-    random = _random_states(realizer)
+    random = _random_states(applier)
     try:
-        expected = _expected(reuse, realizer, recipes, run)
-        drawn = not same_bits(random, _random_states(realizer))
+        expected = _expected(reuse, applier, recipes, run)
+        drawn = not same_bits(random, _random_states(applier))
         reuse.watching = True
         for turn, i in enumerate(ORDER):
             if i not in expected:
                 continue
             reuse.repeating = not turn
-            realizer.apply(recipes[i])
+            applier.apply(recipes[i])
             with reuse.batch(key, by_content=by_content):
                 found = run()
             if reuse.on and not same_bits(found, expected[i]):
@@ -65,20 +65,20 @@ def check(
                 break
     finally:
         reuse.watching = reuse.repeating = False
-        realizer.to_float()
+        applier.to_float()
     return reuse.on
 
 
-def _random_states(realizer: Applier) -> list[Tensor]:
+def _random_states(applier: Applier) -> list[Tensor]:
     """Return the states of the generators that a model draws from: its device's, and the CPU's."""
-    device = next(iter(realizer.prepared.slots.values())).parameter.device
+    device = next(iter(applier.prepared.slots.values())).parameter.device
     there = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *there]
 
 
 def _expected(
     reuse: Reuse,
-    realizer: Applier,
+    applier: Applier,
     recipes: Sequence[Mapping[str, SiteRecipe]],
     run: Callable[[], Any],
 ) -> dict[int, Any]:
@@ -86,7 +86,7 @@ def _expected(
     expected = {}
     for i, recipe in enumerate(recipes):
         try:
-            realizer.apply(recipe)
+            applier.apply(recipe)
             with reuse.paused():
                 expected[i] = [x for _, x in frozen(run())]
         except OutOfMemory:

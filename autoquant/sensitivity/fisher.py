@@ -91,7 +91,7 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    realizer: Applier,
+    applier: Applier,
     run: Callable[[nn.Module, Any], Any],
     batches: Sequence[Any],
     candidates: Mapping[str, Candidates],
@@ -112,16 +112,16 @@ def measure_sensitivity(
     chosen = _Samples(batches, samples)
     if not chosen.count:
         return "there are no calibration data to take gradients on"
-    realizer.to_float()
-    prepared = realizer.prepared
-    work = _Work(realizer, run, _Objective(classes, seed))
+    applier.to_float()
+    prepared = applier.prepared
+    work = _Work(applier, run, _Objective(classes, seed))
     found: list[Mapping[str, Probe]] = []
     try:
         with prepared.engine.reference():
             turns = list(_turns(candidates, prepared.slots))
             for turn, names in enumerate(turns, 1):
                 work.until = began + seconds * turn / len(turns)
-                part = {n: Changes(prepared.slots[n], candidates[n], realizer) for n in names}
+                part = {n: Changes(prepared.slots[n], candidates[n], applier) for n in names}
                 probes = work.take(part, chosen)
                 if probes is None:
                     return "the model's outputs have no gradient"
@@ -194,12 +194,12 @@ class _Work:
 
     def __init__(
         self,
-        realizer: Applier,
+        applier: Applier,
         run: Callable[[nn.Module, Any], Any],
         objective: _Objective,
     ) -> None:
-        self.model = realizer.prepared.model
-        self.last = realizer.prepared.sites[-1]
+        self.model = applier.prepared.model
+        self.last = applier.prepared.sites[-1]
         self.tapped = ""
         self.until = math.inf
         self.seen = math.inf

@@ -60,18 +60,18 @@ class Candidates:
 class Changes:
     """What each candidate of a site changes: its weight, its bias, and how its input is rounded."""
 
-    def __init__(self, slot: SiteSlot, candidates: Candidates, realizer: Applier) -> None:
+    def __init__(self, slot: SiteSlot, candidates: Candidates, applier: Applier) -> None:
         name = slot.site.name
         self.slot = slot
         self.candidates = candidates
-        self.schemes = [realizer.activation(name, a) for a in candidates.activations]
+        self.schemes = [applier.activation(name, a) for a in candidates.activations]
         parameter = slot.parameter.detach()
         self.nothing = torch.zeros(
             slot.site.matrix[0], dtype=torch.float32, device=parameter.device
         )
         changes, shifts = [], []
         for scheme in candidates.weights:
-            held = realizer.held(name, SiteRecipe(scheme, None, candidates.correction))
+            held = applier.held(name, SiteRecipe(scheme, None, candidates.correction))
             assert held is not None
             changes.append(held.quantized.dequantize(torch.float32) - parameter)
             shifts.append(self.nothing if held.shift is None else held.shift)

@@ -74,7 +74,7 @@ def quantize(
     device = device or device_of(loaded.module)
     if task is not None:
         session = open_session(loaded, task, device, recipe=recipe, baselines=())
-        return _deployed(session.realizer, recipe)
+        return _deployed(session.applier, recipe)
     reason = needs_data(recipe)
     if reason is not None:
         raise SpecError(f"{reason}; give --task or --data")
@@ -82,11 +82,11 @@ def quantize(
     return _deployed(Applier(prepared, {}), recipe)
 
 
-def _deployed(realizer: Applier, recipe: Recipe) -> tuple[nn.Module, Recipe]:
+def _deployed(applier: Applier, recipe: Recipe) -> tuple[nn.Module, Recipe]:
     try:
-        calibrated = realizer.apply(recipe.sites)
+        calibrated = applier.apply(recipe.sites)
         named = {name: calibrated[name] for name in recipe.sites}
-        return realizer.deploy(recipe.sites), recipe.with_sites(named)
+        return applier.deploy(recipe.sites), recipe.with_sites(named)
     except TrialError as error:
         raise UserError(f"the recipe can't be applied: {error}") from error
 

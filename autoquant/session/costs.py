@@ -92,7 +92,7 @@ def price(
     session: Session, spaces: Mapping[str, SiteSpace], options: Options, say: Callable[[str], None]
 ) -> None:
     """Give the session the costs that ``options`` ask for, and measure what takes measuring."""
-    session.realizer.to_float()
+    session.applier.to_float()
     run, samples = batch_run(session)
     latency = operations = None
     try:
@@ -100,11 +100,9 @@ def price(
             operations = count_macs(session.prepared, run)
         if options.asks_latency:
             say("timing the layers")
-            latency = measure_latency(
-                session.realizer, spaces, run, session.device, samples=samples
-            )
+            latency = measure_latency(session.applier, spaces, run, session.device, samples=samples)
             for bits in widths(spaces)[:1]:
-                wide = session.realizer.apply(uniform(spaces, bits))
+                wide = session.applier.apply(uniform(spaces, bits))
                 measured = whole_seconds(session.model, run, session.device, None)
                 latency = latency.fitted(wide, measured)
     except (TrialError, torch.OutOfMemoryError) as error:
@@ -129,7 +127,7 @@ def check_latency(
         check_one(session, f"uniform {bits} bits", uniform(spaces, bits))
         for bits in dict.fromkeys((*wide[:1], *wide[-1:]))
     ]
-    session.realizer.to_float()
+    session.applier.to_float()
     return LatencyReport(
         model.device, model.samples, model.float_seconds, fastest or 0.0, tuple(checks)
     )
@@ -138,7 +136,7 @@ def check_latency(
 def check_one(session: Session, name: str, sites: Sites) -> LatencyCheck:
     """Measure one recipe's whole model on the batch that the table is of."""
     assert session.costs.latency is not None
-    done = session.realizer.apply(sites)
+    done = session.applier.apply(sites)
     run, _ = batch_run(session)
     measured = whole_seconds(session.model, run, session.device, None)
     return LatencyCheck(name, session.costs.latency.seconds(done), measured)

@@ -50,7 +50,7 @@ def check_kernels(session: Session, spaces: Mapping[str, SiteSpace]) -> None:
                 recipes.setdefault(name, {}).setdefault(
                     (_format(recipe.weight), _format(recipe.activation)), recipe
                 )
-    session.realizer.to_float()
+    session.applier.to_float()
     layers = {
         id(slot): (layer, name)
         for layer in converted_modules(session.model)
@@ -105,8 +105,8 @@ def _check(
     own = dict.get(layer.module._parameters, "bias") if weight == "weight" else None
     for recipe in recipes.values():
         # How weights are rounded changes their integers, and not what is done with them.
-        done = session.realizer.calibrated(name, _plainly_rounded(recipe))
-        held = session.realizer.held(name, done)
+        done = session.applier.calibrated(name, _plainly_rounded(recipe))
+        held = session.applier.held(name, done)
         if held is None or done.activation is None:
             continue
         product = held.product(operation, done.activation, None, x.device)
@@ -169,7 +169,7 @@ def _differs_handed(
     reader = layer.reader
     assert reader is not None
     site = next(s for s in session.prepared.sites if (reader.path, "weight") in s.users)
-    scheme = session.realizer.activation(site.name, ActivationScheme(8))
+    scheme = session.applier.activation(site.name, ActivationScheme(8))
     if not is_chainable(product) or (known := product.stored(x)) is None:
         return None
     after = layer.after

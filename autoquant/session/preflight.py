@@ -162,11 +162,11 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
     """Write a uniform recipe's model, load it back, and compare outputs."""
     sites = uniform(spaces, 8)
     try:
-        done = session.realizer.apply(sites)
+        done = session.applier.apply(sites)
         example = session.evaluator.few(session.model)
         with session.prepared.engine.reference():  # which is what a saved model computes
             expected = None if example is None else _run(session, session.model, example)
-        deployed = session.realizer.deploy(done)
+        deployed = session.applier.deploy(done)
         # The copy stands for the architecture that the user has: converted, then given back.
         architecture = restored(session.prepared)
         recipe = session.recipe(done)
@@ -191,7 +191,7 @@ def _check_round_trip(session: Session, spaces: Mapping[str, SiteSpace]) -> None
 
 def _state(session: Session, sites: Mapping[str, SiteRecipe], example: Any, expected: Any) -> str:
     """Return in words whether the model that was not written gives the same outputs again."""
-    session.realizer.apply(sites)
+    session.applier.apply(sites)
     try:
         with session.prepared.engine.reference():
             again = difference(expected, _run(session, session.model, example), REPEATS)
@@ -201,7 +201,7 @@ def _state(session: Session, sites: Mapping[str, SiteRecipe], example: Any, expe
                 session.model, lambda: _run(session, session.model, example), REPEATS
             )
     finally:
-        session.realizer.to_float()
+        session.applier.to_float()
     return f"; the model itself gives other outputs when it is called again ({again}; {where})"
 
 

@@ -64,7 +64,7 @@ class Session:
     device: torch.device
     prepared: Prepared
     statistics: Mapping[str, SiteStatistics]
-    realizer: Applier
+    applier: Applier
     evaluator: Evaluator
     sizes: SizeModel
     costs: CostModel
@@ -125,12 +125,12 @@ class Session:
     def _apply(self, sites: Mapping[str, SiteRecipe]) -> dict[str, SiteRecipe]:
         reuse = self.evaluator.reuse
         try:
-            return self.realizer.apply(sites)
+            return self.applier.apply(sites)
         except OUT_OF_MEMORY:
             if reuse is None or not reuse.store.bytes:
                 raise
             reuse.shrink()
-        return self.realizer.apply(sites)
+        return self.applier.apply(sites)
 
     def reuse(self, memory: int | None = None, say: Say = lambda _: None) -> Reuse | None:
         """From here on compute no layer twice on the same data, in ``memory`` bytes.
@@ -142,12 +142,12 @@ class Session:
         budget = default_memory(self.device) if memory is None else memory
         found = Reuse(self.prepared, budget, say)
         whole = self.task.evaluate is not None
-        self.realizer.to_float()
+        self.applier.to_float()
         inputs = None if whole else self.evaluator.few(self.model)
         try:
             fine = check(
                 found,
-                self.realizer,
+                self.applier,
                 lambda: self.evaluator.observe(self.model, inputs),
                 "check",
                 by_content=whole,
@@ -190,7 +190,7 @@ class Session:
         if self.task.evaluate is not None and not self.splits.calibrate:
             return "the task gives no calibration data"
         return measure_sensitivity(
-            self.realizer,
+            self.applier,
             self.evaluator.outputs,
             [b for b in self.splits.calibrate if b is not None],
             candidates,
@@ -202,21 +202,21 @@ class Session:
         self, site: Site, scheme: WeightScheme, correction: Correction
     ) -> QuantizedWeight:
         """Return a site's weight by ``scheme``, kept for whoever asks next."""
-        held = self.realizer.held(site.name, SiteRecipe(scheme, None, correction))
+        held = self.applier.held(site.name, SiteRecipe(scheme, None, correction))
         assert held is not None
         return held.quantized
 
     def keep(self, needs: Mapping[str, frozenset[Need]]) -> None:
         """Keep of what calibration saw what recipes may still need, and free the rest."""
         kept = {name: s.keep(needs[name]) for name, s in self.statistics.items()}
-        self.statistics = self.realizer.statistics = kept
+        self.statistics = self.applier.statistics = kept
 
     def baseline(self, split: str) -> Reading:
         """Return the float model's reading on ``split``, measured before it was prepared.
 
         From here on the model is in float.
         """
-        self.realizer.to_float()
+        self.applier.to_float()
         return self.evaluator.baseline(self.model, split)
 
     def recipe(self, sites: Mapping[str, SiteRecipe]) -> Recipe:

@@ -98,13 +98,13 @@ def fake_quantized(session: Session) -> nn.Module:
     Weights are quantized once, beforehand, and hidden states of recurrent layers are left alone:
     both are less work than PyTorch's own quantization-aware modules do.
     """
-    done = session.realizer.apply(eight_bits(session))
+    done = session.applier.apply(eight_bits(session))
     real = {
         name: held.dequantize()
-        for name, site in session.realizer._sites.items()
-        if (held := session.realizer.weight(site, done[name])) is not None
+        for name, site in session.applier._sites.items()
+        if (held := session.applier.weight(site, done[name])) is not None
     }
-    session.realizer.to_float()
+    session.applier.to_float()
     model = deploy(session.prepared, {})
     for site in session.prepared.sites:
         path, name = site.users[0]
@@ -156,7 +156,7 @@ class Bench:
         self.recipe = eight_bits(self.session)
         self.fake = fake_quantized(self.session)
         self.bfloat16 = copy.deepcopy(self.float_model).to(torch.bfloat16)
-        self.session.realizer.apply(self.recipe)
+        self.session.applier.apply(self.recipe)
 
     def run(self, model: nn.Module, inputs: Any = None) -> Any:
         """Return the outputs of ``model`` on the inputs."""
@@ -189,19 +189,19 @@ class Bench:
         turns = [other, self.recipe]
         with torch.no_grad():
             for recipe in turns:
-                self.session.realizer.apply(recipe)
+                self.session.applier.apply(recipe)
                 self.run(self.session.model)
         times = []
         for i in range(2 * repeats):
             start = time.perf_counter()
-            self.session.realizer.apply(turns[i % 2])
+            self.session.applier.apply(turns[i % 2])
             times.append(1e3 * (time.perf_counter() - start))
         return statistics.median(times)
 
     def one_layer(self) -> str:
         """Return what a candidate that differs in one random layer costs, caches warm."""
         found = one_site_changed(self.session, rounds=9)
-        self.session.realizer.apply(self.recipe)
+        self.session.applier.apply(self.recipe)
         return f"{found.speedup:.1f}× as fast ({found.full:.2f} s → {found.reusing:.2f} s)"
 
     def memory(self) -> float:

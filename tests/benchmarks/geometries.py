@@ -148,9 +148,9 @@ def try_other(seed: int) -> str:
     x = torch.randn(d.randint(1, 12), d.randint(1, 9), layer.input_size)
     engine = make_engine(CPU)
     prepared = prepare(layer, lambda m: m(x), engine=engine)
-    realizer = Applier(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
+    applier = Applier(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
     bits, activation = d.choice((8, 7, 4)), ActivationScheme(8, "per_token", "asymmetric")
-    realizer.apply({n: SiteRecipe(WeightScheme(bits), activation) for n in prepared.slots})
+    applier.apply({n: SiteRecipe(WeightScheme(bits), activation) for n in prepared.slots})
     engine.reset()
     y = layer(x)[0]
     fast = "int8" in engine.shares()

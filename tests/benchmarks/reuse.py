@@ -63,7 +63,7 @@ def one_site_changed(
     for i in range(WARM + rounds):
         name = draw.choice(list(sites))
         sites[name] = draw.choice([c for c in choices if c != sites[name]])
-        session.realizer.apply(sites)  # quantizing a weight is the same work both ways
+        session.applier.apply(sites)  # quantizing a weight is the same work both ways
         start = time.perf_counter()
         found = session.evaluator.read(session.model, "search")
         middle = time.perf_counter()

@@ -112,31 +112,31 @@ class Growing(nn.Module):
 class Fake:
     """A clock: a layer takes its weights' bits × numbers in microseconds, the model their sum."""
 
-    def __init__(self, realizer: Applier) -> None:
-        self.realizer = realizer
+    def __init__(self, applier: Applier) -> None:
+        self.applier = applier
         self.timed: Counter[str] = Counter()
 
     def of(self, name: str, part: nn.Module) -> float:
         total = 0.0
         for _, site in self.inside(part):
-            recipe = self.realizer._current.get(site.name, FLOAT_SITE)
+            recipe = self.applier._current.get(site.name, FLOAT_SITE)
             bits = recipe.weight_bits + (8 if recipe.activation is None else 1)
             total += 1e-6 * bits * site.numel
         return total
 
     def inside(self, part: nn.Module) -> list[Any]:
-        units = find_units(self.realizer.prepared)
+        units = find_units(self.applier.prepared)
         return [row for unit in units if unit.module is part for row in unit.sites]
 
     def __call__(self, call: Any) -> float:
         assert isinstance(call, functools.partial)
-        before = copy.copy(self.realizer._current)
+        before = copy.copy(self.applier._current)
         call()
-        assert self.realizer._current == before
+        assert self.applier._current == before
         assert not torch.is_grad_enabled()
         owner = getattr(call.func, "__self__", None)
         if isinstance(owner, nn.Module):
-            name = next(n for n, m in self.realizer.prepared.model.named_modules() if m is owner)
+            name = next(n for n, m in self.applier.prepared.model.named_modules() if m is owner)
             self.timed[name] += 1
             return self.of(name, owner)
         return REST + self.whole()
@@ -145,9 +145,9 @@ class Fake:
         calls: Counter[nn.Module] = Counter()
         handles = [
             u.module.register_forward_hook(lambda m, *_: calls.update([m]))
-            for u in find_units(self.realizer.prepared)
+            for u in find_units(self.applier.prepared)
         ]
-        self.run(self.realizer.prepared.model)
+        self.run(self.applier.prepared.model)
         for handle in handles:
             handle.remove()
         return sum(n * self.of("", m) for m, n in calls.items())
@@ -169,29 +169,29 @@ class Setting:
         x = inputs_of(kind)
         self.run = lambda model, _=None: model(x)
         prepared = prepare(kind().eval(), self.run)
-        self.realizer = Applier(prepared, calibrate(prepared, [None], self.run))
+        self.applier = Applier(prepared, calibrate(prepared, [None], self.run))
         self.spaces = SPACE.resolve(prepared.sites)
-        self.clock = Fake(self.realizer)
+        self.clock = Fake(self.applier)
         self.clock.run = self.run
         self.path = path
 
     def table(self) -> LatencyModel:
         cache = LatencyCache(self.path)
         return measure_latency(
-            self.realizer, self.spaces, self.run, CPU, samples=5, cache=cache, clock=self.clock
+            self.applier, self.spaces, self.run, CPU, samples=5, cache=cache, clock=self.clock
         )
 
     def uniform(self, bits: int, activation: int | None) -> dict[str, SiteRecipe]:
         act = None if activation is None else ActivationScheme(activation)
         return {
             s.name: SiteRecipe(WeightScheme(bits), act if s.activation else None)
-            for s in self.realizer.prepared.sites
+            for s in self.applier.prepared.sites
         }
 
     def true(self, sites: dict[str, SiteRecipe]) -> float:
-        self.realizer.apply(sites)
+        self.applier.apply(sites)
         seconds = REST + self.clock.whole()
-        self.realizer.to_float()
+        self.applier.to_float()
         return seconds
 
 
@@ -214,7 +214,7 @@ def test_uniform_recipes_are_predicted_as_they_are(kind, path):
         sites = setting.uniform(bits, activation)
         assert table.seconds(sites) == pytest.approx(setting.true(sites))
         assert table.seconds(sites) < table.float_seconds
-    assert not setting.realizer._current
+    assert not setting.applier._current
 
 
 @pytest.mark.parametrize("kind", [Plain, Tied, Growing])
@@ -286,7 +286,7 @@ def test_a_layer_of_the_users_own_class_is_neither_shared_nor_kept(path):
 def test_the_users_own_hooks_see_no_calls_but_the_models(path):
     setting = Setting(Plain, path)
     seen: Counter[str] = Counter()
-    hook = setting.realizer.prepared.model.a.register_forward_hook(  # type: ignore[union-attr]
+    hook = setting.applier.prepared.model.a.register_forward_hook(  # type: ignore[union-attr]
         lambda *_: seen.update(["a"])
     )
     setting.clock.whole = lambda: 0.1  # type: ignore[method-assign]
@@ -298,7 +298,7 @@ def test_the_users_own_hooks_see_no_calls_but_the_models(path):
 
 def test_a_layer_inside_attention_belongs_to_it(path):
     setting = Setting(Attending, path)
-    units = find_units(setting.realizer.prepared)
+    units = find_units(setting.applier.prepared)
     assert {u.name: [s.name for _, s in u.sites] for u in units} == {
         "attention": ["attention.in_proj_weight", "attention.out_proj"],
         "head": ["head"],
@@ -320,15 +320,15 @@ def test_failures_of_the_model_leave_it_in_float_without_hooks(path):
     setting.clock.whole = lambda: 0.1  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="the user's own"):
         measure_latency(
-            setting.realizer,
+            setting.applier,
             setting.spaces,
             run,
             CPU,
             cache=LatencyCache(path),
             clock=setting.clock,
         )
-    assert not setting.realizer._current
-    assert all(not m._forward_pre_hooks for m in setting.realizer.prepared.model.modules())
+    assert not setting.applier._current
+    assert all(not m._forward_pre_hooks for m in setting.applier.prepared.model.modules())
 
 
 def test_the_rest_is_never_negative():
@@ -371,7 +371,7 @@ def test_a_table_survives_json(kind, path):
 def test_nothing_is_faster_than_the_fastest(kind, path):
     setting = Setting(kind, path)
     table = setting.table()
-    choices = site_choices(setting.realizer.prepared, setting.spaces)
+    choices = site_choices(setting.applier.prepared, setting.spaces)
     fastest = table.fastest(choices)
     assert fastest <= table.seconds(setting.uniform(4, 8)) + 1e-12
     best = {n: min(r, key=lambda c, n=n: table.site_seconds(n, c)) for n, r in choices.items()}
@@ -380,14 +380,14 @@ def test_nothing_is_faster_than_the_fastest(kind, path):
 
 def test_a_choice_that_a_layer_can_not_take_costs_nothing_else(path, monkeypatch):
     setting = Setting(Plain, path)
-    apply = setting.realizer.apply
+    apply = setting.applier.apply
 
     def refuse(sites):
         if any(r.weight is not None and r.weight.bits == 4 for r in sites.values()):
             raise module.TrialError("NaN")
         return apply(sites)
 
-    monkeypatch.setattr(setting.realizer, "apply", refuse)
+    monkeypatch.setattr(setting.applier, "apply", refuse)
     table = setting.table()
     labels = {label for row in table.layers for label in row.seconds}
     assert speed_class(SiteRecipe(WeightScheme(8))) in labels

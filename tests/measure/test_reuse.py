@@ -288,11 +288,11 @@ class Bench:
             self.batches = [torch.randn(shape) for _ in range(2)]
         plain = copy.deepcopy(model)
         self.said: list[str] = []
-        self.ours, self.theirs = self._realizer(model), self._realizer(plain)
+        self.ours, self.theirs = self._applier(model), self._applier(plain)
         self.sites = [site.name for site in self.ours.prepared.sites]
         self.reuse = Reuse(self.ours.prepared, budget, self.said.append)
 
-    def _realizer(self, model: nn.Module) -> Applier:
+    def _applier(self, model: nn.Module) -> Applier:
         run = lambda m, x=self.batches[0]: m(x.clone())  # noqa: E731
         engine = make_engine(torch.device("cpu")) if self.fast else None
         prepared = prepare(model, run, engine=engine)
@@ -548,9 +548,9 @@ def test_a_change_of_the_float_weights_forgets_everything():
     bench = Bench(*MODELS["residual"])
     n = len(bench.sites)
     bench.compare([0] * n)
-    for realizer in (bench.ours, bench.theirs):
+    for applier in (bench.ours, bench.theirs):
         with torch.no_grad():
-            realizer.prepared.model.blocks[0][0].bias.add_(1)
+            applier.prepared.model.blocks[0][0].bias.add_(1)
     bench.compare([0] * n)
     bench.compare([0] * n)
     assert bench.reuse.on

@@ -24,7 +24,7 @@ def run(model, _=None):
 
 
 @pytest.fixture
-def realizer():
+def applier():
     torch.manual_seed(0)
     prepared = prepare(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval(), run)
     return Applier(prepared, calibrate(prepared, [None], run))
@@ -33,12 +33,12 @@ def realizer():
 INT8 = SiteRecipe(WeightScheme(8), ActivationScheme(8))
 
 
-def test_a_static_scale_comes_from_the_statistics(realizer):
-    inputs = realizer.statistics["0"].inputs
+def test_a_static_scale_comes_from_the_statistics(applier):
+    inputs = applier.statistics["0"].inputs
     for scheme in ("symmetric", "asymmetric"):
         for calibration in ACTIVATION_CALIBRATIONS:
             choice = ActivationScheme(6, "per_tensor", scheme, calibration)
-            done = realizer.apply({"0": SiteRecipe(None, choice)})["0"].activation
+            done = applier.apply({"0": SiteRecipe(None, choice)})["0"].activation
             lo, hi = activation_range(inputs, calibration, 6, choice.symmetric)
             width = max(-lo, hi) / 31 if choice.symmetric else (hi - lo) / 63
             assert done.scale == pytest.approx(width, rel=1e-6)
@@ -46,33 +46,33 @@ def test_a_static_scale_comes_from_the_statistics(realizer):
             assert done.uncalibrated() == choice
 
 
-def test_what_comes_back_says_all_and_gives_the_same_model_without_data(realizer):
-    done = realizer.apply({"0": INT8, "2": SiteRecipe(None, ActivationScheme(5, "per_token"))})
-    expected = run(realizer.prepared.model)
+def test_what_comes_back_says_all_and_gives_the_same_model_without_data(applier):
+    done = applier.apply({"0": INT8, "2": SiteRecipe(None, ActivationScheme(5, "per_token"))})
+    expected = run(applier.prepared.model)
     assert done["0"].activation.scale is not None
     assert done["2"].activation.scale is None
-    again = Applier(realizer.prepared, {})
+    again = Applier(applier.prepared, {})
     assert again.apply(done) == done
-    assert torch.equal(run(realizer.prepared.model), expected)
+    assert torch.equal(run(applier.prepared.model), expected)
 
 
-def test_sites_that_are_not_named_go_back_to_float(realizer):
-    before = run(realizer.prepared.model)
-    realizer.apply({"0": INT8, "2": INT8})
-    done = realizer.apply({"2": SiteRecipe()})
+def test_sites_that_are_not_named_go_back_to_float(applier):
+    before = run(applier.prepared.model)
+    applier.apply({"0": INT8, "2": INT8})
+    done = applier.apply({"2": SiteRecipe()})
     assert done == {"0": SiteRecipe(), "2": SiteRecipe()}
-    assert torch.equal(run(realizer.prepared.model), before)
-    realizer.apply({"0": INT8})
-    assert not torch.equal(run(realizer.prepared.model), before)
-    realizer.to_float()
-    assert torch.equal(run(realizer.prepared.model), before)
-    realizer.apply({"0": INT8})
-    assert not torch.equal(run(realizer.prepared.model), before)
+    assert torch.equal(run(applier.prepared.model), before)
+    applier.apply({"0": INT8})
+    assert not torch.equal(run(applier.prepared.model), before)
+    applier.to_float()
+    assert torch.equal(run(applier.prepared.model), before)
+    applier.apply({"0": INT8})
+    assert not torch.equal(run(applier.prepared.model), before)
 
 
-def test_only_what_is_new_is_quantized(realizer, monkeypatch):
+def test_only_what_is_new_is_quantized(applier, monkeypatch):
     made, switched = [], []
-    original, switch = problem.quantize_weight, type(realizer.prepared).switch
+    original, switch = problem.quantize_weight, type(applier.prepared).switch
 
     def counted(weight, site, scheme, error=None):
         made.append(site.name)
@@ -83,63 +83,63 @@ def test_only_what_is_new_is_quantized(realizer, monkeypatch):
         switch(self, name, *args)
 
     monkeypatch.setattr(problem, "quantize_weight", counted)
-    monkeypatch.setattr(type(realizer.prepared), "switch", watched)
-    realizer.apply({"0": INT8, "2": INT8})
-    realizer.apply({"0": INT8, "2": SiteRecipe(WeightScheme(4))})
-    realizer.apply({"0": INT8, "2": INT8})
+    monkeypatch.setattr(type(applier.prepared), "switch", watched)
+    applier.apply({"0": INT8, "2": INT8})
+    applier.apply({"0": INT8, "2": SiteRecipe(WeightScheme(4))})
+    applier.apply({"0": INT8, "2": INT8})
     assert made == ["0", "2", "2"]
     assert switched == ["0", "2", "2", "2"]
 
 
-def test_old_weights_are_forgotten_when_there_are_too_many(realizer, monkeypatch):
+def test_old_weights_are_forgotten_when_there_are_too_many(applier, monkeypatch):
     monkeypatch.setattr(applier, "CACHE_BYTES", 300)  # one weight is 256 bytes, the other 128
     weights = {}
     for bits in (2, 3, 4, 5):
-        realizer.apply({"0": SiteRecipe(WeightScheme(bits))})
-        weights[bits] = realizer.weight(realizer._sites["0"], SiteRecipe(WeightScheme(bits)))
+        applier.apply({"0": SiteRecipe(WeightScheme(bits))})
+        weights[bits] = applier.weight(applier._sites["0"], SiteRecipe(WeightScheme(bits)))
     # Those of one recipe are always kept, and no more than that where they are too many.
-    assert [scheme.bits for _, scheme, *_ in realizer._weights] == [4, 5]
+    assert [scheme.bits for _, scheme, *_ in applier._weights] == [4, 5]
     for bits, kept in ((4, True), (5, True), (2, False)):
-        again = realizer.weight(realizer._sites["0"], SiteRecipe(WeightScheme(bits)))
+        again = applier.weight(applier._sites["0"], SiteRecipe(WeightScheme(bits)))
         assert (again is weights[bits]) is kept
 
 
-def test_learning_needs_its_statistics_and_changes_the_weight(realizer):
+def test_learning_needs_its_statistics_and_changes_the_weight(applier):
     nearest = SiteRecipe(WeightScheme(3))
-    site = realizer._sites["2"]
+    site = applier._sites["2"]
     for rounding in (LearnedRounding(0.05), GPTQ()):
         learned = SiteRecipe(WeightScheme(3, rounding=rounding))
-        one, two = realizer.weight(site, nearest), realizer.weight(site, learned)
+        one, two = applier.weight(site, nearest), applier.weight(site, learned)
         assert not torch.equal(one.q, two.q)
         with pytest.raises(
             SpecError, match=f"2: rounding: {rounding.method} needs calibration data"
         ):
-            Applier(realizer.prepared, {}).apply({"2": learned})
+            Applier(applier.prepared, {}).apply({"2": learned})
 
 
-def test_mistakes_name_the_site(realizer):
+def test_mistakes_name_the_site(applier):
     with pytest.raises(SpecError, match="layer '9' is not in the model; its 2 layers are 0, 2"):
-        realizer.apply({"9": INT8})
+        applier.apply({"9": INT8})
     with pytest.raises(
         SpecError, match=r"0: weight\.granularity: per_group_32 does not divide the"
     ):
-        realizer.apply({"0": SiteRecipe(WeightScheme(4, "per_group_32"))})
+        applier.apply({"0": SiteRecipe(WeightScheme(4, "per_group_32"))})
     with pytest.raises(SpecError, match="0: activation: no scale in the recipe"):
-        Applier(realizer.prepared, {}).apply({"0": INT8})
+        Applier(applier.prepared, {}).apply({"0": INT8})
     with torch.no_grad():
-        realizer.prepared.slots["2"].parameter[0, 0] = float("nan")
+        applier.prepared.slots["2"].parameter[0, 0] = float("nan")
     with pytest.raises(TrialError, match="2: the weight holds NaN or Inf"):
-        realizer.apply({"2": INT8})
+        applier.apply({"2": INT8})
 
 
-def test_after_a_mistake_the_next_recipe_is_right(realizer):
-    realizer.apply({"0": INT8, "2": INT8})
-    expected = run(realizer.prepared.model)
+def test_after_a_mistake_the_next_recipe_is_right(applier):
+    applier.apply({"0": INT8, "2": INT8})
+    expected = run(applier.prepared.model)
     bad = {"0": SiteRecipe(WeightScheme(2)), "2": SiteRecipe(WeightScheme(4, "per_group_64"))}
     with pytest.raises(SpecError, match="does not divide"):
-        realizer.apply(bad)
-    realizer.apply({"0": INT8, "2": INT8})
-    assert torch.equal(run(realizer.prepared.model), expected)
+        applier.apply(bad)
+    applier.apply({"0": INT8, "2": INT8})
+    assert torch.equal(run(applier.prepared.model), expected)
 
 
 def test_an_activation_is_left_out_where_none_meets_the_weight():

@@ -180,7 +180,7 @@ class Case:
         """Prepare a copy of the model."""
         return prepare(copy.deepcopy(self.model), self.run)
 
-    def realizer(self) -> Applier:
+    def applier(self) -> Applier:
         prepared = self.prepared()
         return Applier(prepared, calibrate(prepared, [None], self.run))
 

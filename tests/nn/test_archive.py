@@ -31,10 +31,10 @@ def blank(model):
 
 def saved(case, sites, path):
     """Write the archive of a recipe; return the deployed model."""
-    realizer = case.realizer()
-    done = realizer.apply(sites(realizer.prepared))
-    deployed = realizer.deploy(done)
-    save_archive(deployed, Recipe(done, folded=realizer.prepared.folded), path)
+    applier = case.applier()
+    done = applier.apply(sites(applier.prepared))
+    deployed = applier.deploy(done)
+    save_archive(deployed, Recipe(done, folded=applier.prepared.folded), path)
     return deployed
 
 
@@ -81,10 +81,10 @@ def test_tied_weights_are_stored_once_and_are_tied_again(make_case, uniform, tmp
 
 def test_the_recipe_inside_is_the_one_that_was_written(make_case, uniform, tmp_path):
     case, path = make_case("convolutions"), tmp_path / "model.safetensors"
-    realizer = case.realizer()
-    done = realizer.apply(uniform(realizer.prepared, 5))
-    recipe = Recipe(done, folded=realizer.prepared.folded, seed=7)
-    save_archive(realizer.deploy(done), recipe, path)
+    applier = case.applier()
+    done = applier.apply(uniform(applier.prepared, 5))
+    recipe = Recipe(done, folded=applier.prepared.folded, seed=7)
+    save_archive(applier.deploy(done), recipe, path)
     assert read_recipe(path) == recipe
     assert dict(read_recipe(path).folded) == {"stem.1": "stem.0", "norm": "grouped"}
 
@@ -105,9 +105,9 @@ class Buffers(nn.Module):
 
 def test_buffers_that_are_views_can_be_saved(tmp_path):
     model, x = Buffers().eval(), torch.randn(2, 4)
-    realizer = Applier(prepare(model, lambda m: m(x)), {})
+    applier = Applier(prepare(model, lambda m: m(x)), {})
     one = {"layer": SiteRecipe(WeightScheme(4))}
-    deployed = realizer.deploy(one)
+    deployed = applier.deploy(one)
     path = tmp_path / "model.safetensors"
     save_archive(deployed, Recipe(one), path)
     assert torch.equal(load_archive(path, blank(Buffers()))(x), deployed(x))
@@ -120,13 +120,13 @@ def net(*widths, norm=True):
 
 @pytest.fixture
 def archive(tmp_path):
-    realizer = Applier(prepare(net(32, 32, 4).eval()), {})
+    applier = Applier(prepare(net(32, 32, 4).eval()), {})
     sites = {
         "0": SiteRecipe(WeightScheme(4, "per_group_32"), ActivationScheme(8, "per_token")),
         "1": SiteRecipe(WeightScheme(8)),
     }
     path = tmp_path / "model.safetensors"
-    save_archive(realizer.deploy(sites), Recipe(sites), path)
+    save_archive(applier.deploy(sites), Recipe(sites), path)
     return path
 
 

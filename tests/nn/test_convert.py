@@ -46,16 +46,16 @@ def test_preparing_changes_nothing_in_float(case):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_site_takes_effect_and_reset_undoes_it_bit_for_bit(case, mode, equal):
     case.mode = mode
-    realizer = case.realizer()
-    model = realizer.prepared.model
+    applier = case.applier()
+    model = applier.prepared.model
     before = case.run(model)
-    for site in realizer.prepared.sites:
-        realizer.apply({site.name: SiteRecipe(WeightScheme(2))})
+    for site in applier.prepared.sites:
+        applier.apply({site.name: SiteRecipe(WeightScheme(2))})
         assert not equal(case.run(model), before), site.name
         if site.activation:
-            realizer.apply({site.name: SiteRecipe(None, ActivationScheme(2))})
+            applier.apply({site.name: SiteRecipe(None, ActivationScheme(2))})
             assert not equal(case.run(model), before), site.name
-        realizer.to_float()
+        applier.to_float()
         assert equal(case.run(model), before), site.name
 
 
@@ -89,14 +89,14 @@ def test_the_inputs_of_every_site_are_seen_and_quantized_in_every_call(case, mod
 def test_eight_bits_are_close_and_switching_back_and_forth_is_a_fresh_conversion(
     case, uniform, equal
 ):
-    realizer = case.realizer()
-    prepared, before = realizer.prepared, case.run(realizer.prepared.model)
-    realizer.apply(uniform(prepared, 3, "per_token", scheme="asymmetric"))
-    realizer.apply(uniform(prepared, 8))
+    applier = case.applier()
+    prepared, before = applier.prepared, case.run(applier.prepared.model)
+    applier.apply(uniform(prepared, 3, "per_token", scheme="asymmetric"))
+    applier.apply(uniform(prepared, 8))
     eight = case.run(prepared.model)
     for quantized, original in zip(eight, before, strict=True):
         assert (quantized - original).norm() < 0.05 * original.norm()
-    fresh = case.realizer()
+    fresh = case.applier()
     fresh.apply(uniform(prepared, 8))
     assert equal(case.run(fresh.prepared.model), eight)
 
@@ -118,14 +118,14 @@ def test_all_parameters_are_in_sites_or_float_parts(case):
 
 def test_tied_weights_are_one_site_and_stay_tied(make_case):
     case = make_case("language")
-    realizer = case.realizer()
-    model = realizer.prepared.model
-    tied = [site for site in realizer.prepared.sites if len(site.users) == 2]
+    applier = case.applier()
+    model = applier.prepared.model
+    tied = [site for site in applier.prepared.sites if len(site.users) == 2]
     assert [site.name for site in tied] == ["words"]
-    realizer.apply({"words": SiteRecipe(WeightScheme(2, "per_tensor"))})
+    applier.apply({"words": SiteRecipe(WeightScheme(2, "per_tensor"))})
     assert model.words.weight is model.out.weight
     assert len(model.words.weight.unique()) <= 4
-    deployed = realizer.deploy({"words": SiteRecipe(WeightScheme(2, "per_tensor"))})
+    deployed = applier.deploy({"words": SiteRecipe(WeightScheme(2, "per_tensor"))})
     assert deployed.words._autoquant["weight"] is deployed.out._autoquant["weight"]
 
 
@@ -135,8 +135,8 @@ def test_a_module_at_two_places_is_one_site_with_one_recipe():
     x = torch.randn(2, 3)
     prepared = prepare(model, lambda m: m(x))
     assert [site.name for site in prepared.sites] == ["0"]
-    realizer = Applier(prepared, {})
-    realizer.apply({"0": SiteRecipe(WeightScheme(3))})
+    applier = Applier(prepared, {})
+    applier.apply({"0": SiteRecipe(WeightScheme(3))})
     weight = prepared.slots["0"].weight
     expected = F.linear(F.linear(x, weight, shared.bias).tanh(), weight, shared.bias)
     assert torch.equal(model(x), expected)
@@ -180,22 +180,22 @@ def test_weights_of_another_float_type_keep_it(dtype):
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).to(dtype).eval()
     x = torch.randn(5, 6, dtype=dtype)
     prepared = prepare(model, lambda m: m(x))
-    realizer = Applier(prepared, calibrate(prepared, [x], lambda m, batch: m(batch)))
+    applier = Applier(prepared, calibrate(prepared, [x], lambda m, batch: m(batch)))
     recipe = {n: SiteRecipe(WeightScheme(8), ActivationScheme(8)) for n in ("0", "2")}
     before = model(x)
-    realizer.apply(recipe)
+    applier.apply(recipe)
     quantized = model(x)
     assert model[0].weight.dtype == quantized.dtype == dtype
     assert (quantized - before).norm() < 0.05 * before.norm()
-    assert torch.equal(realizer.deploy(recipe)(x), quantized)
+    assert torch.equal(applier.deploy(recipe)(x), quantized)
 
 
 def test_deploying_leaves_the_model_as_it_is(case, uniform, equal):
-    realizer = case.realizer()
-    model = realizer.prepared.model
+    applier = case.applier()
+    model = applier.prepared.model
     before, state = case.run(model), copy.deepcopy(model.state_dict())
     kinds = [type(module) for module in model.modules()]
-    deployed = realizer.deploy(uniform(realizer.prepared, 4))
+    deployed = applier.deploy(uniform(applier.prepared, 4))
     assert equal(case.run(model), before)
     assert [type(module) for module in model.modules()] == kinds
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
@@ -224,18 +224,18 @@ def test_attention_whose_output_projection_is_quantized_calls_it():
 
     prepared = prepare(nn.MultiheadAttention(8, 2).eval(), run)
     before = run(prepared.model)
-    realizer = Applier(prepared, {})
+    applier = Applier(prepared, {})
     one = {"out_proj": SiteRecipe(None, ActivationScheme(3, "per_token"))}
-    realizer.apply(one)
+    applier.apply(one)
     expected = run(prepared.model)
     assert not torch.equal(expected, before)
-    assert torch.equal(run(realizer.deploy(one)), expected)
+    assert torch.equal(run(applier.deploy(one)), expected)
 
 
 def test_channels_last_changes_the_layout_and_not_the_numbers(make_case):
     case = make_case("convolutions")
-    realizer = case.realizer()
-    model = realizer.prepared.model
+    applier = case.applier()
+    model = applier.prepared.model
     before = case.run(model)[0]
     use_channels_last(model)
     assert model.grouped(torch.randn(2, 8, 9, 9)).is_contiguous(memory_format=torch.channels_last)

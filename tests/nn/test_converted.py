@@ -78,14 +78,14 @@ def random() -> Tensor:
 
 
 @pytest.fixture
-def realizer() -> Applier:
+def applier() -> Applier:
     torch.manual_seed(0)
     prepared = prepare(Net().eval(), lambda m: m(random()))
     return Applier(prepared, calibrate(prepared, [random()], lambda m, x: m(x)))
 
 
-def int8(realizer: Applier) -> dict[str, SiteRecipe]:
-    return {s.name: INT8 for s in realizer.prepared.sites}
+def int8(applier: Applier) -> dict[str, SiteRecipe]:
+    return {s.name: INT8 for s in applier.prepared.sites}
 
 
 def test_nothing_of_the_users_is_touched_and_one_name_is_added():
@@ -106,14 +106,14 @@ def test_nothing_of_the_users_is_touched_and_one_name_is_added():
     assert not any(NAME in vars(m) for m in deployed.modules())
 
 
-def test_its_own_code_runs_on_while_it_is_searched_and_after_it_was_applied(realizer):
-    x, sites = random(), int8(realizer)
-    realizer.apply(sites)
-    model = realizer.prepared.model
+def test_its_own_code_runs_on_while_it_is_searched_and_after_it_was_applied(applier):
+    x, sites = random(), int8(applier)
+    applier.apply(sites)
+    model = applier.prepared.model
     with torch.no_grad():
         expected = model(x)
     assert torch.equal(model.last.weight, model.last.forward.sites["weight"].weight)
-    deployed = realizer.deploy(sites)
+    deployed = applier.deploy(sites)
     assert torch.equal(deployed(x), expected)
     for path, module in deployed.named_modules():
         if NAME not in path:
@@ -124,12 +124,12 @@ def test_its_own_code_runs_on_while_it_is_searched_and_after_it_was_applied(real
     assert [p.shape for p in deployed.last.parameters()] == [(0,)]
 
 
-def test_what_is_read_of_a_layer_is_what_it_computes_with(realizer):
+def test_what_is_read_of_a_layer_is_what_it_computes_with(applier):
     recipe = {"last": SiteRecipe(WeightScheme(2), None), "first": SiteRecipe(WeightScheme(3), None)}
-    realizer.apply(recipe)
-    deployed = realizer.deploy(recipe)
-    realizer.apply(recipe)
-    for model in (realizer.prepared.model, deployed):
+    applier.apply(recipe)
+    deployed = applier.deploy(recipe)
+    applier.apply(recipe)
+    for model in (applier.prepared.model, deployed):
         assert len(model.last.weight[0].unique()) <= 4
         x = torch.randn(2, 8)
         assert torch.equal(model.last(x), F.linear(x, model.last.weight))
@@ -157,8 +157,8 @@ def test_what_is_read_of_a_layer_is_what_it_computes_with(realizer):
     ),
 )
 @pytest.mark.filterwarnings("ignore")
-def test_an_applied_model_is_a_model_like_any_other(realizer, copied):
-    deployed = realizer.deploy(int8(realizer))
+def test_an_applied_model_is_a_model_like_any_other(applier, copied):
+    deployed = applier.deploy(int8(applier))
     with torch.no_grad():
         expected = deployed(random())
         found = copied(deployed)(random())
@@ -177,8 +177,8 @@ def named(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_an_applied_model_moves_to_another_dtype_with_its_scales_as_they_are(realizer, dtype):
-    deployed = realizer.deploy(int8(realizer))
+def test_an_applied_model_moves_to_another_dtype_with_its_scales_as_they_are(applier, dtype):
+    deployed = applier.deploy(int8(applier))
     expected, scale = deployed(random()), deployed.last._autoquant["weight"].scale.clone()
     moved = copy.deepcopy(deployed).to(dtype)
     assert torch.equal(moved.last._autoquant["weight"].scale, scale)
@@ -189,20 +189,20 @@ def test_an_applied_model_moves_to_another_dtype_with_its_scales_as_they_are(rea
     assert not any(isinstance(w, Tensor) for w in moved.lstm._flat_weights)
 
 
-def test_an_applied_model_takes_transforms_of_torch_func(realizer):
-    deployed = realizer.deploy(int8(realizer))
+def test_an_applied_model_takes_transforms_of_torch_func(applier):
+    deployed = applier.deploy(int8(applier))
     x = random()
     found = torch.vmap(lambda row: deployed(row[None])[0])(x)
     torch.testing.assert_close(found, deployed(x), atol=1e-5, rtol=1e-5)
     assert torch.func.jacrev(deployed)(x[:1]).shape == (1, 5, 3, 1, 5, 6)
 
 
-def test_weights_from_outside_have_no_place_in_a_quantized_layer(realizer):
-    sites = int8(realizer)
-    deployed = realizer.deploy(sites)
+def test_weights_from_outside_have_no_place_in_a_quantized_layer(applier):
+    sites = int8(applier)
+    deployed = applier.deploy(sites)
     given = {"last.weight": torch.zeros(3, 8), "lstm.bias_ih_l0": torch.zeros(32)}
-    realizer.apply(sites)
-    for model in (realizer.prepared.model, deployed):
+    applier.apply(sites)
+    for model in (applier.prepared.model, deployed):
         before = model(random())
         with pytest.raises(UserError, match=r"^last.weight is quantized, so no other weight"):
             torch.func.functional_call(model, given, (random(),))
@@ -211,8 +211,8 @@ def test_weights_from_outside_have_no_place_in_a_quantized_layer(realizer):
     with pytest.raises(UserError, match=r"^last.weight is quantized"):
         torch.vmap(lambda w: torch.func.functional_call(deployed, {"last.weight": w}, x))(many)
     # In float they are what is computed with.
-    realizer.to_float()
-    model = realizer.prepared.model
+    applier.to_float()
+    model = applier.prepared.model
     assert not torch.func.functional_call(model, given, (random(),)).any()
     assert model(random()).any()
 
@@ -246,10 +246,10 @@ def test_layers_inside_transforms_stay_in_float_by_name():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("activation", ["per_tensor", "per_token"])
-def test_a_trace_of_a_searched_model_has_all_of_it(realizer, activation):
+def test_a_trace_of_a_searched_model_has_all_of_it(applier, activation):
     recipe = SiteRecipe(WeightScheme(4), ActivationScheme(8, activation))
-    realizer.apply({s.name: recipe for s in realizer.prepared.sites})
-    model, other = realizer.prepared.model, random() * 0.7
+    applier.apply({s.name: recipe for s in applier.prepared.sites})
+    model, other = applier.prepared.model, random() * 0.7
     with torch.no_grad():
         traced = torch.jit.trace(model, random(), check_trace=False)
         torch.testing.assert_close(traced(other), model(other), atol=1e-5, rtol=1e-5)

@@ -85,8 +85,8 @@ def test_relus_are_computed_with_their_layers_and_the_numbers_stay(case, inplace
     model = prepared.model
     with torch.no_grad():
         assert torch.equal(model(X), expected)
-        realizer = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
-        realizer.apply({"a": INT8, "b": INT8})
+        applier = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+        applier.apply({"a": INT8, "b": INT8})
         given = []
         model.b.register_forward_hook(lambda *call: given.append(call[2]))
         fast = model(X)
@@ -165,8 +165,8 @@ class Hooked(nn.Module):
 def exact_and_fast(model, recipes=INT8, x=None, watch=lambda m: m(DATA), then=None):
     """Return what ``then`` gives of the fast candidate, and of the reference one."""
     prepared = prepare(model.eval(), watch, engine=make_engine(CPU))
-    realizer = Applier(prepared, calibrate(prepared, [DATA], lambda m, _: watch(m)))
-    realizer.apply({s.name: recipes for s in prepared.sites})
+    applier = Applier(prepared, calibrate(prepared, [DATA], lambda m, _: watch(m)))
+    applier.apply({s.name: recipes for s in prepared.sites})
     with torch.no_grad():
         fast = then(model)
         with prepared.engine.reference():
@@ -298,8 +298,8 @@ def test_a_layer_that_alone_reads_another_is_handed_integers(case, reader, inpla
     model = prepared.model
     with torch.no_grad():
         assert torch.equal(model(X), expected)
-        realizer = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
-        realizer.apply({"a": INT8, "b": INT8})
+        applier = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+        applier.apply({"a": INT8, "b": INT8})
         handed = []
         hook = model.b.register_forward_pre_hook(lambda _, args: handed.append(integers(args[0])))
         for x in (X, X[:2]):
@@ -318,7 +318,7 @@ def test_integers_are_handed_on_only_to_who_takes_them():
     model = prepared.model
     handed = []
     model.b.register_forward_pre_hook(lambda _, args: handed.append(args[0]))
-    realizer = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+    applier = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
     wide, per_token = ActivationScheme(8), ActivationScheme(8, "per_token")
     with torch.no_grad():
         for site in (
@@ -327,13 +327,13 @@ def test_integers_are_handed_on_only_to_who_takes_them():
             SiteRecipe(None, wide),
             SiteRecipe(WeightScheme(MOST_BITS), per_token),
         ):
-            realizer.apply({"a": INT8, "b": site})
+            applier.apply({"a": INT8, "b": site})
             model(X)
-            realizer.apply({"a": site, "b": INT8})
+            applier.apply({"a": site, "b": INT8})
             model(X)
         assert LayerOutput not in set(map(type, handed[::2]))
         with prepared.engine.reference():
-            realizer.apply({"a": INT8, "b": INT8})
+            applier.apply({"a": INT8, "b": INT8})
             model(X)
     # A layer whose scales follow from each token hands on nothing, nor does one of float.
     assert LayerOutput not in set(map(type, handed))
@@ -352,9 +352,9 @@ def test_what_is_written_into_a_handed_output_reaches_its_reader():
     prepared = prepare(model, lambda m: m(X), engine=make_engine(CPU))
     assert readers(prepared)["a"] == "b"
     model.writes = True
-    realizer = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
+    applier = Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
     with torch.no_grad():
-        realizer.apply({"a": INT8, "b": INT8})
+        applier.apply({"a": INT8, "b": INT8})
         fast = model(X)
         with prepared.engine.reference():
             exact = model(X)
@@ -381,8 +381,8 @@ def test_code_may_take_the_views_that_the_float_model_allows(memory_format):
     x = X.to(memory_format=memory_format)
     shape, strides = model(x).shape, model.strides
     prepared = prepare(model, lambda m: m(x), engine=make_engine(CPU))
-    realizer = Applier(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
-    realizer.apply({"a": INT8, "b": INT8})
+    applier = Applier(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
+    applier.apply({"a": INT8, "b": INT8})
     with torch.no_grad():
         assert model(x).shape == shape
     assert model.strides == strides
@@ -459,9 +459,9 @@ def test_what_is_between_linear_layers_is_part_of_the_first(case, handed, bits):
             found = converted_of(model.a)
             assert (None if found.reader is None else "b", found.after) == handed
         assert torch.equal(model(data), expected)
-        realizer = Applier(prepared, calibrate(prepared, [data], lambda m, x: m(x)))
+        applier = Applier(prepared, calibrate(prepared, [data], lambda m, x: m(x)))
         site = SiteRecipe(WeightScheme(MOST_BITS), ActivationScheme(bits, scheme="asymmetric"))
-        realizer.apply({"a": site, "b": site})
+        applier.apply({"a": site, "b": site})
         given = []
         model.b.register_forward_pre_hook(lambda _, args: given.append(type(args[0])))
         for x in (data, data[:2]):

@@ -32,14 +32,14 @@ def test_a_gradient_changes_no_output_and_is_near_the_float_models(name, activat
 
     expected = slopes(case.model)[1]
     prepared = prepare(case.model, case.run, engine=make_engine(torch.device("cpu")))
-    realizer = Applier(prepared, calibrate(prepared, [None], case.run))
+    applier = Applier(prepared, calibrate(prepared, [None], case.run))
     recipe = SiteRecipe(WeightScheme(8), activation)
     sites = {site.name: recipe for site in prepared.sites}
     model = prepared.model
     if deployed:
-        model = realizer.deploy(sites)
+        model = applier.deploy(sites)
     else:
-        realizer.apply(sites)
+        applier.apply(sites)
     with prepared.engine.reference(), torch.no_grad():
         plain = dataclasses.replace(case, mode=torch.no_grad).run(model)
     outputs, found = slopes(model)

@@ -114,14 +114,14 @@ class Bench:
         self.channel_axis = 1 if "transposed" in kind else 0
         self.prepared = prepare(nn.Sequential(self.layer).eval(), self.run)
         self.statistics = calibrate(self.prepared, [None], self.run)
-        self.realizer = Applier(self.prepared, self.statistics)
+        self.applier = Applier(self.prepared, self.statistics)
 
     def run(self, model: nn.Module, _: Any = None) -> Tensor:
         with torch.inference_mode():
             return model(self.x)
 
     def check(self, weight: WeightScheme | None, activation: ActivationScheme | None) -> None:
-        self.realizer.apply({"0": SiteRecipe(weight, activation)})
+        self.applier.apply({"0": SiteRecipe(weight, activation)})
         x, w = self.x, self.weight
         if activation is not None:
             x = quantized_input(x, self.kind, activation, self.statistics["0"])
@@ -172,11 +172,11 @@ def test_an_embedding_looks_rows_up_in_its_quantized_table(granularity, scheme):
     table = nn.Embedding(7, 64, padding_idx=0)
     weight = table.weight.detach().clone()
     prepared = prepare(table)
-    realizer = Applier(prepared, {})
+    applier = Applier(prepared, {})
     indices = torch.tensor([[0, 6, 6], [2, 1, 0]])
     for bits in range(2, 9):
         choice = WeightScheme(bits, granularity, scheme)
-        realizer.apply({"weight": SiteRecipe(choice)})
+        applier.apply({"weight": SiteRecipe(choice)})
         assert torch.equal(table(indices), quantized_weight(weight, 0, choice)[indices])
 
 

@@ -70,19 +70,19 @@ def test_it_holds_packed_integers_scales_and_zero_points():
 def test_a_deployed_model_computes_what_the_switched_one_does(
     case, uniform, equal, activation, scheme, bits
 ):
-    realizer = case.realizer()
-    sites = uniform(realizer.prepared, bits, activation, scheme=scheme)
-    realizer.apply(sites)
-    expected = case.run(realizer.prepared.model)
-    deployed = realizer.deploy(sites)
+    applier = case.applier()
+    sites = uniform(applier.prepared, bits, activation, scheme=scheme)
+    applier.apply(sites)
+    expected = case.run(applier.prepared.model)
+    deployed = applier.deploy(sites)
     assert equal(case.run(deployed), expected)
     assert equal(case.run(copy.deepcopy(deployed)), expected)
-    floats = {site.name for site in realizer.prepared.sites}
+    floats = {site.name for site in applier.prepared.sites}
     assert not floats & {name.removesuffix(".weight") for name, _ in deployed.named_parameters()}
 
 
 def test_any_mixture_of_choices_can_be_deployed(case):
-    realizer = case.realizer()
+    applier = case.applier()
     choices = [
         SiteRecipe(WeightScheme(4), None),
         SiteRecipe(None, ActivationScheme(6)),
@@ -92,11 +92,11 @@ def test_any_mixture_of_choices_can_be_deployed(case):
     for turn in range(len(choices)):
         sites = {
             site.name: choices[(turn + i) % len(choices)]
-            for i, site in enumerate(realizer.prepared.sites)
+            for i, site in enumerate(applier.prepared.sites)
         }
-        realizer.apply(sites)
-        expected = case.run(realizer.prepared.model)
-        found = case.run(realizer.deploy(sites))
+        applier.apply(sites)
+        expected = case.run(applier.prepared.model)
+        found = case.run(applier.deploy(sites))
         for one, other in zip(found, expected, strict=True):
             # A layer that is all float runs the fused kernel again, which rounds otherwise.
             torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
@@ -104,8 +104,8 @@ def test_any_mixture_of_choices_can_be_deployed(case):
 
 def test_a_deployed_recurrent_layer_can_be_moved_and_copied(make_case, uniform, equal):
     case = make_case("recurrent")
-    realizer = case.realizer()
-    deployed = realizer.deploy(uniform(realizer.prepared, 4))
+    applier = case.applier()
+    deployed = applier.deploy(uniform(applier.prepared, 4))
     expected = case.run(deployed)
     moved = copy.deepcopy(deployed).to("cpu").requires_grad_(False)
     assert equal(case.run(moved), expected)
@@ -115,8 +115,8 @@ def test_a_deployed_recurrent_layer_can_be_moved_and_copied(make_case, uniform, 
 def test_a_layer_read_by_name_gives_its_dequantized_weight():
     model = nn.Sequential(nn.Linear(8, 4)).eval()
     prepared = prepare(model)
-    realizer = Applier(prepared, {})
+    applier = Applier(prepared, {})
     one = {"0": SiteRecipe(WeightScheme(2))}
-    realizer.apply(one)
+    applier.apply(one)
     expected = model[0].weight.clone()
-    assert torch.equal(realizer.deploy(one)[0].weight, expected)
+    assert torch.equal(applier.deploy(one)[0].weight, expected)

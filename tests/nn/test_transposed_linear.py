@@ -75,7 +75,7 @@ RECIPES = [
 ]
 
 
-def realizer(model: nn.Module, engine: Engine) -> Applier:
+def applier(model: nn.Module, engine: Engine) -> Applier:
     prepared = prepare(model.eval(), lambda m: m(X), engine=engine)
     return Applier(prepared, calibrate(prepared, [X], lambda m, x: m(x)))
 
@@ -87,7 +87,7 @@ def test_it_computes_what_the_linear_layer_does(pair, recipe, backend, tmp_path)
     for i, model in enumerate(pair):
         architecture = copy.deepcopy(model)
         nn.init.zeros_(architecture[0].weight)
-        made = realizer(model, make_engine(torch.device("cpu"), backend))
+        made = applier(model, make_engine(torch.device("cpu"), backend))
         assert made.prepared.sites[0].layer == ("Conv1D", "Linear")[i]
         assert made.prepared.sites[0].matrix == (6, 6)
         with torch.no_grad():
@@ -113,11 +113,11 @@ def test_fast_kernels_take_it(pair):
     engine = make_engine(torch.device("cpu"))
     if not engine.backends:
         pytest.skip("this processor has no kernels")
-    made = realizer(pair[0], engine)
+    made = applier(pair[0], engine)
     made.apply({"0": RECIPES[0]})
     with torch.no_grad():
         made.prepared.model(X)
-    linear = realizer(pair[1], make_engine(torch.device("cpu")))
+    linear = applier(pair[1], make_engine(torch.device("cpu")))
     linear.apply({"0": RECIPES[0]})
     with torch.no_grad():
         linear.prepared.model(X)
@@ -129,7 +129,7 @@ def test_profiles_are_those_of_the_linear_layer(pair):
     candidates = {"0": Candidates(schemes, (ActivationScheme(4),), BIAS)}
     scores = []
     for model in pair:
-        made = realizer(model, Engine())
+        made = applier(model, Engine())
         batches = [torch.randn(8, 4, 6, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
         found = measure_sensitivity(
             made, lambda m, x: m(x).flatten(1), batches, candidates, classes=False
@@ -140,7 +140,7 @@ def test_profiles_are_those_of_the_linear_layer(pair):
 
 
 def test_multiplications_are_counted(pair):
-    made = realizer(pair[0], Engine())
+    made = applier(pair[0], Engine())
     assert count_macs(made.prepared, lambda m: m(X)).macs == {"0": 5 * 4 * 36}
 
 

@@ -50,28 +50,28 @@ def case():
     net, x = Net(), torch.randn(400, 3, 7, 7)
     with torch.no_grad():
         net.head.weight.mul_(6.0)  # outputs that are sure of something
-    realizer = make(net, x)
-    sites = [s.name for s in realizer.prepared.sites]
+    applier = make(net, x)
+    sites = [s.name for s in applier.prepared.sites]
     candidates = {name: Candidates(WEIGHTS, ACTIVATIONS, BIAS) for name in sites}
     found = measure_sensitivity(
-        realizer, lambda m, b: m(b), [x[:150], x[150:]], candidates, classes=True, samples=400
+        applier, lambda m, b: m(b), [x[:150], x[150:]], candidates, classes=True, samples=400
     )
-    return realizer, x, sites, found
+    return applier, x, sites, found
 
 
-def divergence(realizer, x, recipe):
-    model = realizer.prepared.model
+def divergence(applier, x, recipe):
+    model = applier.prepared.model
     with torch.no_grad():
-        realizer.to_float()
+        applier.to_float()
         clean = F.log_softmax(model(x).double(), 1)
-        realizer.apply(recipe)
+        applier.apply(recipe)
         noisy = F.log_softmax(model(x).double(), 1)
-    realizer.to_float()
+    applier.to_float()
     return float((clean.exp() * (clean - noisy)).sum(1).mean())
 
 
 def test_the_loss_of_one_change_is_predicted(case):
-    realizer, x, sites, found = case
+    applier, x, sites, found = case
     assert isinstance(found, Sensitivity)
     assert found.samples == 400
     predicted, measured = [], []
@@ -79,10 +79,10 @@ def test_the_loss_of_one_change_is_predicted(case):
         for weight in WEIGHTS:
             predicted.append(found.weights[name][weight].loss)
             recipe = SiteRecipe(weight, None, BIAS)
-            measured.append(divergence(realizer, x, {name: recipe}))
+            measured.append(divergence(applier, x, {name: recipe}))
         for activation in ACTIVATIONS:
             predicted.append(found.activations[name][activation].loss)
-            measured.append(divergence(realizer, x, {name: SiteRecipe(None, activation)}))
+            measured.append(divergence(applier, x, {name: SiteRecipe(None, activation)}))
     assert spearmanr(predicted, measured).statistic > 0.95
     # Below this a divergence is made of float32's own rounding.
     sure = torch.tensor(measured) > 1e-7
@@ -92,12 +92,12 @@ def test_the_loss_of_one_change_is_predicted(case):
 
 
 def test_errors_say_how_far_scores_of_other_samples_lie(case):
-    realizer, x, sites, _ = case
+    applier, x, sites, _ = case
     candidates = {n: Candidates(WEIGHTS, (), UNCORRECTED) for n in sites}
 
     def once(batch, seed):
         found = measure_sensitivity(
-            realizer, lambda m, b: m(b), [batch], candidates, classes=True, samples=200, seed=seed
+            applier, lambda m, b: m(b), [batch], candidates, classes=True, samples=200, seed=seed
         )
         return [found.weights[n][w] for n in sites for w in WEIGHTS]
 
@@ -111,25 +111,25 @@ def test_errors_say_how_far_scores_of_other_samples_lie(case):
 def test_what_is_no_class_score_is_the_noise_of_the_output():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(6, 1)), torch.randn(50, 6)
-    realizer = make(net, x)
+    applier = make(net, x)
     scheme = WeightScheme(3)
     candidates = {"0": Candidates((scheme,), (), UNCORRECTED)}
     found = measure_sensitivity(
-        realizer, lambda m, b: m(b), [x], candidates, classes=False, samples=50
+        applier, lambda m, b: m(b), [x], candidates, classes=False, samples=50
     )
     with torch.no_grad():
         clean = net(x)
-        realizer.apply({"0": SiteRecipe(scheme)})
+        applier.apply({"0": SiteRecipe(scheme)})
         change = net(x) - clean
     expected = float(change.square().mean() / clean.square().mean())
     assert found.weights["0"][scheme].loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_nothing_is_left_behind(case):
-    realizer = case[0]
-    model = realizer.prepared.model
+    applier = case[0]
+    model = applier.prepared.model
     wanted = [p.requires_grad for p in model.parameters()]
-    for slot in realizer.prepared.slots.values():
+    for slot in applier.prepared.slots.values():
         assert (slot.probe, slot.offset) == (None, None)
     assert all(p.grad is None for p in model.parameters())
     assert wanted == [True] * len(wanted)
@@ -148,45 +148,45 @@ def test_recurrent_layers_and_tables_have_gradients_too():
 
     torch.manual_seed(0)
     ids = torch.randint(0, 12, (120, 5))
-    realizer = make(Words(), ids)
-    sites = [s.name for s in realizer.prepared.sites]
-    wide = {s.name: ACTIVATIONS if s.activation else () for s in realizer.prepared.sites}
+    applier = make(Words(), ids)
+    sites = [s.name for s in applier.prepared.sites]
+    wide = {s.name: ACTIVATIONS if s.activation else () for s in applier.prepared.sites}
     candidates = {n: Candidates(WEIGHTS, wide[n], UNCORRECTED) for n in sites}
     found = measure_sensitivity(
-        realizer, lambda m, b: m(b), [ids], candidates, classes=True, samples=120
+        applier, lambda m, b: m(b), [ids], candidates, classes=True, samples=120
     )
     for name in sites:
         for weight in (WeightScheme(5), WeightScheme(4)):
-            measured = divergence(realizer, ids, {name: SiteRecipe(weight)})
+            measured = divergence(applier, ids, {name: SiteRecipe(weight)})
             assert found.weights[name][weight].loss == pytest.approx(measured, rel=0.6), name
 
 
 def test_where_there_is_no_gradient_the_reason_is_one_line(case):
-    realizer, x, sites, _ = case
+    applier, x, sites, _ = case
     candidates = {n: Candidates(WEIGHTS, (), BIAS) for n in sites}
 
     def without(model, batch):
         with torch.no_grad():
             return model(batch)
 
-    found = measure_sensitivity(realizer, without, [x[:8]], candidates, classes=True)
+    found = measure_sensitivity(applier, without, [x[:8]], candidates, classes=True)
     assert found == "the model's outputs have no gradient"
-    found = measure_sensitivity(realizer, without, [], candidates, classes=True)
+    found = measure_sensitivity(applier, without, [], candidates, classes=True)
     assert "no calibration data" in found
 
     def broken(model, batch):
         raise RuntimeError("first\nsecond")
 
-    found = measure_sensitivity(realizer, broken, [x[:8]], candidates, classes=True)
+    found = measure_sensitivity(applier, broken, [x[:8]], candidates, classes=True)
     assert found == "gradients can't be taken: first"
 
 
 def test_what_is_decoded_is_scored_by_the_last_layer(case):
     """The last layer's scores are all there is to a decision: the same losses as with them."""
-    realizer, x, sites, found = case
+    applier, x, sites, found = case
     candidates = {name: Candidates(WEIGHTS, ACTIVATIONS, BIAS) for name in sites}
     decided = measure_sensitivity(
-        realizer,
+        applier,
         lambda m, b: m(b).argmax(1).tolist(),
         [x[:150], x[150:]],
         candidates,
@@ -219,9 +219,9 @@ def test_what_is_scored_after_the_end_of_a_decoded_sample_does_not_count():
 
     def scores(steps, decode):
         torch.manual_seed(0)
-        realizer = make(Twice(steps), x)
+        applier = make(Twice(steps), x)
         candidates = {n: Candidates(WEIGHTS, (), UNCORRECTED) for n in ("body", "head")}
-        found = measure_sensitivity(realizer, decode, [x], candidates, classes=False, samples=60)
+        found = measure_sensitivity(applier, decode, [x], candidates, classes=False, samples=60)
         assert isinstance(found, Sensitivity)
         assert found.layer == "head"
         return [found.weights[n][w].loss for n in candidates for w in WEIGHTS]

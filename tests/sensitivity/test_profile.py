@@ -68,12 +68,12 @@ def made():
 
 def test_weights_that_are_kept_give_the_same_profile(made):
     prepared, statistics, spaces, found = made
-    realizer = Applier(prepared, statistics)
+    applier = Applier(prepared, statistics)
     asked = []
 
     def quantize(site, scheme, correction):
         asked.append((site.name, scheme))
-        held = realizer.held(site.name, SiteRecipe(scheme, None, correction))
+        held = applier.held(site.name, SiteRecipe(scheme, None, correction))
         return held.quantized
 
     again = profile(prepared, statistics, spaces, quantize=quantize)
@@ -90,18 +90,18 @@ def noise(prepared, statistics, name, recipe):
     seen = {}
     module = prepared.model.get_submodule(name)
     handle = module.register_forward_hook(lambda m, args, out: seen.__setitem__("out", out))
-    realizer = Applier(prepared, statistics)
+    applier = Applier(prepared, statistics)
     try:
         with torch.no_grad():
-            realizer.to_float()
+            applier.to_float()
             prepared.model(inputs())
             clean = seen["out"]
-            realizer.apply({name: recipe})
+            applier.apply({name: recipe})
             prepared.model(inputs())
             noisy = seen["out"]
     finally:
         handle.remove()
-        realizer.to_float()
+        applier.to_float()
     bias = getattr(module, "bias", None)
     if bias is not None:
         shape = (1, -1, *[1] * (clean.dim() - 2))

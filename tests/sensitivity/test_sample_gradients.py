@@ -81,14 +81,14 @@ def made(net, inputs):
     engine = make_engine(torch.device("cpu"), "reference")
     call = (lambda m, b: m(*b)) if isinstance(inputs, tuple) else (lambda m, b: m(b))
     prepared = prepare(net.eval(), lambda m: call(m, inputs), engine=engine)
-    realizer = Applier(prepared, calibrate(prepared, [inputs], call))
+    applier = Applier(prepared, calibrate(prepared, [inputs], call))
     candidates = {
         s.name: Candidates(
             WEIGHTS, ACTIVATIONS if s.activation else (), BIAS if s.corrects else UNCORRECTED
         )
         for s in prepared.sites
     }
-    return realizer, candidates, call
+    return applier, candidates, call
 
 
 def images():
@@ -101,11 +101,11 @@ def texts():
     return Texts(), (torch.randint(0, 20, (10, 6)), torch.randint(0, 20, (10, 6)))
 
 
-def rows(realizer, candidates, call, inputs, size, kind):
+def rows(applier, candidates, call, inputs, size, kind):
     """Products of the gradient of Σ outputs², a row a sample, ``size`` samples a run."""
-    prepared = realizer.prepared
+    prepared = applier.prepared
     anchor = torch.zeros((), requires_grad=True)
-    changes = {n: Changes(prepared.slots[n], c, realizer) for n, c in candidates.items()}
+    changes = {n: Changes(prepared.slots[n], c, applier) for n, c in candidates.items()}
     made = {
         n: WholeGradients(c) if kind is None else UsesOfWeight(c, anchor, (kind,))
         for n, c in changes.items()
@@ -130,12 +130,12 @@ def rows(realizer, candidates, call, inputs, size, kind):
 @pytest.mark.parametrize("size", [1, 5])
 def test_uses_of_a_weight_have_its_gradient(case, size):
     net, inputs = case()
-    realizer, candidates, call = made(net, inputs)
-    alone = rows(realizer, candidates, call, inputs, 1, None)
+    applier, candidates, call = made(net, inputs)
+    alone = rows(applier, candidates, call, inputs, 1, None)
     others = {"nested": NESTED, "step.weight_ih_l0": LATER}
     orders = {n: others.get(n, TILED) for n in candidates}
     for order in (TILED, NESTED, LATER):
-        together = rows(realizer, candidates, call, inputs, size, order)
+        together = rows(applier, candidates, call, inputs, size, order)
         for name, probe in together.items():
             if orders[name] != order and size > 1:
                 continue
@@ -160,7 +160,7 @@ def test_uses_of_a_weight_have_its_gradient(case, size):
 @pytest.mark.parametrize("case", [images, texts])
 def test_samples_together_score_as_they_do_alone(case, monkeypatch):
     net, inputs = case()
-    realizer, candidates, call = made(net, inputs)
+    applier, candidates, call = made(net, inputs)
     found = []
     for tried in (3, 0):  # with nothing tried, every sample is run alone
         monkeypatch.setattr(sensitivity, "TRIED", tried or 1)
@@ -171,7 +171,7 @@ def test_samples_together_score_as_they_do_alone(case, monkeypatch):
             return call(model, batch)
 
         found.append(
-            measure_sensitivity(realizer, counted, [inputs], candidates, classes=True, samples=10)
+            measure_sensitivity(applier, counted, [inputs], candidates, classes=True, samples=10)
         )
         assert (max(sizes) > 1) == bool(tried)
     together, alone = found
@@ -201,14 +201,14 @@ def test_a_model_that_mixes_samples_is_run_on_each_alone():
 
     torch.manual_seed(0)
     inputs = torch.randn(12, 4)
-    realizer, candidates, call = made(Mixing(), inputs)
+    applier, candidates, call = made(Mixing(), inputs)
     sizes = []
 
     def counted(model, batch):
         sizes.append(len(batch))
         return call(model, batch)
 
-    found = measure_sensitivity(realizer, counted, [inputs], candidates, classes=True, samples=12)
+    found = measure_sensitivity(applier, counted, [inputs], candidates, classes=True, samples=12)
     assert isinstance(found, Sensitivity)
     assert found.samples == 12
     assert sizes.count(1) == 12  # the one run of several was not believed
@@ -228,27 +228,25 @@ def test_a_model_of_one_batch_size_has_gradients():
 
     torch.manual_seed(0)
     inputs = torch.randn(6, 4)
-    realizer, candidates, _ = made(Rigid(), inputs[:1])
+    applier, candidates, _ = made(Rigid(), inputs[:1])
     found = measure_sensitivity(
-        realizer, lambda m, b: m(b), [inputs], candidates, classes=True, samples=6
+        applier, lambda m, b: m(b), [inputs], candidates, classes=True, samples=6
     )
     assert isinstance(found, Sensitivity)
     assert found.samples == 6
-    slots = realizer.prepared.slots.values()
+    slots = applier.prepared.slots.values()
     assert all((s.probe, s.listen, s.offset, s.stand_in) == (None,) * 4 for s in slots)
 
 
 def test_sites_take_turns_where_memory_is_short(monkeypatch):
     net, inputs = images()
-    realizer, candidates, call = made(net, inputs)
+    applier, candidates, call = made(net, inputs)
     found = []
     for size in (sensitivity.CHANGED_BYTES, 3000, 1):
         monkeypatch.setattr(sensitivity, "CHANGED_BYTES", size)
-        turns = list(sensitivity._turns(candidates, realizer.prepared.slots))
+        turns = list(sensitivity._turns(candidates, applier.prepared.slots))
         assert [n for group in turns for n in group] == list(candidates)
-        scores = measure_sensitivity(
-            realizer, call, [inputs], candidates, classes=False, samples=10
-        )
+        scores = measure_sensitivity(applier, call, [inputs], candidates, classes=False, samples=10)
         found.append((len(turns), scores))
     assert found[0][0] == 1 < found[1][0] < found[2][0] == len(candidates)
     for _, other in found[1:]:

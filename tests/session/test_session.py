@@ -160,7 +160,7 @@ def test_no_memory_for_a_candidate_fails_the_trial(monkeypatch, error, reason):
     def apply(sites: object) -> None:
         raise error
 
-    monkeypatch.setattr(session.realizer, "apply", apply)
+    monkeypatch.setattr(session.applier, "apply", apply)
     with pytest.raises(TrialError) as raised:
         session.measure({}, "search")
     assert str(raised.value) == reason

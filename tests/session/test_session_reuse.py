@@ -121,14 +121,14 @@ def test_out_of_memory_while_a_recipe_is_applied(monkeypatch):
     reuse = session.reuse(1 << 20)
     session.baseline("search")
     session.measure(RECIPES[0], "search")
-    quantize, errors = session.realizer._quantize, [MemoryError()]
+    quantize, errors = session.applier._quantize, [MemoryError()]
 
     def failing(*args: Any) -> Any:
         if errors:
             raise errors.pop()
         return quantize(*args)
 
-    monkeypatch.setattr(session.realizer, "_quantize", failing)
+    monkeypatch.setattr(session.applier, "_quantize", failing)
     session.measure(RECIPES[2], "search")
     assert reuse.statistics().budget_bytes == 1 << 19
 

@@ -193,7 +193,7 @@ def finished(
     """Return a recipe that is known without a search, as a model."""
     began = time.monotonic()
     measurement, _, done = session.measure(sites, "search")
-    model = session.realizer.deploy(done)
+    model = session.applier.deploy(done)
     seconds += time.monotonic() - began
     return Found(model, measurement.average_weight_bits, seconds, evaluations + 1)
 
@@ -283,7 +283,7 @@ def one_shot(case: Case, bits: float, folder: Path) -> Found:
     if chosen is None:
         raise ValueError(f"no recipe of the space has {bits} bits")
     sites = {n: row[k].recipe for (n, row), k in zip(options.items(), chosen, strict=True)}
-    model = session.realizer.deploy(sites)
+    model = session.applier.deploy(sites)
     average = session.costs.of(sites).average_weight_bits
     return Found(model, average, time.monotonic() - began, 0)
 

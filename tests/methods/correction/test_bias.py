@@ -52,22 +52,22 @@ def means(y, kind):
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_mean_output_of_every_channel_is_that_of_the_float_layer(kind):
-    prepared, realizer, run = make(kind)
+    prepared, applier, run = make(kind)
     expected = means(run(prepared.model), kind)
-    realizer.apply({"0": CORRECTED})
+    applier.apply({"0": CORRECTED})
     assert torch.allclose(means(run(prepared.model), kind), expected, atol=1e-5)
     plain = SiteRecipe(WeightScheme(3))
-    realizer.apply({"0": plain})
+    applier.apply({"0": plain})
     assert not torch.allclose(means(run(prepared.model), kind), expected, atol=1e-3)
-    realizer.to_float()
+    applier.to_float()
     assert torch.equal(means(run(prepared.model), kind), expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv2d", "depthwise"])
 def test_kernels_compute_with_the_corrected_bias(kind):
     recipe = SiteRecipe(WeightScheme(4), ActivationScheme(8), BIAS)
-    fast, realizer, run = make(kind, make_engine(torch.device("cpu"), "auto"))
-    realizer.apply({"0": recipe})
+    fast, applier, run = make(kind, make_engine(torch.device("cpu"), "auto"))
+    applier.apply({"0": recipe})
     slow, other, _ = make(kind)
     other.apply({"0": recipe})
     a, b = run(fast.model), run(slow.model)
@@ -76,10 +76,10 @@ def test_kernels_compute_with_the_corrected_bias(kind):
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_saved_model_carries_it(kind, tmp_path):
-    prepared, realizer, run = make(kind)
-    done = realizer.apply({"0": CORRECTED})
+    prepared, applier, run = make(kind)
+    done = applier.apply({"0": CORRECTED})
     expected = run(prepared.model)
-    deployed = realizer.deploy(done)
+    deployed = applier.deploy(done)
     assert torch.equal(run(deployed), expected)
     path = tmp_path / "m.safetensors"
     save_archive(deployed, Recipe(done), path)
@@ -97,10 +97,10 @@ def test_it_needs_data_and_a_layer_with_a_mean():
 
 
 def test_a_user_sees_the_bias_that_counts():
-    prepared, realizer, _ = make("linear")
+    prepared, applier, _ = make("linear")
     own = prepared.model[0]._parameters["bias"]
     assert prepared.model[0].bias is own
-    realizer.apply({"0": CORRECTED})
+    applier.apply({"0": CORRECTED})
     assert not torch.equal(prepared.model[0].bias, own)
 
 

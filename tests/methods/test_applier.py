@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from autoquant.errors import SpecError, TrialError
-from autoquant.methods import applier, problem
+from autoquant.methods import applier as module
+from autoquant.methods import problem
 from autoquant.methods.applier import Applier
 from autoquant.methods.rounding.gptq import GPTQ
 from autoquant.methods.rounding.learned_rounding import LearnedRounding
@@ -92,7 +93,7 @@ def test_only_what_is_new_is_quantized(applier, monkeypatch):
 
 
 def test_old_weights_are_forgotten_when_there_are_too_many(applier, monkeypatch):
-    monkeypatch.setattr(applier, "CACHE_BYTES", 300)  # one weight is 256 bytes, the other 128
+    monkeypatch.setattr(module, "CACHE_BYTES", 300)  # one weight is 256 bytes, the other 128
     weights = {}
     for bits in (2, 3, 4, 5):
         applier.apply({"0": SiteRecipe(WeightScheme(bits))})

@@ -340,3 +340,21 @@ def test_empty_calls_are_no_calls():
     found = statistics_of(nn.Linear(3, 2), torch.ones(2, 3), torch.ones(0, 3))
     assert found.inputs.count == 6
     assert torch.equal(found.moments, torch.ones(1, 3, 3))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 1)])
+def test_moments_of_some_rows_are_about_the_mean_of_those_rows(monkeypatch, layer):
+    """Less the mean of all rows, they are of nothing that exists: eigenvalues below 0 come out."""
+    monkeypatch.setattr(module, "GRAM_ROWS", 8)
+    torch.manual_seed(0)
+    x = 0.01 * torch.randn(500, 6) + 2.0
+    pick = module._spread if isinstance(layer, nn.Linear) else module._scattered
+    x[pick(500, 8, x.device)] -= 1.0  # rows that enter the moments are unlike the others
+    if isinstance(layer, nn.Conv2d):
+        x = x.T.reshape(1, 6, 20, 25).contiguous()
+    found = statistics_of(layer, x)
+    centered = found.second_moments(centered=True)[0].double()
+    assert float(torch.linalg.eigvalsh(centered).min()) >= -1e-6 * float(centered.trace())
+    assert torch.allclose(found.mean_input()[0], x.movedim(1, -1).reshape(-1, 6).mean(0), atol=1e-4)
+    kept = found.keep(frozenset({Need.MOMENTS, Need.MEANS}))
+    assert torch.equal(kept.second_moments(centered=True)[0].double(), centered)

@@ -66,7 +66,7 @@ class Registry(Generic[T]):
             for row in pkgutil.iter_modules(spec.submodule_search_locations if spec else ()):
                 found[row.name] = f"{self._package}.{row.name}"
             if self._group:
-                found |= {e.name: e.value for e in entry_points(group=self._group)}
+                found |= {e.name: e.module for e in entry_points(group=self._group)}
             self._elsewhere = found
         return self._elsewhere
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import SpecError, TrialError
-from autoquant.methods.correction.bias import bias_shift
 from autoquant.methods.problem import Bench
-from autoquant.nn.calibrate import SiteStatistics
+from autoquant.nn.calibrate import MissingStatistics, SiteStatistics
 from autoquant.nn.convert import Prepared, deploy
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.sites import Site
@@ -117,7 +116,7 @@ class Applier:
             self._weights.move_to_end(key)
             return self._weights[key]
         made = self._quantize(site, scheme, recipe)
-        shift = self._shift(site, made) if recipe.correction.centers else None
+        shift = None if recipe.correction == UNCORRECTED else self._shift(site, made, recipe)
         self._weights[key] = HeldWeight(made, self.prepared.engine, shift)
         self._evict()
         return self._weights[key]
@@ -129,14 +128,17 @@ class Applier:
             _, oldest = self._weights.popitem(last=False)
             held -= oldest.bytes
 
-    def _shift(self, site: Site, made: QuantizedWeight) -> Tensor:
+    def _shift(self, site: Site, made: QuantizedWeight, recipe: SiteRecipe) -> Tensor:
         """Return what the bias of a site moves by."""
-        means = self._known(site.name, "correction: a corrected bias").mean_input()
-        if means is None:
-            raise SpecError(f"{site.name}: correction: the calibration data have no input")
+        correction, means = recipe.correction, None
+        if Need.MEANS in correction.needs:
+            means = self._known(site.name, "correction: a corrected bias").mean_input()
+            if means is None:
+                raise SpecError(f"{site.name}: correction: the calibration data have no input")
         parameter = self.prepared.slots[site.name].parameter.detach()
         matrix = to_matrix(parameter.to(torch.float32), site.channel_axis)
-        return bias_shift(made.matrix() - matrix, means)
+        moved: Tensor = correction.shift(made.matrix() - matrix, means)
+        return moved
 
     def _known(self, name: str, what: str) -> SiteStatistics:
         """Return what calibration saw at a site; SpecError, for ``what`` needs it, without."""
@@ -160,6 +162,8 @@ class Applier:
             return self._bench_of(site, parameter, known, recipe.correction).round(scheme)
         except TrialError as error:
             raise TrialError(f"{site.name}: {error}") from error
+        except MissingStatistics as error:
+            raise MissingStatistics(f"{site.name}: {error}") from error
 
     def _bench_of(
         self, site: Site, weight: Tensor, known: SiteStatistics | None, correction: Correction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoquant.errors import TrialError
 from autoquant.nn.calibrate import SiteStatistics
 from autoquant.nn.sites import Site
 from autoquant.nn.weights import quantize_weight
@@ -21,6 +21,9 @@ from autoquant.spec.need import Need
 from autoquant.spec.needs import WEIGHT_NEEDS
 from autoquant.spec.recipe import WeightScheme
 from autoquant.spec.techniques import NEAREST, Correction
+
+MOST_SHARED = 4
+"""What problems of one site have in common, most of it: a factor may take 100 MB."""
 
 Once = Callable[[object, Callable[[], Any]], Any]
 
@@ -89,12 +92,16 @@ class Bench:
         self.site = site
         self.known = known
         self.correction = correction
-        self._shared: dict[object, Any] = {}
+        self._shared: OrderedDict[object, Any] = OrderedDict()
 
     def once(self, key: object, make: Callable[[], Any]) -> Any:
         """Return what ``make`` gave the first time that ``key`` was asked for."""
-        if key not in self._shared:
+        if key in self._shared:
+            self._shared.move_to_end(key)
+        else:
             self._shared[key] = make()
+            if len(self._shared) > MOST_SHARED:
+                self._shared.popitem(last=False)
         return self._shared[key]
 
     def round(self, scheme: WeightScheme) -> QuantizedWeight:
@@ -102,7 +109,8 @@ class Bench:
 
         Never worse on the calibration data than nearest rounding. Raises MissingStatistics where
         calibration did not keep what the scheme needs, SpecError where a group does not divide,
-        TrialError where the weight is NaN or the technique fails.
+        TrialError where the weight is NaN. A technique that has no solution, because moments are
+        singular, is no better than nearest rounding either.
         """
         nearest = quantize_weight(self.weight, self.site, scheme, self._error(scheme))
         rounding = scheme.rounding
@@ -116,8 +124,8 @@ class Bench:
         )
         try:
             found = rounding.fit(problem)
-        except torch.linalg.LinAlgError as failed:
-            raise TrialError(f"{rounding.method}: {str(failed).splitlines()[0]}") from failed
+        except torch.linalg.LinAlgError:
+            return nearest
         return found if problem.error(found) < problem.error(nearest) else nearest
 
     def _error(self, scheme: WeightScheme) -> OutputError | None:

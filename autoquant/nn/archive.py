@@ -26,6 +26,7 @@ from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.granularity import block_size
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import dumps, loads
+from autoquant.spec.techniques import UNCORRECTED
 
 RECIPE_KEY = "autoquant_recipe"
 LAYOUT_KEY = "autoquant_layout"
@@ -142,7 +143,7 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
     shifts = {
         name: torch.zeros(known[name].matrix[0], dtype=torch.float32, device=devices[name])
         for name, site in recipe.sites.items()
-        if site.correction.centers
+        if site.correction != UNCORRECTED
     }
     deployed = deploy(prepared, choices, shifts)
     with safe_open(str(path), "pt") as file:

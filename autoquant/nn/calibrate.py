@@ -35,12 +35,12 @@ class MissingStatistics(LookupError):
 class SiteStatistics:
     """What the calibration pass saw at one site.
 
-    ``inputs`` describes the activation, None where none meets the weight. ``moments`` is the mean
-    of x·xᵀ over rows of the input as the weight sees it: float32 [groups, n, n], or its diagonal
-    [groups, n], where n is the number of weights of an output channel; None without activation.
+    ``inputs`` describes the activation, None where none meets the weight. ``spread`` is the mean of
+    (x − c)·(x − c)ᵀ over rows of the input as the weight sees it: float32 [groups, n, n], or its
+    diagonal [groups, n], where n is the number of weights of an output channel; None without
+    activation. c, ``centers`` [groups, n], is the mean of those very rows, None for 0.
     ``means`` are those of x, [groups, n], where the layer has (or could have) a bias to correct,
-    over all rows; ``centers`` are those of the rows that ``moments`` are of, which may be fewer:
-    less them, the moments are of something that exists, with no negative eigenvalue.
+    over all rows, of which ``spread`` may have fewer.
     Tensors are on the device of the site's weight, where whatever they are multiplied with is.
 
     ``has`` says what of it was collected and kept: asking for anything else raises
@@ -50,12 +50,21 @@ class SiteStatistics:
     """
 
     inputs: TensorStatistics | None
-    moments: Tensor | None
+    spread: Tensor | None
     means: Tensor | None = None
     has: frozenset[Need] = EVERYTHING
     errors: dict[bool, OutputError | None] = field(default_factory=dict, repr=False)
     reached: bool | None = True
     centers: Tensor | None = None
+
+    @property
+    def moments(self) -> Tensor | None:
+        """The mean of x·xᵀ, of the shape of ``spread``."""
+        if self.spread is None or self.centers is None:
+            return self.spread
+        if self.spread.dim() == 2:
+            return self.spread + self.centers.square()
+        return self.spread + self.centers[:, :, None] * self.centers[:, None, :]
 
     def distribution(self) -> TensorStatistics | None:
         """Return what the activation's numbers are like; None where none meets the weight."""
@@ -73,14 +82,11 @@ class SiteStatistics:
         None where no activation meets the weight, whose rows are read one by one.
         """
         self._check(Need.MOMENTS)
-        if not centered or self.moments is None:
+        if not centered or self.spread is None:
             return self.moments
-        mean = self.centers
-        if mean is None:
+        if self.centers is None:
             raise MissingStatistics("moments about the mean of a layer without a mean")
-        if self.moments.dim() == 2:
-            return (self.moments - mean.square()).clamp(min=0.0)
-        return self.moments - mean[:, :, None] * mean[:, None, :]
+        return self.spread
 
     def output_error(self, *, corrected: bool) -> OutputError | None:
         """Return what an error of the weight does to the output; ``corrected`` takes off the mean.
@@ -101,7 +107,7 @@ class SiteStatistics:
         wanted = [c for c in (False, True) if output_error_need(c) in needs]
         return SiteStatistics(
             self.inputs if Need.RANGE in needs else None,
-            self.moments if Need.MOMENTS in needs else None,
+            self.spread if Need.MOMENTS in needs else None,
             self.means if Need.MEANS in needs else None,
             needs,
             {c: self.output_error(corrected=c) for c in wanted},
@@ -135,6 +141,7 @@ class _Recorder:
         self.sum: Tensor | None = None
         self.windows = 0
         self.row_sum: Tensor | None = None
+        self.origin: Tensor | None = None
         self.reached: bool | None = None
 
     @torch.inference_mode(False)  # the user's code may be in it, but sums must stay writable
@@ -158,26 +165,41 @@ class _Recorder:
             return
         rows = input_rows(x, self.site, self.module)
         self.rows += rows.shape[1]
+        summed = rows.sum(1, dtype=torch.float64)
+        if self.origin is None:
+            # Near the mean, so that what is left of inputs far from 0 is not lost in float32.
+            self.origin = (summed / rows.shape[1]).float()
+            self.row_sum = torch.zeros_like(summed)
+        assert self.row_sum is not None
+        self.row_sum += summed
+        rows = rows - self.origin[:, None]
         part = rows.mT @ rows if self.full else rows.square().sum(1)
         self.total = part if self.total is None else self.total.add_(part)
-        if Need.MEANS in self.needs and self.site.corrects:
-            summed = rows.sum(1, dtype=torch.float64)
-            self.row_sum = summed if self.row_sum is None else self.row_sum.add_(summed)
 
     def finish(self) -> SiteStatistics:
         inputs = self.collector.finish()
-        moments = None
-        if self.total is not None:
-            moments = apart(self.total / max(self.rows, 1), self.site)
+        spread, centers = self._spread()
         means = None if self.sum is None else (self.sum / max(self.windows, 1)).float()
-        centers = None if self.row_sum is None else (self.row_sum / max(self.rows, 1)).float()
-        numbers = [t for t in (moments, means) if t is not None]
+        numbers = [t for t in (spread, centers, means) if t is not None]
         if not (inputs.finite and all(bool(t.isfinite().all()) for t in numbers)):
             raise TrialError(f"{self.site.name}: its input holds NaN or Inf on calibration data")
         seen = None if self.collector.empty else inputs
         return SiteStatistics(
-            seen, moments, means, self.needs, reached=self.reached, centers=centers
+            seen, spread, means, self.needs, reached=self.reached, centers=centers
         )
+
+    def _spread(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the moments about the rows' mean, and that; about 0 where no mean is taken off."""
+        if self.total is None or self.origin is None or self.row_sum is None:
+            return None, None
+        mean = self.row_sum / self.rows
+        off = (mean - self.origin).float()
+        beyond = off.square() if self.total.dim() == 2 else off[:, :, None] * off[:, None, :]
+        about = SiteStatistics(None, self.total / self.rows - beyond, centers=mean.float())
+        if self.site.corrects:
+            return about.spread, about.centers
+        assert about.moments is not None
+        return apart(about.moments, self.site), None
 
 
 def input_sums(x: Tensor, site: Site, module: nn.Module) -> tuple[Tensor, int]:

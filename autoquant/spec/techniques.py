@@ -14,6 +14,7 @@ theirs by an entry point of the technique's name, in the group ``autoquant.round
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,10 +39,11 @@ class Bounds:
         return (value > self.low if self.above else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
-        return f"a number {'>' if self.above else '≥'} {self.low:g}, at most {self.high:g}"
+        most = "" if math.isinf(self.high) else f", at most {self.high:g}"
+        return f"a number {'>' if self.above else '≥'} {self.low:g}{most}"
 
 
-def option(default: Any, low: float, high: float, *, above: bool = False) -> Any:
+def option(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
     """Return a field of a technique: a number within bounds."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(low, high, above)})
 
@@ -91,7 +93,8 @@ class Rounding(Technique):
         """Return the weight of a ``SiteProblem`` on its grid, or on another of its scheme.
 
         A ``QuantizedWeight``, and always the same for the same problem. Whoever asks compares it
-        with nearest rounding on the calibration data and takes the better, so it need not.
+        with nearest rounding on the calibration data and takes the better, so it need not: by the
+        layer's output where ``needs`` has Need.MOMENTS, else by the weight itself.
         """
         raise NotImplementedError
 
@@ -100,10 +103,19 @@ class Correction(Technique):
     """What is done to the rest of a layer for the errors of its rounded weight.
 
     ``centers`` says that errors of the mean output are taken off: calibrations and roundings are
-    then judged about the mean.
+    then judged about the mean. Any correction but none moves the bias (``shift``); a layer without
+    one gets one.
     """
 
     centers: ClassVar[bool] = False
+
+    def shift(self, delta: Any, means: Any) -> Any:
+        """Return what the bias of each channel moves by, float32 [channels].
+
+        ``delta`` is the error of the weight, float32 [channels, n]; ``means`` the mean input
+        [groups, n], None where the correction does not need Need.MEANS.
+        """
+        raise NotImplementedError
 
 
 ROUNDINGS: Registry[type[Rounding]] = Registry(
@@ -157,7 +169,10 @@ class Axis:
         """The value that stands for the axis where one is needed: its first, or its middle."""
         if self.choices:
             return self.choices[0]
-        return (self.low * self.high) ** 0.5 if self.log else (self.low + self.high) / 2
+        if not self.log:
+            return self.low + (self.high - self.low) / 2
+        middle = math.sqrt(self.low) * math.sqrt(self.high)
+        return min(max(middle, self.low), self.high)
 
 
 @dataclass(frozen=True, slots=True)

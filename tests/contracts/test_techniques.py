@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoquant.errors import SpecError, TrialError
+from autoquant.errors import SpecError
 from autoquant.methods.applier import Applier
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.calibrate import MissingStatistics, calibrate
@@ -353,19 +353,40 @@ def test_a_new_rounding_is_applied_and_kept_only_where_it_is_better():
     prepared, applier, x = ready("linear")
     clean = run(prepared.model, x)
     errors = {}
-    for rounding in (NEAREST, Greedy(), Greedy(2), Careless()):
+    for rounding in (NEAREST, Greedy(), Greedy(2), Careless(), Stuck()):
         applier.apply({"0": SiteRecipe(WeightScheme(3, rounding=rounding))})
         errors[rounding] = float((run(prepared.model, x) - clean).square().mean())
     assert errors[Greedy(2)] <= errors[Greedy()] < errors[NEAREST]
-    assert errors[Careless()] == errors[NEAREST]
+    assert errors[Careless()] == errors[Stuck()] == errors[NEAREST]
     with pytest.raises(SpecError, match=r"^0: rounding: greedy needs calibration data"):
         Applier(prepared, {}).apply({"0": SiteRecipe(WeightScheme(3, rounding=Greedy()))})
-    with pytest.raises(TrialError, match=r"^0: stuck: [^\n]*$"):
-        applier.apply({"0": SiteRecipe(WeightScheme(3, rounding=Stuck()))})
-    # A technique that failed leaves a model that takes the next recipe.
-    done = applier.apply({"0": SiteRecipe(WeightScheme(3))})
-    assert float((run(prepared.model, x) - clean).square().mean()) == errors[NEAREST]
-    assert done["0"] == SiteRecipe(WeightScheme(3))
+
+
+@dataclass(frozen=True)
+class Lift(Correction):
+    """Add a little to every bias, whatever the weight."""
+
+    method: ClassVar[str] = "lift"
+    by: float = option(0.5, 0.0)
+
+    def shift(self, delta: Any, means: Any) -> Any:
+        """Return ``by``, for each channel."""
+        assert means is None
+        return torch.full((len(delta),), self.by)
+
+
+def test_a_new_correction_moves_the_bias_and_is_saved(monkeypatch, tmp_path):
+    monkeypatch.setitem(CORRECTIONS._items, "lift", Lift)
+    prepared, applier, x = ready("linear")
+    applier.apply({"0": SiteRecipe(WeightScheme(8))})
+    plain = run(prepared.model, x)
+    recipe = loads(dumps(Recipe({"0": SiteRecipe(WeightScheme(8), None, Lift(0.25))})))
+    done = applier.apply(recipe.sites)
+    lifted = run(prepared.model, x)
+    torch.testing.assert_close(lifted, plain + 0.25)
+    save_archive(applier.deploy(done), Recipe(done), tmp_path / "lifted.safetensors")
+    loaded = load_archive(tmp_path / "lifted.safetensors", model_of("linear"))
+    assert torch.equal(run(loaded, x), lifted)
 
 
 PLUGIN = '''

@@ -358,3 +358,22 @@ def test_moments_of_some_rows_are_about_the_mean_of_those_rows(monkeypatch, laye
     assert torch.allclose(found.mean_input()[0], x.movedim(1, -1).reshape(-1, 6).mean(0), atol=1e-4)
     kept = found.keep(frozenset({Need.MOMENTS, Need.MEANS}))
     assert torch.equal(kept.second_moments(centered=True)[0].double(), centered)
+
+
+@pytest.mark.parametrize("far", [0.0, 1e3, 3e4])
+@pytest.mark.parametrize("wide", [False, True])
+def test_inputs_far_from_0_keep_what_they_differ_by(monkeypatch, far, wide):
+    """In float32, E[x·xᵀ] − μ·μᵀ of inputs about 30,000 holds nothing but rounding errors."""
+    if wide:
+        monkeypatch.setattr(module, "GRAM_COLUMNS", 4)
+    torch.manual_seed(0)
+    x = torch.randn(400, 6) + far * torch.rand(6)
+    x[:, 0] = far  # and one that never differs
+    found = statistics_of(nn.Linear(6, 2), x[:150], x[150:])
+    exact = torch.cov(x.double().T, correction=0)
+    expected = exact.diagonal() if wide else exact
+    about = found.second_moments(centered=True)[0].double()
+    assert torch.allclose(about, expected, rtol=1e-2, atol=2e-3)
+    raw = x.double().T @ x.double() / 400
+    whole = found.second_moments(centered=False)[0].double()
+    assert torch.allclose(whole, raw.diagonal() if wide else raw, rtol=1e-4)

@@ -139,7 +139,7 @@ NEAR = Offer("nearest", NEAREST)
 
 
 def learned(low, high):
-    middle = LearnedRounding((low * high) ** 0.5)
+    middle = LearnedRounding(Axis("", low, high, log=True).middle)
     return Offer("learned_rounding", middle, (Axis("learning_rate", low, high, log=True),))
 
 

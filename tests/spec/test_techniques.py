@@ -137,8 +137,10 @@ def test_bounds_leave_the_low_end_out_where_they_say_so():
 @pytest.mark.parametrize(
     "data", [{"method": "gptq", "damping": 0}, {"method": "gptq", "damping": 11}]
 )
-def test_damping_lies_above_0(data):
-    with pytest.raises(SpecError, match=r"damping: found .*, allowed: a number > 0, at most 10$"):
+def test_damping_lies_within_bounds(data):
+    with pytest.raises(
+        SpecError, match=r"damping: found .*, allowed: a number ≥ 1e-06, at most 10$"
+    ):
         technique_of(ROUNDINGS, data, "here")
 
 
@@ -405,3 +407,16 @@ def test_recipes_that_name_every_technique_are_read_without_torch():
     assert child.stderr == ""
     count = len(ROUNDINGS.names()) * len(CORRECTIONS.names())
     assert child.stdout.strip() == f"{count} []"
+
+
+@pytest.mark.parametrize("rate", ["1e-300", "1e7", "1.7e308"])
+def test_any_rate_of_version_1_is_read(rate):
+    text = f"autoquant_recipe: 1\nlayers: {{fc: {{weight: {{bits: 4}}, learning_rate: {rate}}}}}"
+    assert loads(text).sites["fc"].weight.rounding.learning_rate == float(rate)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1e-200, 1e-190), (1e200, 1e300), (0.1, 0.1)])
+def test_the_middle_of_a_range_is_in_it(low, high):
+    for log in (True, False):
+        axis = Axis("learning_rate", low, high, log)
+        assert axis.offers(axis.middle)

@@ -26,6 +26,10 @@ class BiasCorrection(Correction):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MEANS})
     centers: ClassVar[bool] = True
 
+    def shift(self, delta: Tensor, means: Tensor) -> Tensor:
+        """Return what takes the mean error off."""
+        return bias_shift(delta, means)
+
 
 def bias_shift(delta: Tensor, means: Tensor) -> Tensor:
     """Return what the bias of each channel moves by, float32 [channels].

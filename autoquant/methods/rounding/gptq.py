@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 COLUMNS = 32
 """Columns whose errors are handed on together to those behind them."""
+DEAD = 1e-9
+"""Power of an input, as a share of the mean of all, up to which it is none but rounding errors."""
 HARDER = 10.0
 """By how much the damping grows where the moments are singular all the same."""
 ATTEMPTS = 6
@@ -39,7 +41,7 @@ class GPTQ(Rounding):
 
     method: ClassVar[str] = "gptq"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MOMENTS})
-    damping: float = option(0.01, 0.0, 10.0, above=True)
+    damping: float = option(0.01, 1e-6, 10.0)
     act_order: bool = True
 
     def fit(self, problem: SiteProblem) -> QuantizedWeight:
@@ -98,14 +100,14 @@ def _sweep(problem: SiteProblem, order: Tensor, factor: Tensor) -> Tensor:
 def _factor(moments: Tensor, damping: float) -> Tensor:
     """Return the upper Cholesky factor of the inverse of damped ``moments`` [groups, n, n].
 
-    Inputs that never differ from 0 stand alone. Where rounding errors leave the moments with
+    Inputs that (almost) never differ stand alone. Where rounding errors leave the moments with
     negative eigenvalues, they are damped more.
     """
     import torch
 
     power = torch.diagonal(moments, dim1=1, dim2=2)
     mean = power.mean(1, keepdim=True)
-    dead = (power <= 0) | (mean <= 0)
+    dead = (power <= DEAD * mean) | (mean <= 0)
     least = mean.clamp(min=torch.finfo(torch.float64).tiny)
     for attempt in range(ATTEMPTS):
         added = least * damping * HARDER**attempt

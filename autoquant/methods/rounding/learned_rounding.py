@@ -38,7 +38,7 @@ class LearnedRounding(Rounding):
 
     method: ClassVar[str] = "learned_rounding"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MOMENTS})
-    learning_rate: float = option(0.01, 0.0, 1e6, above=True)
+    learning_rate: float = option(0.01, 0.0, above=True)
 
     def fit(self, problem: SiteProblem) -> QuantizedWeight:
         """Return the best weight of ``STEPS`` steps."""

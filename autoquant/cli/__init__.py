@@ -27,6 +27,7 @@ COMMANDS = {
     "studies": "List the studies.",
     "show": "Print a study's trials and its Pareto front.",
     "export": "Write a recipe out of a study, also at another budget.",
+    "tune": "Fit the layers of a recipe to each other, without labels.",
     "apply": "Write the quantized model that a recipe describes.",
     "evaluate": "Measure a model, or a recipe on it.",
     "demo": "Train a small model and search it, to see how it goes.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import SpecError, TrialError
+from autoquant.methods.learned import LearnedWeight, on
 from autoquant.methods.problem import Bench
 from autoquant.nn.calibrate import MissingStatistics, SiteStatistics
 from autoquant.nn.convert import Prepared, deploy
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.sites import Site
 from autoquant.observers.calibration import activation_range
-from autoquant.quant.affine import choose_qparams
+from autoquant.quant.affine import QParams, choose_qparams
 from autoquant.quant.blocks import to_matrix
 from autoquant.quant.weight import QuantizedWeight
-from autoquant.spec.granularity import divides
+from autoquant.spec.formats import FORMATS
+from autoquant.spec.granularity import block_size, divides
 from autoquant.spec.need import Need
 from autoquant.spec.needs import WEIGHT_NEEDS
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe, WeightScheme
@@ -33,14 +36,22 @@ class Applier:
     """Gives a prepared model one recipe after another.
 
     Quantized weights and calibrated ranges are kept, so that a candidate costs only what is new
-    in it. ``statistics`` may be empty where a recipe carries its scales and learns nothing.
+    in it. ``statistics`` may be empty where a recipe carries its scales and learns nothing;
+    ``learned`` holds by digest what recipes have learned.
     """
 
-    def __init__(self, prepared: Prepared, statistics: Mapping[str, SiteStatistics]) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        statistics: Mapping[str, SiteStatistics],
+        learned: Mapping[str, LearnedWeight] | None = None,
+    ) -> None:
         self.prepared = prepared
         self.statistics = statistics
+        self.learned = dict(learned or {})
         self._sites = {site.name: site for site in prepared.sites}
-        self._weights: OrderedDict[tuple[str, WeightScheme, Correction], HeldWeight] = OrderedDict()
+        self._weights: OrderedDict[tuple[str, WeightScheme, Correction, str], HeldWeight]
+        self._weights = OrderedDict()
         self._ranges: dict[tuple[str, ActivationScheme], ActivationScheme] = {}
         self._current: dict[str, SiteRecipe] = {}
         self._bench: Bench | None = None
@@ -111,12 +122,15 @@ class Applier:
         scheme = recipe.weight
         if scheme is None:
             return None
-        key = (site.name, scheme, recipe.correction)
+        key = (site.name, scheme, recipe.correction, recipe.learned)
         if key in self._weights:
             self._weights.move_to_end(key)
             return self._weights[key]
-        made = self._quantize(site, scheme, recipe)
-        shift = None if recipe.correction == UNCORRECTED else self._shift(site, made, recipe)
+        if recipe.learned:
+            made, shift = self._from_file(site, scheme, recipe)
+        else:
+            made = self._quantize(site, scheme, recipe)
+            shift = None if recipe.correction == UNCORRECTED else self._shift(site, made, recipe)
         self._weights[key] = HeldWeight(made, self.prepared.engine, shift)
         self._evict()
         return self._weights[key]
@@ -127,6 +141,25 @@ class Applier:
         while held > CACHE_BYTES and len(self._weights) > len(self._sites):
             _, oldest = self._weights.popitem(last=False)
             held -= oldest.bytes
+
+    def _from_file(
+        self, site: Site, scheme: WeightScheme, recipe: SiteRecipe
+    ) -> tuple[QuantizedWeight, Tensor | None]:
+        """Return a weight that was learned, and what the bias moves by."""
+        if recipe.learned not in self.learned:
+            raise SpecError(f"{site.name}: learned: the recipe's learned file is not at hand")
+        found = on(self.prepared.slots[site.name].parameter.device, self.learned[recipe.learned])
+        rows, columns = site.matrix
+        blocks = rows * columns // math.prod(block_size(scheme.granularity, site.matrix))
+        moved = rows if recipe.correction != UNCORRECTED else 0
+        there = tuple(tuple(part.shape) for part in (found.q, found.scale, found.shift))
+        fits = there == ((rows, columns), (blocks, 1), (moved,)) and found.q.dtype == torch.int8
+        grid = FORMATS[scheme.bits]
+        if not fits or int(found.q.min()) < grid.qmin or int(found.q.max()) > grid.qmax:
+            raise SpecError(f"{site.name}: learned: the tensors are of another layer, or scheme")
+        qparams = QParams(found.scale, found.zero_point, scheme.bits, scheme.symmetric)
+        made = QuantizedWeight(found.q, qparams, scheme, site.shape, site.channel_axis)
+        return made, found.shift if moved else None
 
     def _shift(self, site: Site, made: QuantizedWeight, recipe: SiteRecipe) -> Tensor:
         """Return what the bias of a site moves by."""

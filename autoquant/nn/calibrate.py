@@ -261,16 +261,18 @@ def _transposed_windows(
     return x.flip(tuple(range(-axes, 0)))
 
 
-def input_rows(x: Tensor, site: Site, module: nn.Module) -> Tensor:
+def input_rows(x: Tensor, site: Site, module: nn.Module, most: int | None = None) -> Tensor:
     """Return rows of the input as an output channel's weights see it: [groups, rows, n], float32.
 
-    At most GRAM_ROWS rows, evenly spread. An output channel's weights of a transposed convolution
+    At most ``most`` rows (None: GRAM_ROWS), evenly spread, and the same ones of inputs of the same
+    shape. An output channel's weights of a transposed convolution
     are those of all its groups, so that it counts as one group (see ``apart``).
     """
     x = x.to(torch.float32)
+    most = GRAM_ROWS if most is None else most
     if not site.kind.startswith("conv"):
         flat = x.reshape(-1, x.shape[-1])
-        return flat[_spread(flat.shape[0], GRAM_ROWS, flat.device)][None]
+        return flat[_spread(flat.shape[0], most, flat.device)][None]
     axes = len(module.kernel_size)  # type: ignore[arg-type]
     x = x.reshape(-1, *x.shape[-axes - 1 :])
     groups = 1
@@ -280,7 +282,7 @@ def input_rows(x: Tensor, site: Site, module: nn.Module) -> Tensor:
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         windows, groups = _windows(x, module), module.groups
     count = windows.shape[0] * math.prod(windows.shape[2 : axes + 2])
-    index = _scattered(count, GRAM_ROWS, x.device)
+    index = _scattered(count, most, x.device)
     picked: list[Tensor] = []
     for size in reversed(windows.shape[2 : axes + 2]):
         picked.insert(0, index % size)
@@ -288,6 +290,16 @@ def input_rows(x: Tensor, site: Site, module: nn.Module) -> Tensor:
     # Channels go last among the axes that stay, so that one index picks every window.
     rows = windows.movedim(1, axes + 1)[(index, *picked)].flatten(1)  # [rows, channels · kernel]
     return rows.unflatten(1, (groups, -1)).movedim(1, 0)
+
+
+def count_rows(x: Tensor, site: Site, module: nn.Module) -> int:
+    """Return how many rows the whole input has, as an output channel's weights see it."""
+    if not site.kind.startswith("conv"):
+        return x.numel() // x.shape[-1]
+    axes = len(module.kernel_size)  # type: ignore[arg-type]
+    one = x.reshape(-1, *x.shape[-axes - 1 :])
+    windows = _windows(one[:1], module)  # type: ignore[arg-type]
+    return one.shape[0] * math.prod(windows.shape[2 : axes + 2])
 
 
 def apart(moments: Tensor, site: Site) -> Tensor:

@@ -75,7 +75,7 @@ def measure_recipe(
         base = session.baseline("search")
         if session.evaluator.confirms:
             session.baseline("confirm")
-        margin = math.inf if recipe is None else _margin(base, recipe, max_drop)
+        margin = math.inf if recipe is None else margin_of(base, recipe, max_drop)
         goal = Goal(margin, session.sizes.float_size_bytes)
         sites = {} if recipe is None else recipe.sites
         seed = 0 if recipe is None else recipe.seed
@@ -100,7 +100,7 @@ def measure_recipe(
     )
 
 
-def _margin(base: Reading, recipe: Recipe, max_drop: str | None) -> float:
+def margin_of(base: Reading, recipe: Recipe, max_drop: str | None = None) -> float:
     """Return the maximum drop to judge by, in the metric's unit; infinite where there is none."""
     if max_drop is not None:
         return parse_max_drop(max_drop).absolute(base.metric, base.value)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from autoquant.errors import SpecError, TrialError, UserError
 from autoquant.export.pt2 import NotExportable, export_program, is_program, save_program
 from autoquant.methods.applier import Applier
+from autoquant.methods.learned import read_learned
 from autoquant.models.data import make_splits
 from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel, of_module
@@ -79,7 +80,7 @@ def quantize(
     if reason is not None:
         raise SpecError(f"{reason}; give --task or --data")
     prepared = prepare(move(loaded.module, device), folded=recipe.folded)
-    return _deployed(Applier(prepared, {}), recipe)
+    return _deployed(Applier(prepared, {}, read_learned(recipe)), recipe)
 
 
 def _deployed(applier: Applier, recipe: Recipe) -> tuple[nn.Module, Recipe]:

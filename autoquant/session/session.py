@@ -30,6 +30,7 @@ from autoquant.measure.reuse import Reuse
 from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
 from autoquant.methods.applier import Applier
+from autoquant.methods.learned import read_learned
 from autoquant.models.data import Splits, batch_size, make_splits
 from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
@@ -319,7 +320,7 @@ def open_session(
         device,
         prepared,
         statistics,
-        Applier(prepared, statistics),
+        Applier(prepared, statistics, None if recipe is None else read_learned(recipe)),
         evaluator,
         sizes,
         CostModel(sizes),

@@ -29,7 +29,7 @@ def needs_of(recipe: SiteRecipe) -> frozenset[Need]:
     activation, weight = recipe.activation, recipe.weight
     if activation is not None and not activation.dynamic and activation.scale is None:
         found.add(Need.RANGE)
-    if weight is not None:
+    if weight is not None and not recipe.learned:
         if weight.calibration in WEIGHT_NEEDS:
             found.add(WEIGHT_NEEDS[weight.calibration](recipe.correction.centers))
         found |= weight.rounding.needs | recipe.correction.needs

@@ -15,7 +15,7 @@ from typing import Any
 
 from autoquant.spec.costs import LatencyEvidence
 from autoquant.spec.formats import FLOAT_BITS
-from autoquant.spec.techniques import NEAREST, UNCORRECTED, Correction, Rounding
+from autoquant.spec.techniques import NEAREST, UNCORRECTED, Correction, Reconstruction, Rounding
 from autoquant.spec.verdict import Verdict
 
 VERSION = 2
@@ -77,11 +77,14 @@ class SiteRecipe:
     """What one site becomes; None means that it stays in float (16 bits).
 
     ``correction`` is what is done to the rest of the layer for the errors of its rounded weight.
+    ``learned`` is the digest of tensors in the recipe's learned file, where the weight and the bias
+    were learned together with other layers and can't be made anew from one alone; "" for none.
     """
 
     weight: WeightScheme | None = None
     activation: ActivationScheme | None = None
     correction: Correction = UNCORRECTED
+    learned: str = ""
 
     @property
     def weight_bits(self) -> int:
@@ -98,9 +101,11 @@ class SiteRecipe:
         if activation is not None and activation.dynamic:
             activation = replace(activation, calibration="max", scale=None, zero_point=None)
         correction = self.correction if self.weight is not None else UNCORRECTED
-        if (activation, correction) == (self.activation, self.correction):
+        learned = self.learned if self.weight is not None else ""
+        same = (self.activation, self.correction, self.learned)
+        if (activation, correction, learned) == same:
             return self
-        return SiteRecipe(self.weight, activation, correction)
+        return SiteRecipe(self.weight, activation, correction, learned)
 
     def uncalibrated(self) -> SiteRecipe:
         """Return the same choices without calibrated numbers."""
@@ -168,11 +173,20 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class LearnedFile:
+    """The file beside a recipe that holds what was learned, and the digest of its bytes."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Site name → SiteRecipe, with the model it is for and what was measured.
 
     ``folded`` maps each BatchNorm that conversion folds to the layer that takes it in;
-    ``seed`` fixes what learning draws at random.
+    ``seed`` fixes what learning draws at random. ``reconstruction`` says how layers were learned
+    together, and ``learned`` where the result is.
     """
 
     sites: Mapping[str, SiteRecipe]
@@ -180,6 +194,8 @@ class Recipe:
     evidence: Evidence | None = None
     folded: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    reconstruction: Reconstruction | None = None
+    learned: LearnedFile | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", MappingProxyType(dict(self.sites)))
@@ -209,4 +225,5 @@ def _plain(site: SiteRecipe) -> list[Any]:
         None if w is None else [w.bits, w.granularity, w.scheme, w.calibration, w.rounding.plain()],
         None if a is None else [a.bits, a.granularity, a.scheme, a.calibration],
         site.correction.plain(),
+        site.learned,
     ]

@@ -28,6 +28,7 @@ from autoquant.spec.recipe import (
     VERSION,
     ActivationScheme,
     Evidence,
+    LearnedFile,
     ModelIdentity,
     Recipe,
     SiteRecipe,
@@ -37,6 +38,7 @@ from autoquant.spec.recipe import (
 from autoquant.spec.techniques import (
     CORRECTIONS,
     NEAREST,
+    RECONSTRUCTIONS,
     ROUNDINGS,
     UNCORRECTED,
     Correction,
@@ -53,7 +55,11 @@ BITS = (*FORMATS, FLOAT_BITS)
 
 def load(path: Path) -> Recipe:
     """Return the recipe in ``path``; SpecError names file, layer, field, found and allowed."""
-    return _recipe(read_yaml(path, "recipe"), str(path))
+    recipe = _recipe(read_yaml(path, "recipe"), str(path))
+    if recipe.learned is None:
+        return recipe
+    beside = replace(recipe.learned, path=str(path.parent / recipe.learned.path))
+    return replace(recipe, learned=beside)
 
 
 def loads(text: str, where: str = "recipe") -> Recipe:
@@ -87,6 +93,10 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     ):
         raise fields.fail("folded", folded, "names of BatchNorm layers and of the layers before")
     layers = fields.take("layers")
+    reconstruction = None
+    if "reconstruction" in fields:
+        reconstruction = technique_of(RECONSTRUCTIONS, fields.take("reconstruction"), where)
+    learned = _learned_file(fields.take("learned", None), f"{where}: learned")
     fields.close()
     if not isinstance(layers, dict) or not layers:
         raise fields.fail("layers", layers, "one entry or more")
@@ -95,6 +105,9 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
         if not isinstance(name, str):
             raise SpecError(f"{where}: layers: {show(name)} is not a layer name; put it in quotes")
         sites[name] = site_from_plain(site, f"{where}: {label(name)}")
+    lost = [name for name, site in sites.items() if site.learned and learned is None]
+    if lost:
+        raise SpecError(f"{where}: {label(lost[0])}: learned: the recipe names no learned file")
     evidence = None
     if metric is not None:
         evidence = replace(
@@ -104,7 +117,19 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
             float_bit_operations=float_operations,
             layer_weight_bits=layer_bits,
         )
-    return Recipe(sites, _model(model, where), evidence, folded, seed)
+    return Recipe(sites, _model(model, where), evidence, folded, seed, reconstruction, learned)
+
+
+def _learned_file(data: Any, where: str) -> LearnedFile | None:
+    if data is None:
+        return None
+    fields = Fields(data, where)
+    file, digest = fields.text("file"), fields.text("sha256")
+    fields.close()
+    # A recipe from a stranger names no file but one that lies beside it.
+    if Path(file).name != file or file in ("", ".", ".."):
+        raise fields.fail("file", file, "the name of a file beside the recipe")
+    return LearnedFile(file, digest)
 
 
 def _model(data: Any, where: str) -> ModelIdentity | None:
@@ -124,10 +149,11 @@ def site_from_plain(data: Any, where: str) -> SiteRecipe:
         Fields(fields.take("activation", {"bits": FLOAT_BITS}), f"{where}: activation")
     )
     rounding, correction = _rounding(fields, where), _correction(fields, where)
+    learned = fields.text("learned", "")
     fields.close()
     if weight is None:
         return SiteRecipe(None, activation)
-    return SiteRecipe(replace(weight, rounding=rounding), activation, correction)
+    return SiteRecipe(replace(weight, rounding=rounding), activation, correction, learned)
 
 
 def _rounding(fields: Fields, where: str) -> Rounding:
@@ -330,11 +356,13 @@ def site_to_plain(site: SiteRecipe) -> dict[str, Any]:
         if a.scale is not None:
             activation |= {"scale": a.scale, "zero_point": a.zero_point or 0}
             activation["calibrated_for"] = _calibrated_for(a)
-    plain = {"weight": weight, "activation": activation}
+    plain: dict[str, Any] = {"weight": weight, "activation": activation}
     if site.weight is not None and site.weight.rounding != NEAREST:
         plain["rounding"] = site.weight.rounding.plain()
     if site.correction != UNCORRECTED:
         plain["correction"] = site.correction.plain()
+    if site.learned:
+        plain["learned"] = site.learned
     return plain
 
 
@@ -369,6 +397,11 @@ def dumps(recipe: Recipe) -> str:
     head["seed"] = recipe.seed
     if recipe.folded:
         head["folded"] = dict(recipe.folded)
+    if recipe.reconstruction is not None:
+        head["reconstruction"] = recipe.reconstruction.plain()
+    if recipe.learned is not None:
+        file = Path(recipe.learned.path).name
+        head["learned"] = {"file": file, "sha256": recipe.learned.sha256}
     text = yaml.dump(head, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     layers = {name: site_to_plain(site) for name, site in recipe.sites.items()}
     return text + yaml.dump(
@@ -401,6 +434,8 @@ _Dumper.add_representer(dict, _represent)
 
 def save(recipe: Recipe, path: Path) -> None:
     """Write ``recipe`` to ``path``, whole or not at all.
+
+    The learned file that it names is written before, beside it, by whoever learned.
 
     Raises UserError where it can't be written, or a file is there that is not a recipe as this
     function wrote it.

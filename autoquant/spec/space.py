@@ -253,6 +253,8 @@ def _rule(data: Any, where: str) -> Rule:
         if fixed is not None:
             raise fields.fail("lock", lock, "lock or skip, not both")
         fixed = site_from_plain(lock, f"{where}: lock")
+        if fixed.learned:
+            raise SpecError(f"{where}: lock: learned: found a digest; a space has no learned file")
     choices = {}
     for dimension, allowed in DIMENSIONS.items():
         if dimension in fields:

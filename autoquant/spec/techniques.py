@@ -118,11 +118,18 @@ class Correction(Technique):
         raise NotImplementedError
 
 
+class Reconstruction(Technique):
+    """How the weights of many layers are learned together, each for what those before it became."""
+
+
 ROUNDINGS: Registry[type[Rounding]] = Registry(
     "rounding", "autoquant.methods.rounding", "autoquant.rounding"
 )
 CORRECTIONS: Registry[type[Correction]] = Registry(
     "correction", "autoquant.methods.correction", "autoquant.correction"
+)
+RECONSTRUCTIONS: Registry[type[Reconstruction]] = Registry(
+    "reconstruction", "autoquant.methods.reconstruction", "autoquant.reconstruction"
 )
 
 

@@ -204,6 +204,8 @@ class ParameterMap:
             values |= dict(
                 zip(_ACTIVATION, (a.bits, a.granularity, a.scheme, calibration), strict=True)
             )
+        if recipe.learned:
+            raise StudyError(f"{site}: it was learned with other layers, which no space offers")
         own: dict[str, Technique | None] = {"rounding": None, "correction": None}
         if w is not None:
             own = {"rounding": w.rounding, "correction": recipe.correction}

@@ -1,0 +1,167 @@
+"""Reconstructing a quantized model layer by layer, by what its layers see of the calibration data.
+
+The float model runs once, and what each layer sees in some places is kept. Then each layer in turn
+is fitted: the model runs up to that layer, with all before it quantized as they have become, and no
+further. Of n layers that takes about n/2 passes over the data, by the fast kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.errors import AutoquantError
+from autoquant.methods.applier import Applier
+from autoquant.methods.reconstruction.sequential import Sequential
+from autoquant.nn.calibrate import count_rows, input_rows
+from autoquant.nn.sites import Site
+from autoquant.quant.activation import fake_quantize_activation
+from autoquant.quant.blocks import to_matrix
+from autoquant.spec.recipe import ActivationScheme, SiteRecipe
+from autoquant.spec.techniques import CORRECTIONS, UNCORRECTED
+
+ROW_BYTES = 2 << 30
+"""Bytes of inputs of the float model that are kept, those of all layers together."""
+MOST_ROWS = 1 << 15
+"""Rows of one layer's input that are kept at most, or as many for each of its inputs as follow."""
+ROWS_OF_AN_INPUT = 32
+KINDS = ("linear", "conv", "rnn", "attention")
+"""Sites whose output channels each see one input: transposed convolutions are left as they are."""
+
+Run = Callable[[nn.Module, Any], Any]
+
+
+class _Enough(AutoquantError):
+    """Everything that was asked of a run has been seen."""
+
+
+@dataclass
+class _Seen:
+    """What one site saw: rows of its input, call by call; ``rows`` are all that there were."""
+
+    site: Site
+    module: nn.Module
+    most: int
+    activation: ActivationScheme | None = None
+    parts: list[Tensor] = field(default_factory=list)
+    rows: int = 0
+    ends: list[int] = field(default_factory=list)
+    """How many parts there were at the end of each batch."""
+    enough: int | None = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> None:
+        if x.numel():
+            if self.activation is not None:
+                x = fake_quantize_activation(x, self.activation, self.site.kind)
+            self.rows += count_rows(x, self.site, self.module)
+            self.parts.append(input_rows(x, self.site, self.module, self.most))
+        if self.enough is not None and len(self.parts) >= self.enough:
+            raise _Enough
+
+
+def reconstruct(
+    applier: Applier,
+    sites: Mapping[str, SiteRecipe],
+    batches: Sequence[Any],
+    run: Run,
+    technique: Sequential,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, SiteRecipe]:
+    """Return ``sites`` with weights that were learned one after another; the model is left so.
+
+    ``run`` runs the model on one of ``batches``. What was learned is in ``applier.learned``. Sites
+    in float, those that no activation meets, and those that see other numbers of rows in the
+    quantized model than in the float one (a decoder that ends elsewhere) stay as they are.
+    """
+    prepared = applier.prepared
+    done = applier.apply(sites)
+    chosen = [
+        site
+        for site in prepared.sites
+        if done[site.name].weight is not None and site.activation and site.kind in KINDS
+    ]
+    applier.to_float()
+    clean = _float_inputs(applier, chosen, batches, run)
+    applier.apply(done)
+    correction = CORRECTIONS.get("bias")()
+    for site in chosen:
+        progress(site.name)
+        own = clean.pop(site.name)
+        seen = _quantized_inputs(applier, own, done[site.name].activation, batches, run)
+        if [p.shape for p in seen.parts] != [p.shape for p in own.parts]:
+            continue
+        slot = prepared.slots[site.name]
+        matrix = to_matrix(slot.parameter.detach().to(torch.float32), site.channel_axis)
+        scheme = done[site.name].weight
+        assert scheme is not None
+        hat, x = torch.cat(seen.parts, 1), torch.cat(own.parts, 1)
+        found = technique.fit(site, scheme, matrix, hat, x, own.rows)
+        applier.learned[found.digest] = found
+        done[site.name] = replace(
+            done[site.name],
+            correction=correction if site.corrects else UNCORRECTED,
+            learned=found.digest,
+        )
+        applier.apply(done)
+    return done
+
+
+def _float_inputs(
+    applier: Applier, sites: Sequence[Site], batches: Sequence[Any], run: Run
+) -> dict[str, _Seen]:
+    """Return what each site sees in the float model, by name."""
+    prepared = applier.prepared
+    budget = ROW_BYTES // (4 * max(len(sites), 1))
+    found = {}
+    for site in sites:
+        path, _ = site.users[-1]
+        inputs = site.matrix[1]
+        rows = min(budget // (inputs * site.groups), max(MOST_ROWS, ROWS_OF_AN_INPUT * inputs))
+        most = max(rows // max(len(batches), 1), 1)
+        found[site.name] = _Seen(site, prepared.model.get_submodule(path), most)
+    with _observed(applier, found):
+        for batch in batches:
+            run(prepared.model, batch)
+            for seen in found.values():
+                seen.ends.append(len(seen.parts))
+    return found
+
+
+def _quantized_inputs(
+    applier: Applier,
+    own: _Seen,
+    activation: ActivationScheme | None,
+    batches: Sequence[Any],
+    run: Run,
+) -> _Seen:
+    """Return what a site sees with the model as it is, in the places where ``own`` saw it."""
+    seen = _Seen(own.site, own.module, own.most, activation)
+    with _observed(applier, {own.site.name: seen}):
+        for batch, end in zip(batches, own.ends, strict=True):
+            if len(seen.parts) >= end:
+                continue
+            seen.enough = end
+            with contextlib.suppress(_Enough):
+                run(applier.prepared.model, batch)
+    return seen
+
+
+@contextlib.contextmanager
+def _observed(applier: Applier, listeners: Mapping[str, _Seen]) -> Iterator[None]:
+    """Let sites tell ``listeners`` what they see."""
+    slots = applier.prepared.slots
+    for name, listener in listeners.items():
+        slots[name].observe = listener
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for name in listeners:
+            slots[name].observe = None

@@ -1,0 +1,110 @@
+"""Sequential reconstruction: each layer is fitted to what the quantized layers before it give.
+
+Layers are taken in the order in which they run. X̂ is what a layer sees with all before it
+quantized, its own activation too, X what it sees in the float model, in the same places. The weight
+that makes the float model's output of X̂ is a regression, W*ᵀ = (G + λ)⁻¹·(c + λ)·Wᵀ with G the
+covariance of X̂ and c that of X̂ with X; the ridge λ draws it to W where there are few rows for many
+inputs. W* is then rounded under G, and the bias takes the rest of the mean error off. No gradient
+is taken. Sources: Nagel et al. 2020 (AdaRound, arXiv 2004.10568, section 3.3) and Li et al. 2025
+(GPTAQ, arXiv 2504.02692) for the asymmetric objective; Hubara et al. 2020 (arXiv 2006.10518) for
+fitting weights to the quantized inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from autoquant.methods.rounding.coordinate_descent import CoordinateDescent
+from autoquant.spec.techniques import RECONSTRUCTIONS, UNCORRECTED, Reconstruction, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autoquant.methods.learned import LearnedWeight
+    from autoquant.nn.sites import Site
+    from autoquant.spec.recipe import WeightScheme
+
+
+@RECONSTRUCTIONS.register("sequential")
+@dataclass(frozen=True)
+class Sequential(Reconstruction):
+    """Fit each layer in turn to the float model's output, on what the quantized ones before give.
+
+    ``ridge`` is how strongly weights are drawn to the float ones: by so many rows more than there
+    are, for each input; ``damping`` and ``passes`` are those of the rounding, coordinate descent.
+    """
+
+    method: ClassVar[str] = "sequential"
+    ridge: float = option(200.0, 0.0, 1e9)
+    damping: float = option(0.05, 1e-6, 10.0)
+    passes: int = option(2, 1, 100)
+
+    def fit(
+        self,
+        site: Site,
+        scheme: WeightScheme,
+        weight: Tensor,
+        quantized: Tensor,
+        clean: Tensor,
+        rows: int,
+    ) -> LearnedWeight:
+        """Return the weight of one site.
+
+        ``weight`` is float32 [channels, n]; ``quantized`` and ``clean`` are X̂ and X, float32
+        [groups, rows, n], some of the ``rows`` that there were.
+        """
+        import torch
+
+        from autoquant.methods.learned import LearnedWeight
+        from autoquant.methods.problem import Bench
+        from autoquant.nn.calibrate import SiteStatistics
+        from autoquant.quant.blocks import from_matrix
+
+        wanted, moments = regress(
+            weight, quantized, clean, self.ridge / rows, centered=site.corrects
+        )
+        own = from_matrix(wanted, site.shape, site.channel_axis)
+        # The grid is calibrated on W* under the same moments that it is rounded by.
+        rounding = CoordinateDescent(self.damping, self.passes)
+        grid = replace(scheme, calibration="output_mse", rounding=rounding)
+        made = Bench(own, site, SiteStatistics(None, moments), UNCORRECTED).round(grid)
+        shift = torch.zeros(0, dtype=torch.float32)
+        if site.corrects:
+            shift = _outputs(weight, clean.mean(1)) - _outputs(made.matrix(), quantized.mean(1))
+        p = made.qparams
+        parts = (made.q, p.scale, p.zero_point, shift)
+        return LearnedWeight(*(part.cpu().contiguous() for part in parts))
+
+
+def regress(
+    weight: Tensor, quantized: Tensor, clean: Tensor, ridge: float, *, centered: bool
+) -> tuple[Tensor, Tensor]:
+    """Return W* [channels, n] and the moments of X̂ [groups, n, n], both float32.
+
+    λ is ``ridge`` · n times the mean power of an input. ``centered`` takes means off: where the
+    layer has a bias to make up for them.
+    """
+    import torch
+
+    count, n = quantized.shape[1], quantized.shape[2]
+    hat, x = quantized.double(), clean.double()
+    if centered:
+        hat, x = hat - hat.mean(1, keepdim=True), x - x.mean(1, keepdim=True)
+    moments, mixed = hat.mT @ hat / count, hat.mT @ x / count
+    power = torch.diagonal(moments, dim1=1, dim2=2).mean(1)[:, None, None]
+    # Of a singular G rounding errors drown in a millionth of its mean power.
+    drawn = (ridge * n + 1e-6) * power * torch.eye(n, dtype=torch.float64, device=weight.device)
+    own = weight.double().reshape(len(moments), -1, n)
+    found = own.clone()
+    alive = power.flatten() > 0
+    if bool(alive.any()):
+        target = (mixed + drawn)[alive] @ own[alive].mT
+        found[alive] = torch.linalg.solve((moments + drawn)[alive], target).mT
+    return found.reshape(weight.shape).float().contiguous(), moments.float()
+
+
+def _outputs(weight: Tensor, mean: Tensor) -> Tensor:
+    """Return the mean output [channels] of ``weight`` on a mean input [groups, n]."""
+    grouped = weight.double().reshape(mean.shape[0], -1, weight.shape[1])
+    return (grouped * mean.double()[:, None]).sum(2).flatten().float()

@@ -1,0 +1,157 @@
+"""``autoquant tune``: the layers of a recipe's model are fitted to each other, if that helps."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autoquant.errors import TrialError, UserError
+from autoquant.methods.learned import is_learned, learned_path, write_learned
+from autoquant.methods.reconstruct import reconstruct
+from autoquant.methods.reconstruction.sequential import Sequential
+from autoquant.models.files import LoadedModel
+from autoquant.models.task import Task
+from autoquant.models.usercode import guarded, interruptible
+from autoquant.optimize.evaluate import margin_of
+from autoquant.selection.confirmation import confirm_one
+from autoquant.session.session import Session, choose_device, open_session
+from autoquant.spec.goal import Goal
+from autoquant.spec.outputs import check_target, is_signed
+from autoquant.spec.recipe import Recipe, SiteRecipe
+from autoquant.spec.recipe_file import save
+
+RIDGES = (200.0, 20000.0)
+"""How strongly weights are drawn to the float ones: which is best differs by model. Convolutions
+and transformers gain most by little, recurrent layers lose by it."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One way to tune, and the loss that it gave on the search split."""
+
+    technique: Sequential
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to.
+
+    ``recipe`` is the best one, with its evidence: as it was where nothing made it better.
+    ``before`` and ``after`` are losses on the search split.
+    """
+
+    recipe: Recipe
+    before: float
+    after: float
+    tried: tuple[Tried, ...]
+
+    @property
+    def gained(self) -> bool:
+        """Whether any way to tune made the recipe better."""
+        return self.after < self.before
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON takes it."""
+        rows = [
+            {"technique": row.technique.plain(), "loss": row.loss, "seconds": row.seconds}
+            for row in self.tried
+        ]
+        return {"before": self.before, "after": self.after, "gained": self.gained, "tried": rows}
+
+
+def check_tuned(path: Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Raise UserError where to write a tuned recipe would take something from the user."""
+    check_target(path, is_signed, inputs)
+    check_target(learned_path(path), is_learned, inputs)
+
+
+@interruptible()
+def tune(
+    loaded: LoadedModel,
+    task: Task,
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    ridges: Sequence[float] = RIDGES,
+    device: str = "auto",
+    backend: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
+) -> Tuned:
+    """Fit the layers of ``recipe`` to each other and write the best recipe to ``out``.
+
+    What was learned goes beside it, as NAME.learned.safetensors. Each of ``ridges`` is tried; the
+    recipe itself is what is written where none makes the loss on the search split less. Raises
+    UserError where the task gives no calibration data, or the user's code fails.
+    """
+    path = Path(os.path.abspath(out))
+    check_tuned(path, {})
+    session = open_session(
+        loaded, task, choose_device(device), recipe=recipe, backend=backend, say=say
+    )
+    try:
+        best, found = _best(session, task, recipe, ridges, say)
+        goal = Goal(margin_of(session.baseline("search"), recipe), session.sizes.float_size_bytes)
+        say("confirming")
+        with session.prepared.engine.reference():
+            confirmed = confirm_one(session, best, goal, recipe.seed).recipe
+    except TrialError as error:
+        raise UserError(f"{task.source}: {error}") from error
+    written = replace(confirmed, reconstruction=recipe.reconstruction, learned=recipe.learned)
+    learned = [site.learned for site in confirmed.sites.values() if site.learned]
+    if learned:
+        weights = [session.applier.learned[digest] for digest in learned]
+        chosen = min(found.tried, key=lambda row: row.loss).technique if found.gained else None
+        written = replace(
+            confirmed,
+            reconstruction=recipe.reconstruction if chosen is None else chosen,
+            learned=write_learned(weights, learned_path(path)),
+        )
+    save(written, path)
+    return replace(found, recipe=written)
+
+
+def _best(
+    session: Session,
+    task: Task,
+    recipe: Recipe,
+    ridges: Sequence[float],
+    say: Callable[[str], None],
+) -> tuple[dict[str, SiteRecipe], Tuned]:
+    """Return the best sites, and how they came about."""
+    batches = [batch for batch in session.splits.calibrate if batch is not None]
+    if not batches:
+        raise UserError(f"{task.source}: gives no calibration data, which tuning learns from")
+
+    def run(model: nn.Module, inputs: Any) -> Any:
+        with guarded(failed, task.source):
+            return session.evaluator.run(model, inputs)
+
+    def failed(reason: str) -> UserError:
+        return UserError(f"the quantized model fails on the calibration data: {reason}")
+
+    say("measuring the recipe as it is")
+    measured, _, best = session.measure(recipe.sites, "search")
+    before = after = measured.loss
+    tried = []
+    for ridge in ridges:
+        technique, began = Sequential(ridge), time.monotonic()
+        say(f"fitting the layers to each other ({technique})")
+        sites = reconstruct(session.applier, recipe.sites, batches, run, technique)
+        seconds = round(time.monotonic() - began, 3)
+        try:
+            loss = session.measure(sites, "search")[0].loss
+        except TrialError:  # outputs that are not finite, say: as bad as can be
+            loss = math.inf
+        tried.append(Tried(technique, loss, seconds))
+        if loss < after:
+            best, after = sites, loss
+    return best, Tuned(recipe, before, after, tuple(tried))

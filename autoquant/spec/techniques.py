@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ from autoquant.spec.documents import Fields, as_number, show
 from autoquant.spec.need import Need
 
 METHOD = "method"
+LARGEST = sys.float_info.max
+"""The high end of an option that has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,11 @@ class Bounds:
         return (value > self.low if self.above else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
-        most = "" if math.isinf(self.high) else f", at most {self.high:g}"
+        most = "" if self.high == LARGEST else f", at most {self.high:g}"
         return f"a number {'>' if self.above else '≥'} {self.low:g}{most}"
 
 
-def option(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
+def option(default: Any, low: float, high: float = LARGEST, *, above: bool = False) -> Any:
     """Return a field of a technique: a number within bounds."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(low, high, above)})
 

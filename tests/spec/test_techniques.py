@@ -284,7 +284,7 @@ def test_whatever_is_written_is_an_offer_or_one_line(data):
 
 
 def test_built_in_techniques_are_known_by_the_names_of_their_files():
-    assert ROUNDINGS.names() == ("nearest", "gptq", "learned_rounding")
+    assert ROUNDINGS.names() == ("nearest", "coordinate_descent", "gptq", "learned_rounding")
     assert CORRECTIONS.names() == ("none", "bias")
     for registry in (ROUNDINGS, CORRECTIONS):
         for name in registry.names():

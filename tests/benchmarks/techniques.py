@@ -1,0 +1,169 @@
+"""Which technique suits which model: ``python -m tests.benchmarks.techniques``.
+
+For each model of the zoo all weights have the same few bits, per channel, first and last layer too,
+and activations have 8; only how the weights are rounded differs. Nothing is searched and nothing is
+chosen by what is reported: the metric and the loss (how far outputs are from the float model's) are
+of the confirm split, computed by the reference. Techniques see the unlabelled calibration data
+alone. Writes ``reports/techniques.md``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from autoquant.kernels.cpu.heap import keep_freed_memory
+from autoquant.methods.reconstruct import reconstruct
+from autoquant.methods.reconstruction.sequential import Sequential
+from autoquant.methods.rounding.coordinate_descent import CoordinateDescent
+from autoquant.methods.rounding.gptq import GPTQ
+from autoquant.methods.rounding.learned_rounding import LearnedRounding
+from autoquant.models.noninferiority import drop_interval
+from autoquant.session.session import Session, open_session
+from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.space import SearchSpace
+from autoquant.spec.techniques import NEAREST, UNCORRECTED, Rounding
+from autoquant.spec.uniform import uniform
+from autoquant.study.source import Source
+from tests.benchmarks.evaluation import line
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.zoo import TITLES
+from tests.zoo.conftest import HERE, task_module
+
+REPORT = Path(__file__).resolve().parents[2] / "reports" / "techniques.md"
+BITS = {"mobilenet_v2": (4,), "minilm": (4, 3), "g2p": (4, 3), "resnext": (3, 2)}
+SPACE = """\
+autoquant_space: 1
+name: techniques
+rules:
+  - weight_bits: [8, 6, 4, 3, 2]
+    weight_calibration: [output_mse]
+    correction: [bias]
+    activation_bits: [8]
+    activation_calibration: [mse]
+"""
+Sites = Mapping[str, SiteRecipe]
+Make = Callable[[Session, Sites], Sites]
+
+
+def rounded(rounding: Rounding) -> Make:
+    """Return what rounds every layer that an activation meets in one way."""
+
+    def make(session: Session, sites: Sites) -> Sites:
+        found = {}
+        for name, site in sites.items():
+            rounds = site.weight is not None and session.prepared.slots[name].site.activation
+            weight = replace(site.weight, rounding=rounding) if rounds else site.weight  # type: ignore[type-var]
+            found[name] = replace(site, weight=weight)
+        return session.applier.apply(found)
+
+    return make
+
+
+def naive(session: Session, sites: Sites) -> Sites:
+    """Round to the nearest of the widest range, and correct nothing."""
+    found = {}
+    for name, site in sites.items():
+        weight = None if site.weight is None else replace(site.weight, calibration="max")
+        found[name] = SiteRecipe(weight, site.activation, UNCORRECTED)
+    return session.applier.apply(found)
+
+
+def fitted(technique: Sequential) -> Make:
+    """Return what fits the layers to each other."""
+
+    def make(session: Session, sites: Sites) -> Sites:
+        def run(model: nn.Module, inputs: Any) -> Any:
+            return session.evaluator.run(model, inputs)
+
+        batches = [batch for batch in session.splits.calibrate if batch is not None]
+        return reconstruct(session.applier, sites, batches, run, technique)
+
+    return make
+
+
+TECHNIQUES: dict[str, Make] = {
+    "max, nearest": naive,
+    "output_mse, bias: nearest": rounded(NEAREST),
+    "the same, gptq": rounded(GPTQ()),
+    "the same, coordinate_descent": rounded(CoordinateDescent()),
+    "the same, learned_rounding 0.01": rounded(LearnedRounding(0.01)),
+    "tune, ridge 200": fitted(Sequential(200.0)),
+    "tune, ridge 20000": fitted(Sequential(20000.0)),
+}
+
+
+def rows_of(name: str, folder: Path) -> list[list[str]]:
+    """Return the rows of one model."""
+    module = task_module(name)
+    path = folder / "resnext.pt" if name == "resnext" else Path(module.weights())
+    if name == "resnext":
+        module.train(path)
+    source = Source(str(path), str(HERE / f"{name}.py"))
+    task = source.load_task()
+    session = open_session(source.load(task), task, torch.device("cpu"))
+    spaces = SearchSpace.parse(SPACE, "techniques").resolve(session.prepared.sites)
+    base = session.baseline("confirm")
+    rows = []
+    for bits in BITS[name]:
+        for title, make in TECHNIQUES.items():
+            began = time.process_time()
+            sites = make(session, uniform(spaces, bits))
+            seconds = time.process_time() - began
+            with session.prepared.engine.reference():
+                measured, reading, _ = session.measure(sites, "confirm")
+            assert base.evidence is not None
+            assert reading.evidence is not None
+            sure = drop_interval(base.evidence, reading.evidence, base.metric)
+            low, high = sure.low, sure.high
+            row = [
+                TITLES[name],
+                str(bits),
+                title,
+                f"{measured.loss:.4f}",
+                f"{reading.value:.4f} (float {base.value:.4f})",
+                f"{100 * measured.drop:+.2f} ({100 * low:+.2f} … {100 * high:+.2f})",
+                f"{seconds:.1f}",
+            ]
+            rows.append(row)
+            print(line(row), flush=True)
+    return rows
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+def main(names: tuple[str, ...]) -> None:
+    """Measure NAMES (default: all of the zoo) and write the report."""
+    keep_freed_memory()
+    head = ["model", "bits", "technique", "loss", "metric", "drop in points (95%)", "CPU seconds"]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for name in names or BITS for row in rows_of(name, Path(folder))]
+    text = [
+        "# Which technique suits which model",
+        "",
+        "By `python -m tests.benchmarks.techniques`. All weights have the same few bits, a scale",
+        "per channel, first and last layer too; activations have 8. Nothing is searched, and",
+        "techniques see the calibration data alone, without labels. Loss (how far outputs are from",
+        "the float model's) and metric are of the confirm split, by the reference. `tune` is",
+        "`autoquant tune`, which tries both ridges and keeps what is best on the search split.",
+        "",
+        describe_machine(),
+        "",
+        line(head),
+        line(["---"] * len(head)),
+        *map(line, rows),
+    ]
+    if not names:
+        REPORT.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -79,7 +79,7 @@ def command(
     target = Path(os.path.abspath(output))  # before the task runs, which may change the folder
     source = Source(model, task, data, metric, trust_pickle)
     check_folder(target.parent)
-    check_tuned(target, {"recipe": recipe, **source.files})
+    check_tuned(target, loaded_recipe, {"recipe": recipe, **source.files})
     loaded_task = source.load_task()
     loaded = source.load(loaded_task)
     check_model(loaded_recipe, loaded, accept=accept_changes)

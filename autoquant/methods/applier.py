@@ -148,14 +148,12 @@ class Applier:
         """Return a weight that was learned, and what the bias moves by."""
         if recipe.learned not in self.learned:
             raise SpecError(f"{site.name}: learned: the recipe's learned file is not at hand")
+        self._check_groups(site, scheme)
         found = on(self.prepared.slots[site.name].parameter.device, self.learned[recipe.learned])
         rows, columns = site.matrix
         blocks = rows * columns // math.prod(block_size(scheme.granularity, site.matrix))
         moved = rows if recipe.correction != UNCORRECTED else 0
-        there = tuple(tuple(part.shape) for part in (found.q, found.scale, found.shift))
-        fits = there == ((rows, columns), (blocks, 1), (moved,)) and found.q.dtype == torch.int8
-        grid = FORMATS[scheme.bits]
-        if not fits or int(found.q.min()) < grid.qmin or int(found.q.max()) > grid.qmax:
+        if not _fits(found, scheme, (rows, columns), blocks, moved):
             raise SpecError(f"{site.name}: learned: the tensors are of another layer, or scheme")
         qparams = QParams(found.scale, found.zero_point, scheme.bits, scheme.symmetric)
         made = QuantizedWeight(found.q, qparams, scheme, site.shape, site.channel_axis)
@@ -179,12 +177,15 @@ class Applier:
             raise SpecError(f"{name}: {what} needs calibration data; give the task file")
         return self.statistics[name]
 
-    def _quantize(self, site: Site, scheme: WeightScheme, recipe: SiteRecipe) -> QuantizedWeight:
+    def _check_groups(self, site: Site, scheme: WeightScheme) -> None:
         if not divides(scheme.granularity, site.matrix):
             raise SpecError(
                 f"{site.name}: weight.granularity: {scheme.granularity} does not divide the "
                 f"{site.matrix[1]} inputs of a channel"
             )
+
+    def _quantize(self, site: Site, scheme: WeightScheme, recipe: SiteRecipe) -> QuantizedWeight:
+        self._check_groups(site, scheme)
         parameter = self.prepared.slots[site.name].parameter
         known = self.statistics.get(site.name)
         if scheme.calibration in WEIGHT_NEEDS:
@@ -230,3 +231,22 @@ def check_names(sites: Mapping[str, SiteRecipe], known: Mapping[str, Site]) -> N
                 f"layer {name!r} is not in the model; its {len(known)} layers are {shown}"
                 + (", …" if len(known) > 5 else "")
             )
+
+
+def _fits(
+    found: LearnedWeight, scheme: WeightScheme, matrix: tuple[int, int], blocks: int, moved: int
+) -> bool:
+    """Return whether learned tensors can be the weight of a layer: a file may hold anything."""
+    grid, zero = FORMATS[scheme.bits], found.zero_point
+    expected = {"q": matrix, "scale": (blocks, 1), "zero_point": (blocks, 1), "shift": (moved,)}
+    if any(tuple(getattr(found, name).shape) != shape for name, shape in expected.items()):
+        return False
+    reals = found.scale, zero, found.shift
+    if found.q.dtype != torch.int8 or any(part.dtype != torch.float32 for part in reals):
+        return False
+    if not all(bool(part.isfinite().all()) for part in reals) or bool((found.scale <= 0).any()):
+        return False
+    if bool((zero != zero.round()).any()) or (scheme.symmetric and bool(zero.any())):
+        return False
+    within = [part for part in (found.q, zero) if part.numel()]
+    return all(grid.qmin <= int(p.min()) and int(p.max()) <= grid.qmax for p in within)

@@ -44,7 +44,8 @@ class LearnedWeight:
         for name in PARTS:
             part: Tensor = getattr(self, name)
             found.update(f"{name}{tuple(part.shape)}{part.dtype}".encode())
-            found.update(part.contiguous().numpy().tobytes())
+            flat = part.clone(memory_format=torch.contiguous_format).flatten()
+            found.update(flat.view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:32]
 
 
@@ -56,8 +57,10 @@ def learned_path(recipe: Path) -> Path:
 def is_learned(path: Path) -> bool:
     """Return whether a file is one that ``write_learned`` wrote."""
     try:
-        return all(key.rpartition(".")[2] in PARTS for key in load(path.read_bytes()))
-    except SafetensorError:
+        tensors = load(path.read_bytes())
+        digests = {key.partition(".")[0] for key in tensors}
+        return bool(digests) and all(_weight(tensors, d).digest == d for d in digests)
+    except (SafetensorError, KeyError):
         return False
 
 
@@ -97,16 +100,17 @@ def read_learned(recipe: Recipe) -> Mapping[str, LearnedWeight]:
         raise UserError(f"{path}: is not what the recipe learned: it was cut off, or is another's")
     try:
         tensors = load(content)
-        found = {
-            digest: LearnedWeight(*(tensors[f"{digest}.{name}"] for name in PARTS))
-            for digest in set(wanted.values())
-        }
+        found = {digest: _weight(tensors, digest) for digest in set(wanted.values())}
     except (SafetensorError, KeyError) as error:
         raise UserError(f"{path}: is not what the recipe learned: {error}") from None
     for name, digest in wanted.items():
         if found[digest].digest != digest:
             raise UserError(f"{path}: {name}: other tensors than the recipe says")
     return found
+
+
+def _weight(tensors: Mapping[str, Tensor], digest: str) -> LearnedWeight:
+    return LearnedWeight(*(tensors[f"{digest}.{name}"] for name in PARTS))
 
 
 def on(device: torch.device, weight: LearnedWeight) -> LearnedWeight:

@@ -42,28 +42,53 @@ class _Enough(AutoquantError):
 
 @dataclass
 class _Seen:
-    """What one site saw: rows of its input, call by call; ``rows`` are all that there were."""
+    """What one site saw: rows of its input, batch by batch and call by call.
+
+    ``rows`` are all that there were, of which each batch gives ``most``, or one for each call where
+    those are more. After ``enough`` calls of a batch, what follows is not looked at.
+    """
 
     site: Site
     module: nn.Module
     most: int
     activation: ActivationScheme | None = None
-    parts: list[Tensor] = field(default_factory=list)
+    batches: list[list[Tensor]] = field(default_factory=list)
     rows: int = 0
-    ends: list[int] = field(default_factory=list)
-    """How many parts there were at the end of each batch."""
     enough: int | None = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, x: Tensor) -> None:
+        if self.done:
+            raise _Enough  # whoever caught it before calls again
         if x.numel():
             if self.activation is not None:
                 x = fake_quantize_activation(x, self.activation, self.site.kind)
             self.rows += count_rows(x, self.site, self.module)
-            self.parts.append(input_rows(x, self.site, self.module, self.most))
-        if self.enough is not None and len(self.parts) >= self.enough:
+            self.batches[-1].append(input_rows(x, self.site, self.module, self.most))
+            self._thin()
+        if self.done:
             raise _Enough
+
+    def _thin(self) -> None:
+        """Keep no more of a batch than may be: the same rows for calls of the same shapes."""
+        parts = self.batches[-1]
+        while sum(p.shape[1] for p in parts) > self.most and any(p.shape[1] > 1 for p in parts):
+            parts[:] = [part[:, ::2].clone() for part in parts]
+
+    @property
+    def done(self) -> bool:
+        """Whether everything was seen that there is to see in this batch."""
+        return self.enough is not None and len(self.batches[-1]) >= self.enough
+
+    @property
+    def shapes(self) -> list[list[tuple[int, ...]]]:
+        """The shapes of all parts: where they are others, what was seen is of other places."""
+        return [[tuple(part.shape) for part in parts] for parts in self.batches]
+
+    def whole(self) -> Tensor:
+        """Return all rows [groups, rows, n]."""
+        return torch.cat([part for parts in self.batches for part in parts], 1)
 
 
 def reconstruct(
@@ -95,14 +120,13 @@ def reconstruct(
         progress(site.name)
         own = clean.pop(site.name)
         seen = _quantized_inputs(applier, own, done[site.name].activation, batches, run)
-        if [p.shape for p in seen.parts] != [p.shape for p in own.parts]:
+        if seen.shapes != own.shapes or not any(own.batches):
             continue
         slot = prepared.slots[site.name]
         matrix = to_matrix(slot.parameter.detach().to(torch.float32), site.channel_axis)
         scheme = done[site.name].weight
         assert scheme is not None
-        hat, x = torch.cat(seen.parts, 1), torch.cat(own.parts, 1)
-        found = technique.fit(site, scheme, matrix, hat, x, own.rows)
+        found = technique.fit(site, scheme, matrix, seen.whole(), own.whole(), own.rows)
         applier.learned[found.digest] = found
         done[site.name] = replace(
             done[site.name],
@@ -128,9 +152,9 @@ def _float_inputs(
         found[site.name] = _Seen(site, prepared.model.get_submodule(path), most)
     with _observed(applier, found):
         for batch in batches:
-            run(prepared.model, batch)
             for seen in found.values():
-                seen.ends.append(len(seen.parts))
+                seen.batches.append([])
+            run(prepared.model, batch)
     return found
 
 
@@ -144,12 +168,16 @@ def _quantized_inputs(
     """Return what a site sees with the model as it is, in the places where ``own`` saw it."""
     seen = _Seen(own.site, own.module, own.most, activation)
     with _observed(applier, {own.site.name: seen}):
-        for batch, end in zip(batches, own.ends, strict=True):
-            if len(seen.parts) >= end:
+        for batch, parts in zip(batches, own.batches, strict=True):
+            seen.batches.append([])
+            if not parts:
                 continue
-            seen.enough = end
-            with contextlib.suppress(_Enough):
+            seen.enough = len(parts)
+            try:
                 run(applier.prepared.model, batch)
+            except Exception:  # ours, or what the user's code made of it
+                if not seen.done:
+                    raise
     return seen
 
 

@@ -27,6 +27,7 @@ from autoquant.spec.outputs import check_target, is_signed
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import save
 
+MOST_RIDGE = 1e9
 RIDGES = (200.0, 20000.0)
 """How strongly weights are drawn to the float ones: which is best differs by model. Convolutions
 and transformers gain most by little, recurrent layers lose by it."""
@@ -68,10 +69,17 @@ class Tuned:
         return {"before": self.before, "after": self.after, "gained": self.gained, "tried": rows}
 
 
-def check_tuned(path: Path, inputs: Mapping[str, str | Path | None]) -> None:
-    """Raise UserError where to write a tuned recipe would take something from the user."""
-    check_target(path, is_signed, inputs)
-    check_target(learned_path(path), is_learned, inputs)
+def check_tuned(
+    path: Path, recipe: Recipe, inputs: Mapping[str, str | Path | None] | None = None
+) -> None:
+    """Raise UserError where to write a tuned recipe would take something from the user.
+
+    What ``recipe`` has learned already lies where a recipe may still need it.
+    """
+    own = None if recipe.learned is None else recipe.learned.path
+    files = {"recipe's learned file": own, **(inputs or {})}
+    check_target(path, is_signed, files)
+    check_target(learned_path(path), is_learned, files)
 
 
 @interruptible()
@@ -93,7 +101,10 @@ def tune(
     UserError where the task gives no calibration data, or the user's code fails.
     """
     path = Path(os.path.abspath(out))
-    check_tuned(path, {})
+    check_tuned(path, recipe)
+    for ridge in ridges:
+        if not 0.0 <= ridge <= MOST_RIDGE:
+            raise UserError(f"ridge {ridge:g}: give a number from 0 to {MOST_RIDGE:g}")
     session = open_session(
         loaded, task, choose_device(device), recipe=recipe, backend=backend, say=say
     )
@@ -105,6 +116,7 @@ def tune(
             confirmed = confirm_one(session, best, goal, recipe.seed).recipe
     except TrialError as error:
         raise UserError(f"{task.source}: {error}") from error
+    check_tuned(path, recipe)  # again: it may have been edited meanwhile
     written = replace(confirmed, reconstruction=recipe.reconstruction, learned=recipe.learned)
     learned = [site.learned for site in confirmed.sites.values() if site.learned]
     if learned:
@@ -145,13 +157,13 @@ def _best(
     for ridge in ridges:
         technique, began = Sequential(ridge), time.monotonic()
         say(f"fitting the layers to each other ({technique})")
-        sites = reconstruct(session.applier, recipe.sites, batches, run, technique)
-        seconds = round(time.monotonic() - began, 3)
+        sites, loss = dict(recipe.sites), math.inf
         try:
+            sites = reconstruct(session.applier, recipe.sites, batches, run, technique)
             loss = session.measure(sites, "search")[0].loss
-        except TrialError:  # outputs that are not finite, say: as bad as can be
-            loss = math.inf
-        tried.append(Tried(technique, loss, seconds))
+        except TrialError as error:  # outputs that are not finite, say: as bad as can be
+            say(f"{technique}: {error}")
+        tried.append(Tried(technique, loss, round(time.monotonic() - began, 3)))
         if loss < after:
             best, after = sites, loss
     return best, Tuned(recipe, before, after, tuple(tried))

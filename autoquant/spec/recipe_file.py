@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def load(path: Path) -> Recipe:
     recipe = _recipe(read_yaml(path, "recipe"), str(path))
     if recipe.learned is None:
         return recipe
-    beside = replace(recipe.learned, path=str(path.parent / recipe.learned.path))
+    beside = replace(recipe.learned, path=os.path.abspath(path.parent / recipe.learned.path))
     return replace(recipe, learned=beside)
 
 

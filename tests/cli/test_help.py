@@ -79,6 +79,7 @@ def test_reading_a_study_does_not_import_torch(searched, words):
         ("search", "model.pt", "--task", "t.py", "--space", "int9"),
         ("search", "gone.pt", "--task", "t.py"),
         ("apply", "gone.yaml", "model.pt"),
+        ("tune", "gone.yaml", "model.pt", "--task", "t.py"),
     ],
 )
 def test_what_is_cheap_to_check_is_checked_before_torch_is_imported(tmp_path, words):

@@ -39,6 +39,7 @@ COMMANDS = {
     "search": ("search", *WORDS, "--trials", "4", "--study", "t"),
     "resume": ("resume", "s", "--trials", "15", "--accept-changes"),
     "evaluate": ("evaluate", *WORDS, "--recipe", "recipe.yaml"),
+    "tune": ("tune", "recipe.yaml", *WORDS, "--ridge", "200"),
     "apply": ("apply", "recipe.yaml", *WORDS),
     "show": ("show", "s"),
     "why": ("show", "s", "--why", "0"),

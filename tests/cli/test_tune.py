@@ -1,0 +1,436 @@
+"""``autoquant tune``: what it writes is what it says, and it takes nothing from the user."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import autoquant
+from autoquant.methods.learned import LearnedWeight
+from autoquant.optimize import tune as tuning
+from autoquant.spec.recipe import WeightScheme
+from autoquant.spec.recipe_file import load
+from autoquant.study.source import Source
+from tests.cli.conftest import TASK
+
+RECIPE = """\
+autoquant_recipe: 2
+layers:
+  '0': {weight: {bits: 2}, activation: {bits: 8}}
+  '2': {weight: {bits: 3}, activation: {bits: 6, granularity: per_token}}
+  '4': {weight: {bits: 3}}
+"""
+WORDS = ("model.pt", "--task", "task.py")
+TUNE = ("tune", "r.yaml", *WORDS)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def plain(project):
+    """Return the project with a recipe by hand."""
+    (project / "r.yaml").write_text(RECIPE)
+    return project
+
+
+@pytest.fixture(scope="module")
+def written():
+    """Return what the first test to ask has tuned: it is the same every time."""
+    return {}
+
+
+@pytest.fixture
+def tuned(plain, cli, written):
+    """Return the project with what ``tune`` writes."""
+    if not written:
+        result = cli(*TUNE)
+        assert result.status == 0, result.err
+        written |= {p.name: p.read_bytes() for p in plain.glob("tuned.*")}
+    for name, text in written.items():
+        (plain / name).write_bytes(text)
+    return plain
+
+
+@pytest.fixture
+def refused(plain, cli):
+    """Return a function that runs a command that must fail before the task does anything."""
+
+    def run(*words, early=True):
+        if early:
+            text = (plain / "task.py").read_text()
+            (plain / "task.py").write_text(f"open('it ran', 'w').close()\n{text}")
+        before = content(plain)
+        result = cli(*words)
+        assert (result.status, result.out, len(result.err.splitlines())) == (2, "", 1), result
+        assert content(plain) == before
+        return result.err
+
+    return run
+
+
+def evaluated(cli, recipe):
+    result = cli("evaluate", *WORDS, "--recipe", recipe, "--json")
+    assert result.done, result.err
+    return json.loads(result.out)
+
+
+def net():
+    scope: dict = {}
+    exec(TASK, scope)
+    return scope["net"](), scope["data"]()
+
+
+def test_it_writes_a_recipe_and_what_was_learned(plain, cli):
+    result = cli(*TUNE)
+    assert (result.status, result.err) == (0, ""), result
+    assert "loss on the search data: " in result.out
+    assert "nothing gained" not in result.out
+    assert result.out.count("fitting the layers to each other") == 2
+    assert f"recipe: {plain / 'tuned.yaml'}" in result.out
+    recipe, before = load(plain / "tuned.yaml"), load(plain / "r.yaml")
+    assert recipe.learned.path == str(plain / "tuned.learned.safetensors")
+    assert set(recipe.sites) == set(before.sites)
+    for name, site in recipe.sites.items():
+        assert site.learned
+        assert site.weight == before.sites[name].weight
+        assert (site.activation is None) == (before.sites[name].activation is None)
+    assert recipe.reconstruction.method == "sequential"
+    assert recipe.model.name == "model"
+    assert (
+        evaluated(cli, "tuned.yaml")["average_weight_bits"] == recipe.evidence.average_weight_bits
+    )
+
+
+def test_evaluate_gives_the_very_numbers_of_the_file(tuned, cli):
+    evidence = load(tuned / "tuned.yaml").evidence
+    found = evaluated(cli, "tuned.yaml")
+    for name, split in (("search", evidence.search), ("confirm", evidence.confirm)):
+        assert found["splits"][name]["float"] == split.baseline
+        assert found["splits"][name]["quantized"] == split.quantized
+        assert found["splits"][name]["drop"] == split.drop
+        assert tuple(found["splits"][name]["interval"]) == split.interval
+    assert found["size_bytes"] == evidence.size_bytes
+    assert found["average_weight_bits"] == evidence.average_weight_bits
+
+
+def test_what_apply_writes_gives_them_too(tuned, cli):
+    result = cli("apply", "tuned.yaml", *WORDS, "-o", "q.safetensors")
+    assert result.done, result.err
+    (architecture, (x, y)), evidence = net(), load(tuned / "tuned.yaml").evidence
+    model = autoquant.load(tuned / "q.safetensors", architecture)
+    with torch.no_grad():
+        archived = model(x[80:])
+    splits = (evidence.search, evidence.confirm)
+    assert sum(s.samples for s in splits) == 320
+    right = sum(round(s.quantized * s.samples) for s in splits)
+    assert int((archived.argmax(1) == y[80:]).sum()) == right
+    # The recipe with what was learned needs no data at all.
+    mine, _ = net()
+    mine.load_state_dict(torch.load("model.pt", weights_only=True))
+    recipe = load(tuned / "tuned.yaml")
+    with torch.no_grad():
+        assert torch.equal(autoquant.apply(recipe, mine)(x[80:]), archived)
+    # Nor does the archive need the file.
+    (tuned / "tuned.learned.safetensors").unlink()
+    with torch.no_grad():
+        again = autoquant.load(tuned / "q.safetensors", net()[0])
+        assert torch.equal(again(x[80:]), archived)
+
+
+def test_a_recipe_that_was_moved_with_its_file(tuned, cli):
+    before = evaluated(cli, "tuned.yaml")
+    folder = tuned / "else where"
+    folder.mkdir()
+    (tuned / "tuned.yaml").rename(folder / "renamed.yaml")
+    (tuned / "tuned.learned.safetensors").rename(folder / "tuned.learned.safetensors")
+    assert evaluated(cli, folder / "renamed.yaml") == before
+    assert evaluated(cli, "else where/renamed.yaml") == before
+
+
+@pytest.mark.parametrize("how", ["missing", "cut off", "another's"])
+def test_without_its_file_it_is_one_line(tuned, refused, how):
+    path = tuned / "tuned.learned.safetensors"
+    found = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        path.write_bytes(found[:-5] if how == "cut off" else found + b" ")
+    for words in (
+        ("evaluate", *WORDS, "--recipe", "tuned.yaml"),
+        ("apply", "tuned.yaml", *WORDS, "-o", "q.safetensors"),
+        # Under --json, what is done before is not said on standard output.
+        ("tune", "tuned.yaml", *WORDS, "-o", "again.yaml", "--json"),
+    ):
+        line = refused(*words, early=False)
+        assert "tuned.learned.safetensors: " in line
+
+
+def test_a_task_that_changes_the_folder(tuned, cli):
+    """Names are those of where the command began."""
+    (tuned / "data").mkdir()
+    text = (tuned / "task.py").read_text()
+    (tuned / "task.py").write_text(f"import os\nos.chdir({str(tuned / 'data')!r})\n{text}")
+    for words in (
+        ("tune", "tuned.yaml", "model.pt", "--task", "task.py", "-o", "again.yaml"),
+        ("evaluate", *WORDS, "--recipe", "tuned.yaml"),
+        ("apply", "tuned.yaml", *WORDS, "-o", "q.safetensors"),
+    ):
+        os.chdir(tuned)
+        result = cli(*words)
+        assert result.status == 0, (words, result.err)
+    names = {"again.yaml", "again.learned.safetensors", "q.safetensors"}
+    assert names <= {p.name for p in tuned.iterdir()}
+
+
+def test_a_second_run_writes_its_own_files_anew(tuned, cli):
+    before = content(tuned)
+    assert cli(*TUNE).status == 0
+    assert content(tuned) == before
+    assert cli(*TUNE, "--ridge", 3).status == 0
+    recipe = load(tuned / "tuned.yaml")
+    assert recipe.reconstruction.ridge == 3
+    assert content(tuned)["tuned.learned.safetensors"] != before["tuned.learned.safetensors"]
+    evaluated(cli, "tuned.yaml")
+
+
+def test_a_recipe_that_was_edited_is_refused_before_anything_runs(tuned, refused):
+    path = tuned / "tuned.yaml"
+    path.write_text(path.read_text() + "# mine\n")
+    assert "tuned.yaml: is there already and was edited" in refused(*TUNE)
+
+
+@pytest.mark.parametrize("kind", ["text", "checkpoint"])
+def test_a_foreign_file_beside_it_is_refused_before_anything_runs(plain, refused, kind):
+    path = plain / "mine.learned.safetensors"
+    if kind == "text":
+        path.write_text("mine")
+    else:
+        save_file({"fc.weight": torch.zeros(3)}, path)
+    line = refused(*TUNE, "-o", "mine.yaml")
+    assert "mine.learned.safetensors: is there already" in line
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_what_is_read_is_not_written(tuned, refused, link):
+    line = refused("tune", "tuned.yaml", *WORDS)
+    assert "tuned.yaml: is the recipe, which is read; write to another file" in line
+    link(tuned / "tuned.yaml", tuned / "linked.yaml")
+    assert "is the recipe, which is read" in refused(
+        "tune", "tuned.yaml", *WORDS, "-o", "linked.yaml"
+    )
+
+
+def test_what_a_recipe_learned_is_not_overwritten_under_it(tuned, cli, refused):
+    """A copy of a tuned recipe names the same file, which only what it is a copy of may replace."""
+    shutil.copy(tuned / "tuned.yaml", tuned / "copy.yaml")
+    line = refused("tune", "copy.yaml", *WORDS, "-o", "tuned.yaml")
+    assert "tuned.learned.safetensors: is " in line
+    evaluated(cli, "copy.yaml")
+
+
+def test_a_recipe_that_is_edited_while_it_is_tuned(tuned, cli, monkeypatch):
+    """It stays as it is, and goes with what it learned."""
+    confirm, mine = tuning.confirm_one, []
+
+    def editing(*args, **kwargs):
+        path = tuned / "tuned.yaml"
+        path.write_text(path.read_text() + "# mine\n")
+        mine.append(path.read_bytes())
+        return confirm(*args, **kwargs)
+
+    monkeypatch.setattr(tuning, "confirm_one", editing)
+    result = cli(*TUNE, "--ridge", 3)
+    assert result.status == 2
+    assert "tuned.yaml: is there already and was edited" in result.err
+    assert (tuned / "tuned.yaml").read_bytes() == mine[0]
+    evaluated(cli, "tuned.yaml")
+
+
+def test_a_tuned_recipe_can_be_tuned_again(tuned, cli):
+    before = content(tuned)
+    result = cli("tune", "tuned.yaml", *WORDS, "-o", "made/again.yaml", "--json")
+    assert result.status == 0, result.err
+    assert before.items() <= content(tuned).items()
+    found = json.loads(result.out)
+    first, again = load(tuned / "tuned.yaml"), load(tuned / "made/again.yaml")
+    assert found["after"] <= found["before"]
+    if not found["gained"]:
+        assert dict(again.sites) == dict(first.sites)
+        assert again.reconstruction == first.reconstruction
+    for name in ("tuned.yaml", "tuned.learned.safetensors"):
+        (tuned / name).unlink()
+    evidence = again.evidence
+    confirm = evaluated(cli, "made/again.yaml")["splits"]["confirm"]
+    assert confirm["quantized"] == evidence.confirm.quantized
+
+
+WITHOUT = """
+
+def evaluate(model):
+    x, y = data()
+    with torch.no_grad():
+        return (model(x[80:]).argmax(1) == y[80:]).float().mean().item()
+"""
+
+
+def test_a_task_without_calibration_data(plain, refused):
+    head = TASK.partition("def calibration_data")[0]
+    (plain / "task.py").write_text(head.rstrip() + "\n" + WITHOUT)
+    (plain / "r.yaml").write_text(
+        "autoquant_recipe: 2\nlayers: {'0': {weight: {bits: 3}}, '2': {}, '4': {}}\n"
+    )
+    line = refused(*TUNE, "--json", early=False)
+    assert "gives no calibration data" in line
+    assert "task.py" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--ridge", "-1"), "-1"),
+        (("--ridge", "nan"), "nan"),
+        (("--ridge", "inf"), "inf"),
+        (("--ridge", "much"), "much"),
+        (("-o", "x.txt"), "x.txt"),
+        (("-o", "x.safetensors"), "x.safetensors"),
+        (("-o", "gone.yaml/x.yaml"), ""),
+    ],
+)
+def test_wrong_options(plain, cli, words, said):
+    (plain / "gone.yaml").write_text("a file, no folder")
+    before = content(plain)
+    result = cli(*TUNE, *words)
+    assert (result.status, result.out) == (2, ""), result
+    assert "Traceback" not in result.err
+    assert said in result.err
+    assert content(plain) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tune", "gone.yaml", *WORDS), "gone.yaml"),
+        (("tune", "task.py", *WORDS), "task.py"),
+        (("tune", "r.yaml", "gone.pt", "--task", "task.py"), "gone.pt"),
+        (("tune", "r.yaml", "model.pt", "--task", "gone.py"), "gone.py"),
+    ],
+)
+def test_files_that_are_not_there(refused, words, said):
+    assert said in refused(*words, early=False)
+
+
+def test_a_recipe_of_another_model(tuned, cli, refused):
+    state = torch.load("model.pt", weights_only=True)
+    torch.save({key: value + 0.001 for key, value in state.items()}, "model.pt")
+    words = ("tune", "tuned.yaml", *WORDS, "-o", "again.yaml")
+    assert "the recipe is for model (sha256" in refused(*words, early=False)
+    assert cli(*words, "--accept-changes").status == 0
+
+
+def test_json_is_one_document(plain, cli):
+    result = cli(*TUNE, "--json", "--ridge", 20, "--ridge", 0)
+    assert result.status == 0, result.err
+    assert result.out.count("\n") == 1
+    found = json.loads(result.out)
+    assert set(found) == {"before", "after", "gained", "tried", "path"}
+    assert [row["technique"]["ridge"] for row in found["tried"]] == [20.0, 0.0]
+    losses = [row["loss"] for row in found["tried"]]
+    assert found["after"] == min(losses) < found["before"]
+    assert found["gained"] is True
+    assert found["path"] == str(plain / "tuned.yaml")
+    best = found["tried"][losses.index(min(losses))]["technique"]
+    assert load(plain / "tuned.yaml").reconstruction.plain() == best
+
+
+def worse(applier, sites, *_):
+    """Return weights of the coarsest grid, whatever the recipe says."""
+    coarse = WeightScheme(2, "per_tensor")
+    return applier.apply({name: replace(site, weight=coarse) for name, site in sites.items()})
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_where_nothing_is_gained_the_recipe_is_as_it_was(plain, cli, monkeypatch, as_json):
+    (plain / "r.yaml").write_text(
+        RECIPE.replace("bits: 2", "bits: 8").replace("bits: 3", "bits: 8")
+    )
+    before = evaluated(cli, "r.yaml")
+    monkeypatch.setattr(tuning, "reconstruct", worse)
+    result = cli(*TUNE, *(["--json"] * as_json))
+    assert result.status == 0, result.err
+    if as_json:
+        found = json.loads(result.out)
+        assert found["gained"] is False
+        assert found["after"] == found["before"]
+        assert all(row["loss"] > found["before"] for row in found["tried"])
+    else:
+        assert "nothing gained" in result.out
+    recipe, first = load(plain / "tuned.yaml"), load(plain / "r.yaml")
+    assert {n: s.uncalibrated() for n, s in recipe.sites.items()} == {
+        n: s.canonical() for n, s in first.sites.items()
+    }
+    assert (recipe.learned, recipe.reconstruction) == (None, None)
+    assert not (plain / "tuned.learned.safetensors").exists()
+    assert evaluated(cli, "tuned.yaml") == before
+
+
+def test_outputs_that_are_no_numbers_are_as_bad_as_can_be(plain, cli, monkeypatch):
+    original = tuning.reconstruct
+
+    def broken(applier, sites, *args):
+        done = original(applier, sites, *args)
+        old = applier.learned[done["4"].learned]
+        huge = LearnedWeight(old.q, torch.full_like(old.scale, 3e38), old.zero_point, old.shift)
+        applier.learned[huge.digest] = huge
+        return done | {"4": replace(done["4"], learned=huge.digest)}
+
+    monkeypatch.setattr(tuning, "reconstruct", broken)
+    result = cli(*TUNE, "--json")
+    assert result.status == 0, result.err
+
+    def no_number(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    found = json.loads(result.out, parse_constant=no_number)
+    assert found["gained"] is False
+    assert math.isfinite(found["after"])
+
+
+def test_it_is_callable_from_python(plain):
+    source = Source("model.pt", "task.py", None, None)
+    task = source.load_task()
+    loaded = source.load(task)
+    said = []
+    found = tuning.tune(
+        loaded, task, load(plain / "r.yaml"), plain / "t.yaml", ridges=(20.0,), say=said.append
+    )
+    assert found.gained
+    assert found.after < found.before
+    assert load(plain / "t.yaml").sites == found.recipe.sites
+    assert "confirming" in said
+
+
+def test_code_of_the_task_that_fails_is_one_line(plain, refused):
+    text = (plain / "task.py").read_text()
+    fails = """
+calls = []
+
+
+def forward(model, x):
+    calls.append(0)
+    if len(calls) > 14:
+        raise ValueError("mine")
+    return model(x)
+"""
+    (plain / "task.py").write_text(text + fails)
+    line = refused(*TUNE, "--json", early=False)
+    assert "mine" in line
+    assert "task.py" in line

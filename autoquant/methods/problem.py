@@ -39,8 +39,8 @@ class SiteProblem:
 
     ``moments`` is E[x·xᵀ], about the mean where the layer's correction takes the mean error off:
     float32 [groups, n, n] or its diagonal [groups, n]; None where rows are read one by one, as an
-    embedding's are. ``once(key, make)`` returns what ``make`` gave for
-    the first of several problems of one site that asked.
+    embedding's are. ``once(key, make)`` returns what ``make`` gave for the first of several
+    problems of one site that asked.
     """
 
     site: Site

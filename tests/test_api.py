@@ -156,8 +156,8 @@ def test_the_reported_metric_is_that_of_the_applied_model():
 
 def test_a_study_of_python_objects_is_resumed_with_them():
     model, task = Net(), task_of()
-    autoquant.search(model, task, trials=4, study="a")
-    whole = autoquant.search(model, task, trials=9, study="b", out="b")
+    autoquant.search(model, task, trials=4, study="a", tune="none")
+    whole = autoquant.search(model, task, trials=9, study="b", out="b", tune="none")
     with pytest.raises(StudyError, match=r"Task in Python: go on with autoquant\.resume\(task=…\)"):
         autoquant.resume("a", model=model)
     with pytest.raises(StudyError, match=r"in Python: go on with autoquant\.resume\(model=…\)"):

@@ -43,13 +43,14 @@ def command(
     from autoquant.spec.recipe_file import save
     from autoquant.study.extract import extract
     from autoquant.study.ledger import Ledger
+    from autoquant.study.tuned import take_along
 
     if sum(x is not None for x in (trial, bits, size)) > 1:
         raise UserError("--trial, --bits and --size each choose a recipe; give one")
     check_target(Path(output), is_signed)
     ledger = Ledger.open(study, storage, write=False)
     recipe, chosen = extract(ledger, trial=trial, bits=bits, size=size)
-    save(recipe, Path(output))
+    save(take_along(recipe, Path(output)), Path(output))
     evidence = recipe.evidence
     assert evidence is not None
     print(

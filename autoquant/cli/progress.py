@@ -159,6 +159,12 @@ class ConsoleReporter:
             )
         trials = ", ".join(f"{n} {state}" for state, n in result.trials.items())
         out.print(f"study {result.study}: {trials}; {result.seconds:.1f} s on {result.device}")
+        if result.tuned:
+            best = result.recipe.reconstruction
+            chosen = "none of them is the best" if best is None else f"the best one is ({best})"
+            out.print(f"tuned: {result.tuned} recipes, layer by layer; {chosen}", markup=False)
+        for note in result.notes:
+            out.print(note, markup=False)
         if result.done is not None:
             out.print(result.done, markup=False)
         for what in result.skipped:

@@ -97,6 +97,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Stop candidates early that surely can't win, by a paired test over the samples so far.",
 )
+@click.option(
+    "--tune",
+    metavar="HOW",
+    default="auto",
+    show_default=True,
+    help="After the trials fit the layers of good recipes to each other, on the calibration data: "
+    "layer, none, or auto: layer, where that is no more work than twice the trials.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
 @memory_option
 @click.option(
@@ -128,6 +136,7 @@ def command(
     device: str,
     backend: str,
     prune: bool,
+    tune: str,
     seed: int,
     memory: str | None,
     out: str,
@@ -162,6 +171,7 @@ def command(
         backend=backend,
         prune=prune,
         memory=memory,
+        tune=tune,
     )
     check(options)
     if task is not None and data is not None:

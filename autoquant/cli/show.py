@@ -34,6 +34,7 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
     from autoquant.spec.recipe_file import loads
     from autoquant.study.ledger import MEASURED, REASON, Ledger
     from autoquant.study.trials import FRONT, RECIPE, best_trial, front
+    from autoquant.study.tuned import tuning_of
 
     ledger = Ledger.open(study, storage, write=False)
     trials = ledger.trials()
@@ -46,6 +47,7 @@ def command(study: str | None, why: str | None, storage: str | None, as_json: bo
                 "state": t.state.name.lower(),
                 "measured": t.user_attrs.get(MEASURED),
                 "reason": t.user_attrs.get(REASON),
+                "tuned": None if (how := tuning_of(t)) is None else how.technique.plain(),
             }
             for t in trials
         ]

@@ -69,10 +69,11 @@ def command(
     from autoquant.spec.recipe_file import load
 
     loaded_recipe = load(Path(recipe))
-    from autoquant.optimize.tune import RIDGES, check_tuned, tune
+    from autoquant.optimize.tune import check_tuned, tune
     from autoquant.report.tables import plain_number
     from autoquant.report.verdicts import verdict_line
     from autoquant.session.apply import check_model
+    from autoquant.session.tuning import RIDGES
     from autoquant.study.opening import check_folder
     from autoquant.study.source import Source
 

@@ -70,12 +70,17 @@ def write_learned(weights: Iterable[LearnedWeight], path: Path) -> LearnedFile:
     Raises UserError where it can't be written, or another file is there.
     """
     check_target(path, is_learned)
+    content = content_of(weights)
+    write_bytes(path, content)
+    return LearnedFile(str(path), hashlib.sha256(content).hexdigest())
+
+
+def content_of(weights: Iterable[LearnedWeight]) -> bytes:
+    """Return the file of weights: the same bytes for the same tensors."""
     tensors = {
         f"{w.digest}.{name}": getattr(w, name).contiguous() for w in weights for name in PARTS
     }
-    content = save(dict(sorted(tensors.items())))
-    write_bytes(path, content)
-    return LearnedFile(str(path), hashlib.sha256(content).hexdigest())
+    return save(dict(sorted(tensors.items())))
 
 
 def read_learned(recipe: Recipe) -> Mapping[str, LearnedWeight]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autoquant.errors import StudyError, TrialError, UserError
+from autoquant.methods.learned import is_learned, learned_path, read_learned
 from autoquant.optimize.choose import Choice
 from autoquant.optimize.opened import OpenStudy
 from autoquant.optimize.prepare import Plan
@@ -17,6 +18,7 @@ from autoquant.spec.recipe import Recipe
 from autoquant.spec.recipe_file import dumps, save
 from autoquant.study.opening import RECIPE_FILE
 from autoquant.study.trials import RECIPE
+from autoquant.study.tuned import Shelf, sites_of, take_along, tuning_of
 
 
 @dataclass(frozen=True)
@@ -24,19 +26,27 @@ class Confirmed:
     """What was confirmed.
 
     - ``chosen``: the finalist that is returned; ``finalists``: all that were measured.
-    - ``recipe``: its recipe, with the latency that was measured where that was asked for.
+    - ``recipe``: its recipe, with the latency that was measured where that was asked for, and with
+      what was learned for it.
     - ``latency_checks``: all comparisons of predicted latency with whole models.
+    - ``path``: the file that the recipe was written to.
     """
 
     chosen: Finalist
     finalists: tuple[Finalist, ...]
     recipe: Recipe
     latency_checks: tuple[LatencyCheck, ...]
+    path: Path = Path()
 
 
 def confirm_choice(study: OpenStudy, plan: Plan, choice: Choice) -> Confirmed:
     """Measure the candidates until the choice is sure; StudyError where every one fails."""
-    session = study.session
+    session, shelf = study.session, Shelf.of(study.ledger.storage, study.ledger.name)
+    tunings = {t.number: found for t in choice.candidates if (found := tuning_of(t)) is not None}
+    for number, tuning in tunings.items():
+        file = shelf.file(tuning.sha256)
+        sites = sites_of(study.ledger.trials()[number], plan.mapping)
+        session.applier.learned |= read_learned(Recipe(sites, learned=file))
     try:
         with session.without_reuse():
             chosen, done = confirm(
@@ -51,6 +61,9 @@ def confirm_choice(study: OpenStudy, plan: Plan, choice: Choice) -> Confirmed:
     except TrialError as error:
         raise StudyError(f"study {study.ledger.name}: {error}") from error
     recipe, checks = _timed(study, chosen.recipe)
+    if (known := tunings.get(chosen.trial)) is not None:
+        file = shelf.file(known.sha256)
+        recipe = replace(recipe, reconstruction=known.technique, learned=file)
     return Confirmed(chosen, tuple(done), recipe, checks)
 
 
@@ -66,21 +79,24 @@ def _timed(study: OpenStudy, recipe: Recipe) -> tuple[Recipe, tuple[LatencyCheck
     return timed, (*(LatencyCheck.read(row) for row in rows), found)
 
 
-def write(study: OpenStudy, confirmed: Confirmed) -> Path:
-    """Write the recipe to the study and to its file; return which file."""
-    path, recipe = _free(study.out, study.ledger.name), confirmed.recipe
+def write(study: OpenStudy, confirmed: Confirmed) -> Confirmed:
+    """Write the recipe to the study and to its file; return it as it was written."""
+    path, recipe = _free(study.out, study.ledger.name, confirmed.recipe), confirmed.recipe
     # The study first: `autoquant export` then has the recipe even where ``path`` can't be written.
     study.ledger.note(**{RECIPE: {"text": dumps(recipe), "trial": confirmed.chosen.trial}})
+    recipe = take_along(recipe, path)
     save(recipe, path)
-    return path
+    return replace(confirmed, recipe=recipe, path=path)
 
 
-def _free(out: Path, study: str) -> Path:
+def _free(out: Path, study: str, recipe: Recipe) -> Path:
     """Return where the recipe goes: beside one that was edited while the search ran."""
     beside = (out / f"recipe-{study}-{i}.yaml" for i in itertools.count(1))
     for path in itertools.chain([out / RECIPE_FILE], beside):
         try:
             check_target(path, is_signed)
+            if recipe.learned is not None:
+                check_target(learned_path(path), is_learned)
         except UserError:
             continue
         return path

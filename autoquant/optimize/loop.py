@@ -18,6 +18,7 @@ from autoquant.spec.recipe import SiteRecipe
 from autoquant.study.ledger import MEASURED, REASON, Ledger, finished
 from autoquant.study.parameters import ParameterMap
 from autoquant.study.trials import SCALES, best_trial, better, scales
+from autoquant.study.tuned import searched
 
 if TYPE_CHECKING:
     from autoquant.measure.evaluator import Watch
@@ -81,14 +82,15 @@ def run_trials(
     Raises StudyError where ten trials in a row failed, naming the reason, and whatever the
     ledger raises; KeyboardInterrupt passes through with the trial in flight dropped.
     """
-    trials = ledger.trials()
+    trials = searched(ledger.trials())
     failures = _failures(trials)
     best = best_trial(trials)
+    most = math.inf if stop.trials is None else stop.trials
     # Counted anew each time: other workers may add trials to the same study.
-    while (number := len(ledger.trials())) < (math.inf if stop.trials is None else stop.trials):
+    while (number := len(known := searched(ledger.trials()))) < most:
         if stop.schedule is not None and stop.schedule.late():
             return None
-        if stop.enough is not None and (reason := stop.enough(ledger.trials())) is not None:
+        if stop.enough is not None and (reason := stop.enough(known)) is not None:
             return reason
         began = time.monotonic()
         trial = _run_one(ledger, mapping, proposer, goal, measure, listener, number, price)
@@ -153,7 +155,7 @@ def _write(ledger: Ledger, proposer: Proposer, trial: FrozenTrial, number: int) 
         ledger.add(trial)  # what was measured is kept, whatever the sampler makes of it
         raise
     ledger.add(trial)
-    trial.number = number
+    trial.number = max(number, len(ledger.trials()) - 1)  # more where there are tuned ones
     return trial
 
 

@@ -46,7 +46,8 @@ class SearchResult:
     ``max_latency`` is in seconds; ``latency_checks`` compare predictions with whole models.
     ``done`` says why a search ended of itself. ``verdict`` is on the maximum drop that was asked
     for (``verdict.outcome``: PASS, FAIL or NOT PROVEN), None for a search by a budget alone.
-    ``skipped`` says what the timeout left no time for.
+    ``skipped`` says what the timeout left no time for. ``tuned`` counts the recipes whose layers
+    were fitted to each other, and ``notes`` say why none, or no more, were.
     """
 
     study: str
@@ -65,12 +66,14 @@ class SearchResult:
     fidelity: Fidelity | None = None
     verdict: Verdict | None = None
     skipped: tuple[str, ...] = ()
+    tuned: int = 0
+    notes: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Return the result as the JSON object of ``autoquant search --json``."""
         evidence = self.recipe.evidence
         assert evidence is not None
-        result = evidence.reported
+        result, how = evidence.reported, self.recipe.reconstruction
         return {
             "study": self.study,
             "recipe": str(self.recipe_path),
@@ -94,6 +97,11 @@ class SearchResult:
             "size_bytes": evidence.size_bytes,
             "float_size_bytes": evidence.float_size_bytes,
             "trials": dict(self.trials),
+            "tuning": {
+                "trials": self.tuned,
+                "chosen": None if how is None else how.plain(),
+                "notes": list(self.notes),
+            },
             "seconds": self.seconds,
             "device": self.device,
             "candidates_per_second": round(self.speed.per_second, 4),

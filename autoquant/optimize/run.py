@@ -27,7 +27,7 @@ from autoquant.selection.schedule import Schedule
 from autoquant.session.costs import check_latency, price
 from autoquant.session.preflight import Preflight, preflight
 from autoquant.session.session import Session, choose_device, open_session
-from autoquant.spec.options import Options, check, check_budget, parse_size
+from autoquant.spec.options import AUTO, Options, check, check_budget, parse_size
 from autoquant.spec.space import SearchSpace, SiteSpace
 from autoquant.study.checks import SEEN, seen_samples
 from autoquant.study.ledger import Ledger, StudyTaken
@@ -60,6 +60,7 @@ def search(
     reporter: Reporter | None = None,
     max_latency: str | None = None,
     objective: str | None = None,
+    tune: str = AUTO,
 ) -> SearchResult:
     """Find the best recipe for ``model`` and write it to ``out``/recipe.yaml.
 
@@ -74,7 +75,9 @@ def search(
     small under ``max_drop``. ``trials`` is a number, or "auto" for as many as it takes; ``timeout``
     is in seconds, from now on, and covers everything, the confirmation too; ``memory`` ("512MB",
     "0") is what results of layers may take so that they are not computed again, None for 2 GiB or a
-    quarter of what is free. Raises UserError, in one line, on anything the user can mend.
+    quarter of what is free. ``tune`` says whether the layers of good recipes are fitted to each
+    other after the trials: "layer", "none" or "auto", which is where that takes no longer than
+    twice the trials. Raises UserError, in one line, on anything the user can mend.
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
@@ -92,6 +95,7 @@ def search(
         backend=backend,
         prune=prune,
         memory=memory,
+        tune=tune,
     )
     # Before the task runs, which may change the working directory.
     place, folder = Storage.parse(storage), Path(os.path.abspath(out))

@@ -19,13 +19,14 @@ from autoquant.spec.options import AUTO
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.study.rank_correlation import Fidelity
 from autoquant.study.trials import FRONT, best_trial, measured
+from autoquant.study.tuned import searched
 
 
 @dataclass(frozen=True)
 class Tried:
     """What the trials came to.
 
-    - ``trials``: all that the study has, also from before and of other workers.
+    - ``trials``: all that the study has, also from before and of other workers; no tuned ones.
     - ``done``: why they ended of themselves, None where they were counted or timed.
     - ``foretold``: how well the sampler foretold them, None where that can't be said.
     - ``speed``: how fast candidates were measured, by this process.
@@ -42,10 +43,10 @@ class Tried:
 def try_all(study: OpenStudy, plan: Plan) -> Tried:
     """Run the trials of a plan; note in the study what the sampler foretells after them."""
     ledger, session = study.ledger, study.session
-    before, started = len(ledger.trials()), time.monotonic()
+    before, started = len(searched(ledger.trials())), time.monotonic()
     session.prepared.engine.reset()
     if study.schedule is not None:
-        study.schedule.begin_trials()
+        study.schedule.begin_trials(tunes=study.options.tune != "none")
     done = run_trials(
         ledger,
         plan.mapping,
@@ -56,7 +57,7 @@ def try_all(study: OpenStudy, plan: Plan) -> Tried:
         study.reporter,
         session.costs.of,
     )
-    trials, foretold = ledger.trials(), None
+    trials, foretold = searched(ledger.trials()), None
     if plan.forecast is not None:
         foretold = plan.forecast.fidelity(trials)
         ledger.note(**{FRONT: plan.forecast.front(trials)})
@@ -110,7 +111,7 @@ class Measurer:
             return None
         if not study.goal.budgeted:
             return Bar(study.goal.max_drop)
-        best = best_trial(study.ledger.trials())
+        best = best_trial(searched(study.ledger.trials()))
         if best is None:
             return None
         # Measured before, but for a search that was resumed.

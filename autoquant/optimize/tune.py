@@ -10,27 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from autoquant.errors import TrialError, UserError
 from autoquant.methods.learned import is_learned, learned_path, write_learned
-from autoquant.methods.reconstruct import reconstruct
 from autoquant.methods.reconstruction.sequential import Sequential
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
-from autoquant.models.usercode import guarded, interruptible
+from autoquant.models.usercode import interruptible
 from autoquant.optimize.evaluate import margin_of
 from autoquant.selection.confirmation import confirm_one
 from autoquant.session.session import Session, choose_device, open_session
+from autoquant.session.tuning import RIDGES, fit_layers, techniques, why_not
 from autoquant.spec.goal import Goal
 from autoquant.spec.outputs import check_target, is_signed
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import save
 
 MOST_RIDGE = 1e9
-RIDGES = (200.0, 20000.0)
-"""How strongly weights are drawn to the float ones: which is best differs by model. Convolutions
-and transformers gain most by little, recurrent layers lose by it."""
 
 
 @dataclass(frozen=True)
@@ -139,27 +134,18 @@ def _best(
     say: Callable[[str], None],
 ) -> tuple[dict[str, SiteRecipe], Tuned]:
     """Return the best sites, and how they came about."""
-    batches = [batch for batch in session.splits.calibrate if batch is not None]
-    if not batches:
-        raise UserError(f"{task.source}: gives no calibration data, which tuning learns from")
-
-    def run(model: nn.Module, inputs: Any) -> Any:
-        with guarded(failed, task.source):
-            return session.evaluator.run(model, inputs)
-
-    def failed(reason: str) -> UserError:
-        return UserError(f"the quantized model fails on the calibration data: {reason}")
-
+    if (reason := why_not(session, recipe.sites)) is not None:
+        raise UserError(f"{task.source}: {reason}")
     say("measuring the recipe as it is")
     measured, _, best = session.measure(recipe.sites, "search")
     before = after = measured.loss
     tried = []
-    for ridge in ridges:
-        technique, began = Sequential(ridge), time.monotonic()
+    for technique in techniques(ridges):
+        began = time.monotonic()
         say(f"fitting the layers to each other ({technique})")
         sites, loss = dict(recipe.sites), math.inf
         try:
-            sites = reconstruct(session.applier, recipe.sites, batches, run, technique)
+            sites = fit_layers(session, recipe.sites, technique)
             loss = session.measure(sites, "search")[0].loss
         except TrialError as error:  # outputs that are not finite, say: as bad as can be
             say(f"{technique}: {error}")

@@ -15,6 +15,7 @@ from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.techniques import NEAREST
 from autoquant.study.ledger import REASON
 from autoquant.study.trials import measured
+from autoquant.study.tuned import TUNED
 
 with unchanged():
     from rich.box import SIMPLE_HEAD
@@ -75,6 +76,7 @@ def describe_weight(site: SiteRecipe) -> str:
     if w is None:
         return "float"
     how = "" if w.rounding == NEAREST else f", {w.rounding}"
+    how = ", learned" if site.learned else how
     return f"{w.bits} bits {w.granularity} {w.scheme} {w.calibration}{how}"
 
 
@@ -135,7 +137,7 @@ def trials_table(trials: Sequence[FrozenTrial], title: str) -> Table:
     table = _table(title, *columns)
     for trial in trials:
         m = trial.user_attrs.get("measured")
-        state = trial.state.name.lower()
+        state = trial.state.name.lower() + (", tuned" if TUNED in trial.user_attrs else "")
         if m is None:
             reason = trial.user_attrs.get(REASON, "")
             table.add_row(str(trial.number), f"{state}: {reason}", *[""] * (len(columns) - 2))

@@ -12,6 +12,7 @@ from autoquant.selection.schedule import Schedule
 from autoquant.session.session import Session
 from autoquant.spec.goal import Goal
 from autoquant.spec.options import Options
+from autoquant.spec.recipe import SiteRecipe
 from autoquant.study.ledger import Ledger
 from autoquant.study.parameters import ParameterMap
 from autoquant.study.rank_correlation import Fidelity
@@ -30,6 +31,14 @@ class Forecast(Protocol):
 
     def expected_gain(self, trials: Sequence[FrozenTrial]) -> float | None:
         """Return what more trials could gain, as a share of the objective; None if not known."""
+
+    def cheaper(
+        self, trials: Sequence[FrozenTrial], losses: Sequence[float]
+    ) -> list[dict[str, SiteRecipe]]:
+        """Return the cheapest recipes that lose so many times the loss of the maximum drop.
+
+        Each once, and none that costs as much as the best trial: what may yet be repaired.
+        """
 
     def front(self, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
         """Return the best recipes from the cheapest on, as foretold: the rows a study keeps."""

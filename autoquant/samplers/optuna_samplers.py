@@ -23,6 +23,7 @@ from autoquant.samplers.base import Context, Make, Proposal, Proposer
 from autoquant.samplers.seeding import derive, of_worker
 from autoquant.study.ledger import MEASURED, finished, quiet_optuna
 from autoquant.study.parameters import ParameterMap
+from autoquant.study.tuned import searched
 
 SAMPLER_STATE = "sampler_state"
 """System attribute of a trial: what the sampler keeps with the study, as it was after the trial."""
@@ -90,7 +91,7 @@ def one_object(own: BaseSampler) -> Make:
 
 def _proposer(context: Context, make: Callable[[int], BaseSampler]) -> OptunaProposer:
     state = context.ledger.header.get(SAMPLER_STATE, {})
-    trials, limits = context.ledger.trials(), context.goal.limits
+    trials, limits = searched(context.ledger.trials()), context.goal.limits
     return OptunaProposer(make, context.mapping, trials, state, limits)
 
 

@@ -21,6 +21,7 @@ from autoquant.spec.goal import Goal, Measurement
 from autoquant.spec.recipe import Evidence, Recipe, SiteRecipe, SplitResult, choices_key
 from autoquant.spec.verdict import FAIL, Verdict
 from autoquant.study.parameters import ParameterMap
+from autoquant.study.tuned import sites_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class _Jury:
 
     def hear(self, trial: FrozenTrial) -> Finalist | None:
         """Return the trial's recipe as confirmed, for whichever trial; None where it fails."""
-        sites = self.mapping.decode(trial.params)
+        sites = sites_of(trial, self.mapping)
         key = choices_key(sites)
         if key in self._heard:
             return self._heard[key]

@@ -29,10 +29,14 @@ HUBER = 1.5
 
 @dataclass(frozen=True)
 class DropCurve:
-    """drop = ``scale`` · loss^``power``; ``scale`` is at least 0."""
+    """drop = ``scale`` · loss^``power``; ``scale`` is at least 0.
+
+    ``noise`` is the standard error of one measured drop, as the scatter of small ones tells it.
+    """
 
     scale: float
     power: float
+    noise: float = 0.0
 
     def drops(self, losses: Sequence[float] | Array) -> Array:
         """Return the estimated drop at each loss."""
@@ -70,4 +74,4 @@ def fit_drops(losses: Sequence[float], drops: Sequence[float]) -> DropCurve:
     if not np.isfinite(costs).any():
         return DropCurve(0.0, 1.0)
     best = int(np.nanargmin(costs))
-    return DropCurve(float(scales[best]), float(POWERS[best]))
+    return DropCurve(float(scales[best]), float(POWERS[best]), noise)

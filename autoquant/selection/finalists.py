@@ -12,11 +12,14 @@ from autoquant.spec.goal import Goal
 from autoquant.spec.recipe import choices_key
 from autoquant.study.parameters import ParameterMap
 from autoquant.study.trials import measured
+from autoquant.study.tuned import TUNED, sites_of
 
 Row = tuple[FrozenTrial, dict[str, Any]]
 
 FINALISTS = 5
 """Most recipes that are measured on the confirm split."""
+TUNED_ERROR = 0.7
+"""Relative error that the curve is taken to have for what is tuned."""
 CAUTION = (1.0, 0.6, 0.3)
 """Shares of the maximum drop within which a finalist's estimated drop lies, one after the other."""
 
@@ -45,7 +48,7 @@ def finalists(
         order = sorted([*order, *safe], key=_order)
     chosen: dict[str, FrozenTrial] = {}
     for trial, _ in order:
-        chosen.setdefault(choices_key(mapping.decode(trial.params)), trial)
+        chosen.setdefault(choices_key(sites_of(trial, mapping)), trial)
     return list(chosen.values())[:FINALISTS]
 
 
@@ -59,6 +62,12 @@ def incumbent(trials: Sequence[FrozenTrial], goal: Goal, uniforms: int) -> Froze
     return None if found is None else found[0]
 
 
+def estimated_drops(trials: Sequence[FrozenTrial]) -> dict[int, float]:
+    """Return the number and the drop of each measured trial, as all trials together tell it."""
+    rows = _rows(trials)
+    return _expected(rows) if rows else {}
+
+
 def _rows(trials: Sequence[FrozenTrial]) -> list[Row]:
     return [(t, m) for t in trials if (m := measured(t)) is not None]
 
@@ -68,10 +77,20 @@ def _order(row: Row) -> tuple[float, int]:
 
 
 def _expected(rows: Sequence[Row]) -> dict[int, float]:
-    """Return each trial's drop as all trials together tell it: less luck than its own."""
-    losses = [m["loss"] for _, m in rows]
-    curve = fit_drops(losses, [m["drop"] for _, m in rows])
-    return {t.number: e for (t, _), e in zip(rows, curve.drops(losses), strict=True)}
+    """Return each trial's drop as all trials together tell it: less luck than its own.
+
+    What is tuned loses less of its metric at the same distance from the float model's outputs, by a
+    factor that few trials can tell: its own drop counts, too, each by how sure it is.
+    """
+    plain = [m for t, m in rows if TUNED not in t.user_attrs]
+    curve = fit_drops([m["loss"] for m in plain], [m["drop"] for m in plain])
+    found = {}
+    for (trial, m), drop in zip(rows, curve.drops([m["loss"] for _, m in rows]), strict=True):
+        found[trial.number] = drop
+        if TUNED in trial.user_attrs and drop > 0 and curve.noise > 0:
+            own, foretold = curve.noise**-2, (TUNED_ERROR * drop) ** -2
+            found[trial.number] = (own * m["drop"] + foretold * drop) / (own + foretold)
+    return found
 
 
 def _within(

@@ -18,6 +18,8 @@ from autoquant.session.session import Session
 
 PROFILE = 0.4
 """Share of the time beside the confirmation that the profile may take."""
+TUNING = 0.3
+"""Share of the time from the first trial on, beside the confirmation, that tuning has."""
 CONFIRMATION = 0.4
 """Share of the time from the first trial on that more than one finalist may take."""
 INTERVAL = 0.5
@@ -54,6 +56,7 @@ class Schedule:
         self._interval = _seconds_of_interval(session)
         self._finalists = FINALISTS
         self._intervals = True
+        self._tuning = 0.0
         self.skipped: list[str] = []
 
     @property
@@ -74,12 +77,18 @@ class Schedule:
     @property
     def for_trials(self) -> float:
         """The seconds that are left for trials."""
+        return self.for_tuning - self._tuning
+
+    @property
+    def for_tuning(self) -> float:
+        """The seconds that are left for tuning, once the trials are over."""
         return self.left - self.confirmation(self._finalists)
 
-    def begin_trials(self) -> None:
-        """Say how much of the time from here on is kept for the confirmation."""
+    def begin_trials(self, *, tunes: bool = False) -> None:
+        """Say how much of the time from here on is kept for the confirmation, and for tuning."""
         self._intervals = self._interval * self._share <= INTERVAL * self.left
         self._finalists = max(self._affordable(CONFIRMATION * self.left), 1)
+        self._tuning = TUNING * max(self.for_tuning, 0.0) if tunes else 0.0
 
     def late(self) -> bool:
         """Return whether there is no time for another trial.

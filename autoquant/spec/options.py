@@ -20,6 +20,9 @@ AUTO = "auto"
 """As many trials as it takes; see ``optimize.termination``."""
 TRIALS = 60
 """Trials of a search that is told neither --trials nor --timeout."""
+TUNINGS = (AUTO, "layer", "none")
+"""Whether recipes are tuned after the trials: layer by layer, not at all, or (auto) layer by layer
+where that is no more work than twice the trials."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Options:
     backend: str = "auto"
     prune: bool = True
     memory: str | None = None
+    tune: str = AUTO
 
     @property
     def most_drop(self) -> str:
@@ -143,6 +147,8 @@ def check(options: Options) -> None:
         raise UserError(f"--objective {options.objective!r}: give {', '.join(OBJECTIVES)}")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: give an integer from 0 to {2**32 - 1}")
+    if options.tune not in TUNINGS:
+        raise UserError(f"--tune {options.tune!r}: give {', '.join(TUNINGS)}")
     trials = options.trials
     if isinstance(trials, str) and trials != AUTO:
         raise UserError(f"--trials {trials!r}: give a number, or {AUTO}")

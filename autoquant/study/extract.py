@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from optuna.trial import TrialState
 
 from autoquant.errors import StudyError
@@ -13,6 +15,7 @@ from autoquant.study.header import Header
 from autoquant.study.ledger import Ledger
 from autoquant.study.parameters import ParameterMap
 from autoquant.study.trials import RECIPE, best_trial, measured, trial_recipe
+from autoquant.study.tuned import Shelf, sites_of, tuning_of
 
 
 def mapping_of(ledger: Ledger) -> ParameterMap:
@@ -38,7 +41,11 @@ def extract(
     trials = ledger.trials()
     if trial is None and bits is None and size is None and RECIPE in ledger.header:
         found = ledger.header[RECIPE]
-        return loads(found["text"], f"study {ledger.name}"), found["trial"]
+        recipe = loads(found["text"], f"study {ledger.name}")
+        if recipe.learned is not None:
+            shelf = Shelf.of(ledger.storage, ledger.name)
+            recipe = replace(recipe, learned=shelf.file(recipe.learned.sha256))
+        return recipe, found["trial"]
     if trial is not None:
         if not 0 <= trial < len(trials):
             raise StudyError(f"study {ledger.name} has no trial {trial}; it has {len(trials)}")
@@ -67,5 +74,10 @@ def extract(
                 f"{ledger.name}`, or choose one with --trial"
             )
         chosen = best
-    sites = mapping_of(ledger).decode(chosen.params)
-    return trial_recipe(chosen, sites, header), chosen.number
+    recipe = trial_recipe(chosen, sites_of(chosen, mapping_of(ledger)), header)
+    tuning = tuning_of(chosen)
+    if tuning is not None:
+        shelf = Shelf.of(ledger.storage, ledger.name)
+        file = shelf.file(tuning.sha256)
+        recipe = replace(recipe, reconstruction=tuning.technique, learned=file)
+    return recipe, chosen.number

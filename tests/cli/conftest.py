@@ -23,6 +23,7 @@ KEYS = {
     "size_bytes",
     "float_size_bytes",
     "trials",
+    "tuning",
     "seconds",
     "device",
     "candidates_per_second",

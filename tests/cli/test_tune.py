@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import autoquant
 from autoquant.methods.learned import LearnedWeight
 from autoquant.optimize import tune as tuning
+from autoquant.session import tuning as fitting
 from autoquant.spec.recipe import WeightScheme
 from autoquant.spec.recipe_file import load
 from autoquant.study.source import Source
@@ -363,7 +364,7 @@ def test_where_nothing_is_gained_the_recipe_is_as_it_was(plain, cli, monkeypatch
         RECIPE.replace("bits: 2", "bits: 8").replace("bits: 3", "bits: 8")
     )
     before = evaluated(cli, "r.yaml")
-    monkeypatch.setattr(tuning, "reconstruct", worse)
+    monkeypatch.setattr(fitting, "reconstruct", worse)
     result = cli(*TUNE, *(["--json"] * as_json))
     assert result.status == 0, result.err
     if as_json:
@@ -383,7 +384,7 @@ def test_where_nothing_is_gained_the_recipe_is_as_it_was(plain, cli, monkeypatch
 
 
 def test_outputs_that_are_no_numbers_are_as_bad_as_can_be(plain, cli, monkeypatch):
-    original = tuning.reconstruct
+    original = fitting.reconstruct
 
     def broken(applier, sites, *args):
         done = original(applier, sites, *args)
@@ -392,7 +393,7 @@ def test_outputs_that_are_no_numbers_are_as_bad_as_can_be(plain, cli, monkeypatc
         applier.learned[huge.digest] = huge
         return done | {"4": replace(done["4"], learned=huge.digest)}
 
-    monkeypatch.setattr(tuning, "reconstruct", broken)
+    monkeypatch.setattr(fitting, "reconstruct", broken)
     result = cli(*TUNE, "--json")
     assert result.status == 0, result.err
 

@@ -29,6 +29,7 @@ from autoquant.session.preflight import Preflight
 from autoquant.spec.goal import Goal
 from autoquant.spec.recipe_file import load
 from autoquant.spec.space import SearchSpace
+from autoquant.study import tuned
 from autoquant.study.ledger import Ledger
 from autoquant.study.opening import new_name
 from autoquant.study.source import Source, space_file
@@ -83,7 +84,8 @@ def searched(task: Task | None = None, space: str = SPACE, **words: Any) -> Sear
 
 
 def trials(study: str = "s") -> list[FrozenTrial]:
-    return Ledger.open(study, None).trials()
+    """Return the trials of a study, without those that were tuned."""
+    return tuned.searched(Ledger.open(study, None).trials())
 
 
 @pytest.fixture(autouse=True)

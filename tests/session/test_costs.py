@@ -269,7 +269,7 @@ def test_the_tables_show_it():
 
 @pytest.mark.parametrize("sampler", ["knapsack", "tpe"])
 def test_a_resumed_study_keeps_its_table(sampler, monkeypatch):
-    words = {"max_latency": "60%", "bits": 6.0, "sampler": sampler}
+    words = {"max_latency": "60%", "bits": 6.0, "sampler": sampler, "tune": "none"}
     whole = searched(trials=14, study="whole", **words)
     searched(trials=7, study="pieces", **words)
     # Another speed of the machine would be another limit, and other trials.

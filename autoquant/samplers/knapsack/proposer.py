@@ -16,6 +16,7 @@ from autoquant.samplers.optuna_samplers import random, seeded_by_trial
 from autoquant.sensitivity.fisher import SAMPLES, Sensitivity
 from autoquant.sensitivity.profile import Profile, profile
 from autoquant.sensitivity.sample_gradients import Candidates
+from autoquant.spec.recipe import SiteRecipe
 from autoquant.study.explanation import FIELD
 from autoquant.study.explanation import plain as plain_profile
 from autoquant.study.rank_correlation import Fidelity, fidelity
@@ -79,6 +80,12 @@ class KnapsackProposer:
     def expected_gain(self, trials: Sequence[FrozenTrial]) -> float | None:
         """Return what knowing the layers' true weights would gain; None as long as not known."""
         return self._sampler.expected_gain(trials)
+
+    def cheaper(
+        self, trials: Sequence[FrozenTrial], losses: Sequence[float]
+    ) -> list[dict[str, SiteRecipe]]:
+        """Return the cheapest recipes that lose so many times what the goal allows."""
+        return self._sampler.cheaper(trials, losses)
 
     def front(self, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
         """Return the best recipes from the cheapest to the best, as foretold."""

@@ -12,6 +12,7 @@ unless the speed is known. More than one limit at a time makes the knapsack an i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from autoquant.spec.goal import Goal
 from autoquant.spec.recipe import SiteRecipe, choices_key
 from autoquant.study.ledger import MEASURED
 from autoquant.study.parameters import ParameterMap
+from autoquant.study.tuned import TUNED
 
 MUTATIONS = 0.5
 """Chance that a proposal also changes a dimension other than the bits of a few sites."""
@@ -216,14 +218,7 @@ class KnapsackSampler(BaseSampler):
         rng = np.random.default_rng(draws)
         seen = [s for s in map(self._read, trials) if s is not None]
         taken = {s.key for s in seen}
-        curve = fit_drops([s.loss for s in seen], [s.drop for s in seen])
-        expected = curve.drops([s.loss for s in seen])
-        keep = [s for s, e in zip(seen, expected, strict=True) if e <= self.goal.max_drop]
-        good = [s for s in seen if s.feasible] if self.goal.budgeted else keep
-        incumbent = min((s for s in good if s.complete), key=_rank, default=None)
-        target = curve.loss_at(self.goal.max_drop)
-        if keep:  # one step at a time beyond what was measured
-            target = min(target, FARTHEST * max(s.loss for s in keep))
+        incumbent, target = self._aim(seen)
         belief = self._posterior(seen)
         sites: Sites = {}
         for attempt in range(TRIES):
@@ -240,6 +235,36 @@ class KnapsackSampler(BaseSampler):
             if choices_key(sites) not in taken:
                 break
         return sites
+
+    def _aim(self, seen: Sequence[Seen]) -> tuple[Seen | None, float]:
+        """Return the best trial so far, and the loss at which the maximum drop is reached."""
+        curve = fit_drops([s.loss for s in seen], [s.drop for s in seen])
+        expected = curve.drops([s.loss for s in seen])
+        keep = [s for s, e in zip(seen, expected, strict=True) if e <= self.goal.max_drop]
+        good = [s for s in seen if s.feasible] if self.goal.budgeted else keep
+        incumbent = min((s for s in good if s.complete), key=_rank, default=None)
+        target = curve.loss_at(self.goal.max_drop)
+        if keep:  # one step at a time beyond what was measured
+            target = min(target, FARTHEST * max(s.loss for s in keep))
+        return incumbent, target
+
+    def cheaper(self, trials: Sequence[FrozenTrial], losses: Sequence[float]) -> list[Sites]:
+        """Return the cheapest recipes that lose more than the goal allows, as foretold.
+
+        One for each of ``losses``, in units of the loss at which the maximum drop is reached;
+        each recipe once, and none that costs as much as the best trial.
+        """
+        seen = [s for s in map(self._read, trials) if s is not None]
+        incumbent, target = self._aim(seen)
+        if self.goal.budgeted or not math.isfinite(target):
+            return []
+        belief, found = self._posterior(seen), dict[str, Sites]()
+        least = math.inf if incumbent is None else self._cost_of(incumbent.sites)
+        for loss in losses:
+            sites = self._solve(belief.mean, loss * target / belief.typical, incumbent)
+            if self._cost_of(sites) < least:
+                found.setdefault(choices_key(sites), sites)
+        return list(found.values())
 
     def expected_gain(self, trials: Sequence[FrozenTrial]) -> float | None:
         """Return what knowing the layers' true weights would gain, as a share of the objective.
@@ -290,7 +315,7 @@ class KnapsackSampler(BaseSampler):
 
     def _parse(self, trial: FrozenTrial) -> Seen | None:
         measured = trial.user_attrs.get(MEASURED)
-        if measured is None:
+        if measured is None or TUNED in trial.user_attrs:
             return None
         sites = self.mapping.decode(trial.params)
         damage = np.array([self.profile.damage(n, sites[n]) for n in self.names])

@@ -1,0 +1,259 @@
+"""The stage after the trials: recipes whose layers are fitted to each other (``methods``).
+
+With a budget the best trial is tuned. With a maximum drop recipes are that lose more than it
+allows, as foretold, but cost less: tuning may repair them. They are ordered by cost and bisected.
+Each is a trial of the study, and goes to the confirmation like any other; what was tuned before
+the search was interrupted is not tuned again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from autoquant.errors import StudyError, TrialError
+from autoquant.optimize.opened import OpenStudy
+from autoquant.optimize.prepare import Plan
+from autoquant.selection.finalists import estimated_drops
+from autoquant.session.tuning import fit_layers, fitted, techniques, why_not
+from autoquant.spec.options import AUTO
+from autoquant.spec.recipe import SiteRecipe, choices_key
+from autoquant.spec.techniques import Reconstruction
+from autoquant.study.ledger import MEASURED, REASON, finished
+from autoquant.study.trials import SCALES, best_trial, measured, scales
+from autoquant.study.tuned import TUNED, Shelf, Tuning, searched, tuning_of
+
+RUNGS = (8.0, 6.3, 5.0, 4.0, 3.2, 2.5, 2.0, 1.6, 1.25)
+"""Losses of the recipes that are tuned under a maximum drop, in units of the loss of that drop."""
+WORK = 2.0
+"""Times the work of the trials that a tuning may be, unless it is asked for."""
+
+Sites = Mapping[str, SiteRecipe]
+
+
+class _Late(Exception):
+    """Tuning has had its time."""
+
+
+@dataclass(frozen=True)
+class Tunings:
+    """What tuning came to: the ``trials`` that can be confirmed, tuned ones included.
+
+    ``count`` is how many of them are tuned, ``notes`` say why none, why no more, and which are
+    left out.
+    """
+
+    trials: Sequence[FrozenTrial]
+    count: int
+    notes: tuple[str, ...] = ()
+
+
+def tune_trials(study: OpenStudy, plan: Plan) -> Tunings:
+    """Tune what may gain by it, and return all trials of the study that can be confirmed."""
+    study.reporter.say("tuning")
+    reason, notes = _why_not(study, plan), list[str]()
+    if reason is None:
+        try:
+            _Tuner(study, plan).run()
+        except _Late:
+            reason = "no more was tuned: there was no time"
+    if reason:
+        notes.append(reason)
+    trials = list(_usable(study, notes))
+    return Tunings(trials, len(trials) - len(searched(trials)), tuple(notes))
+
+
+def _why_not(study: OpenStudy, plan: Plan) -> str | None:
+    """Return in one line why nothing is tuned, None where it is; "" where nobody wonders."""
+    session, options = study.session, study.options
+    known = [t for t in searched(study.ledger.trials()) if measured(t) is not None]
+    if options.tune == "none" or not known:
+        return ""
+    sites = plan.mapping.decode(known[0].params)
+    layers = len(fitted(session, sites))
+    if (reason := why_not(session, sites)) is not None:
+        return f"not tuned: {reason}"
+    samples = session.splits.samples
+    # A layer's turn takes half a pass over the data on average.
+    work = layers / 2 * samples["calibrate"]
+    trials = len(known) * max(samples["search"], samples["calibrate"])
+    if options.tune == AUTO and work > WORK * trials:
+        return (
+            f"not tuned: fitting {layers} layers would take about as long as "
+            f"{math.ceil(work / max(samples['search'], samples['calibrate']))} trials; "
+            "--tune layer asks for it"
+        )
+    return None
+
+
+class _Tuner:
+    """Tunes recipes one after another, each by every technique that is still in the running."""
+
+    def __init__(self, study: OpenStudy, plan: Plan) -> None:
+        self._study = study
+        self._plan = plan
+        self._shelf = Shelf.of(study.ledger.storage, study.ledger.name)
+        self._techniques = list(techniques())
+        self._longest = 0.0
+        self._until = math.inf
+        if study.schedule is not None:
+            self._until = time.monotonic() + study.schedule.for_tuning
+
+    def run(self) -> None:
+        """Tune what the goal asks for; _Late where time runs out."""
+        if self._study.goal.budgeted:
+            best = best_trial(searched(self._study.ledger.trials()))
+            if best is not None:
+                self._tune(self._plan.mapping.decode(best.params))
+            return
+        rungs = self._rungs()
+        low, high = 0, len(rungs)
+        while low < high:
+            middle = (low + high) // 2
+            if self._holds(self._tune(rungs[middle])):
+                high = middle
+            else:
+                low = middle + 1
+
+    def _rungs(self) -> list[Sites]:
+        """Return the recipes to bisect, cheapest first."""
+        trials = searched(self._study.ledger.trials())
+        forecast = self._plan.forecast
+        if forecast is not None:
+            found: list[Sites] = [*forecast.cheaper(trials, RUNGS)]
+        else:
+            found = [self._plan.mapping.decode(t.params) for t in _cheaper(trials, self._study)]
+        if not self._holding(trials):  # nothing keeps the drop yet: the safest one may, tuned
+            rows = [(m["loss"], t.number, t) for t in trials if (m := measured(t)) is not None]
+            found.append(self._plan.mapping.decode(min(rows)[2].params))
+        return found
+
+    def _holding(self, trials: Sequence[FrozenTrial]) -> set[int]:
+        """Return the numbers of the trials that keep the goal, by what all together say."""
+        goal, drops = self._study.goal, estimated_drops(self._study.ledger.trials())
+        return {
+            t.number
+            for t in trials
+            if (m := measured(t)) is not None
+            and drops[t.number] <= goal.max_drop
+            and all(v <= 0 or name == "drop" for name, v in t.constraints.items())
+            and math.isfinite(m["loss"])
+        }
+
+    def _holds(self, trials: Sequence[FrozenTrial]) -> bool:
+        return bool(self._holding(trials))
+
+    def _tune(self, sites: Sites) -> list[FrozenTrial]:
+        """Return the trials of one recipe, tuned by each technique; the best one is kept to."""
+        found = [self._once(sites, technique) for technique in self._techniques]
+        rows = [(m["loss"], i) for i, t in enumerate(found) if (m := measured(t)) is not None]
+        if len(self._techniques) > 1 and rows:
+            self._techniques = [self._techniques[min(rows)[1]]]
+        return found
+
+    def _once(self, sites: Sites, technique: Reconstruction) -> FrozenTrial:
+        """Return the trial of one recipe tuned by one technique, as the study has it."""
+        key = choices_key(sites)
+        for trial in self._study.ledger.trials():
+            tuning = tuning_of(trial)
+            same = tuning is not None and tuning.technique == technique
+            if same and choices_key(self._plan.mapping.decode(trial.params)) == key:
+                return trial
+        if time.monotonic() + self._longest > self._until:
+            raise _Late
+        began = time.monotonic()
+        trial = self._make(sites, technique)
+        self._longest = max(self._longest, time.monotonic() - began)
+        self._study.ledger.add(trial)
+        trial.number = len(self._study.ledger.trials()) - 1
+        return trial
+
+    def _make(self, sites: Sites, technique: Reconstruction) -> FrozenTrial:
+        """Fit and measure one recipe; return its trial, which is not written yet."""
+        study, began = self._study, datetime.datetime.now()
+        session, goal = study.session, study.goal
+        params, distributions = self._plan.mapping.encode(sites), self._plan.mapping.distributions
+        common: dict[str, Any] = {
+            "params": params, "distributions": distributions, "started": began,
+        }  # fmt: skip
+        number, layers = len(study.ledger.trials()), fitted(session, sites)
+
+        def heed(layer: str) -> None:
+            study.reporter.step(number, layers.index(layer), len(layers))
+            if time.monotonic() > self._until:
+                raise _Late
+
+        known = set(session.applier.learned)
+        try:
+            tuned = fit_layers(session, sites, technique, heed)  # type: ignore[arg-type]
+            with session.without_reuse():
+                m, _, done = session.measure(tuned, "search")
+            used = {site.learned for site in done.values() if site.learned}
+            sha256 = self._shelf.put([session.applier.learned[digest] for digest in used])
+        except TrialError as error:
+            tuning = Tuning(technique)
+            attrs = {REASON: str(error), TUNED: tuning.plain()}
+            return finished(TrialState.FAIL, user_attrs=attrs, **common)
+        finally:  # whichever is confirmed is read again: a large model's would not fit all
+            for digest in set(session.applier.learned) - known:
+                del session.applier.learned[digest]
+        attrs = {
+            MEASURED: m.plain() | {"objective": goal.objective(m), "feasible": goal.feasible(m)},
+            SCALES: scales(done),
+            TUNED: Tuning.of(technique, sha256, done).plain(),
+        }
+        return finished(
+            TrialState.COMPLETE,
+            value=goal.objective(m),
+            constraints=goal.constraints(m),
+            user_attrs=attrs,
+            **common,
+        )
+
+
+def _usable(study: OpenStudy, notes: list[str]) -> Iterator[FrozenTrial]:
+    """Yield the trials of a study, without those whose learned file is gone, which is noted."""
+    shelf = Shelf.of(study.ledger.storage, study.ledger.name)
+    for trial in study.ledger.trials():
+        tuning = tuning_of(trial)
+        if tuning is not None and not tuning.sha256:
+            notes.append(f"trial {trial.number}, tuned, failed: {trial.user_attrs[REASON]}")
+            continue
+        if tuning is not None:
+            try:
+                shelf.file(tuning.sha256)
+            except StudyError as error:
+                notes.append(f"trial {trial.number} is left out: {error}")
+                continue
+        yield trial
+
+
+def _cheaper(trials: Sequence[FrozenTrial], study: OpenStudy) -> list[FrozenTrial]:
+    """Return the trials that lose too much, and that no other beats in both cost and loss.
+
+    Cheapest first, and none that costs as much as the best trial.
+    """
+    drops, most = estimated_drops(trials), study.goal.max_drop
+    holding = [
+        m["objective"] for t in trials if (m := measured(t)) is not None and drops[t.number] <= most
+    ]
+    least = min(holding, default=math.inf)
+    rows = [
+        (m["objective"], m["loss"], t.number, t)
+        for t in trials
+        if (m := measured(t)) is not None and drops[t.number] > most and m["objective"] < least
+    ]
+    rows.sort(key=lambda row: row[:3])
+    kept: list[FrozenTrial] = []
+    lowest = math.inf
+    for _, loss, _, trial in rows:
+        if loss < lowest:
+            kept.append(trial)
+            lowest = loss
+    return kept[-len(RUNGS) :]

@@ -57,6 +57,7 @@ class Tunings:
 def tune_trials(study: OpenStudy, plan: Plan) -> Tunings:
     """Tune what may gain by it, and return all trials of the study that can be confirmed."""
     study.reporter.say("tuning")
+    study.session.evaluator.reuse = None  # from here on no recipe is like another
     reason, notes = _why_not(study, plan), list[str]()
     if reason is None:
         try:

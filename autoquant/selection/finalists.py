@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from optuna.trial import FrozenTrial
 
 from autoquant.selection.drop_curve import fit_drops
@@ -17,9 +18,9 @@ from autoquant.study.tuned import TUNED, sites_of
 Row = tuple[FrozenTrial, dict[str, Any]]
 
 FINALISTS = 5
-"""Most recipes that are measured on the confirm split."""
+"""Most recipes that are measured on the confirm split, not counting what is tuned."""
 TUNED_ERROR = 0.7
-"""Relative error that the curve is taken to have for what is tuned."""
+"""Relative error that the curve of all others is taken to have for what is tuned."""
 CAUTION = (1.0, 0.6, 0.3)
 """Shares of the maximum drop within which a finalist's estimated drop lies, one after the other."""
 
@@ -27,29 +28,40 @@ CAUTION = (1.0, 0.6, 0.3)
 def finalists(
     trials: Sequence[FrozenTrial], mapping: ParameterMap, goal: Goal, uniforms: int
 ) -> list[FrozenTrial]:
-    """Return the trials to confirm, best first: at most FINALISTS, no recipe twice.
+    """Return the trials to confirm, best first: at most FINALISTS untuned, no recipe twice.
 
     With a maximum drop: the smallest recipes whose drop, estimated from all trials, is within
     ever smaller shares of it; with a budget: the best ones. Then the incumbent, and the one of
-    least loss: the safe ways out.
+    least loss: the safe ways out. What is tuned takes nobody's place: the others are chosen as if
+    it were not there, too.
     """
     rows = _rows(trials)
     if not rows:
         return []
     expected = _expected(rows)
+    plain = [row for row in rows if TUNED not in row[0].user_attrs]
+    order: list[Row] = []
+    for some in (rows, plain) if len(plain) < len(rows) else (rows,):
+        order += _some_finalists(some, expected, goal, uniforms)
+    if not goal.budgeted:
+        order.sort(key=_order)
+    chosen: dict[str, FrozenTrial] = {}
+    for trial, _ in order:
+        chosen.setdefault(choices_key(sites_of(trial, mapping)), trial)
+    return list(chosen.values())
+
+
+def _some_finalists(
+    rows: Sequence[Row], expected: Mapping[int, float], goal: Goal, uniforms: int
+) -> list[Row]:
+    """Return at most FINALISTS of some trials, with a budget the best first; some may be twice."""
     affordable = (_within(rows, expected, goal) if goal.budgeted else rows) or rows
     safest = min(affordable, key=lambda r: (r[1]["loss"], r[0].number))
     plain = _incumbent(rows, expected, goal, uniforms)
     safe = [*([] if plain is None else [plain]), safest]
     if goal.budgeted:
-        order = [*_within(rows, expected, goal)[: len(CAUTION)], *safe]
-    else:
-        order = [r for share in CAUTION for r in _within(rows, expected, goal, share)[:1]]
-        order = sorted([*order, *safe], key=_order)
-    chosen: dict[str, FrozenTrial] = {}
-    for trial, _ in order:
-        chosen.setdefault(choices_key(sites_of(trial, mapping)), trial)
-    return list(chosen.values())[:FINALISTS]
+        return [*_within(rows, expected, goal)[: len(CAUTION)], *safe]
+    return [r for share in CAUTION for r in _within(rows, expected, goal, share)[:1]] + safe
 
 
 def incumbent(trials: Sequence[FrozenTrial], goal: Goal, uniforms: int) -> FrozenTrial | None:
@@ -79,18 +91,19 @@ def _order(row: Row) -> tuple[float, int]:
 def _expected(rows: Sequence[Row]) -> dict[int, float]:
     """Return each trial's drop as all trials together tell it: less luck than its own.
 
-    What is tuned loses less of its metric at the same distance from the float model's outputs, by a
-    factor that few trials can tell: its own drop counts, too, each by how sure it is.
+    What is tuned loses less of its metric than the rest at the same distance from the float model's
+    outputs, by a factor that is 1 ± TUNED_ERROR beforehand and is learned from all that are tuned.
     """
     plain = [m for t, m in rows if TUNED not in t.user_attrs]
     curve = fit_drops([m["loss"] for m in plain], [m["drop"] for m in plain])
-    found = {}
-    for (trial, m), drop in zip(rows, curve.drops([m["loss"] for _, m in rows]), strict=True):
-        found[trial.number] = drop
-        if TUNED in trial.user_attrs and drop > 0 and curve.noise > 0:
-            own, foretold = curve.noise**-2, (TUNED_ERROR * drop) ** -2
-            found[trial.number] = (own * m["drop"] + foretold * drop) / (own + foretold)
-    return found
+    drops = curve.drops([m["loss"] for _, m in rows])
+    tuned = np.array([TUNED in t.user_attrs for t, _ in rows])
+    if curve.noise > 0 and tuned.any():
+        own, foretold = np.array([m["drop"] for _, m in rows])[tuned], drops[tuned]
+        sure = (TUNED_ERROR / curve.noise) ** 2
+        factor = (1.0 + sure * own @ foretold) / (1.0 + sure * foretold @ foretold)
+        drops[tuned] *= max(factor, 0.0)
+    return {t.number: float(drop) for (t, _), drop in zip(rows, drops, strict=True)}
 
 
 def _within(

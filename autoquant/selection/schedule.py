@@ -124,12 +124,12 @@ class Schedule:
         interval = self._interval * self._share if self._intervals else 0.0
         return self._float * self._share + finalists * each + exact * (1 + self._share) + interval
 
-    def _affordable(self, seconds: float) -> int:
-        return sum(self.confirmation(n) <= seconds for n in range(1, FINALISTS + 1))
+    def _affordable(self, seconds: float, most: int = FINALISTS) -> int:
+        return sum(self.confirmation(n) <= seconds for n in range(1, most + 1))
 
     def finalists(self, there_are: int) -> int:
         """Return how many of the finalists there is time for, and note it where not for all."""
-        fit = min(max(self._affordable(self.left), 1), there_are)
+        fit = max(self._affordable(self.left, there_are), 1)
         if fit < there_are:
             self.skipped.append(f"{there_are - fit} of {there_are} finalists, not confirmed")
         return fit

@@ -33,6 +33,7 @@ from autoquant.spec.goal import Goal
 from autoquant.study.ledger import REASON
 from autoquant.study.opening import RECIPE_FILE
 from autoquant.study.trials import measured
+from autoquant.study.tuned import TUNED, searched
 
 with unchanged():
     from rich.console import Console
@@ -78,7 +79,7 @@ class ConsoleReporter:
         self.study = study
         self.stop = stop
         self.began = time.monotonic()
-        self.done = self.before = len(done)
+        self.done = self.before = len(searched(done))
         had = f", {len(done)} trials already" if done else ""
         self.console.print(f"study {study}{had}", markup=False)
         self.bar = self.progress.add_task(
@@ -93,7 +94,7 @@ class ConsoleReporter:
 
     def trial(self, trial: FrozenTrial, best: FrozenTrial | None) -> None:
         """Show a finished trial."""
-        self.done += 1
+        self.done += TUNED not in trial.user_attrs  # those come on top of what was asked for
         text = "no recipe yet"
         m = None if best is None else measured(best)
         if best is not None and m is not None:
@@ -107,6 +108,14 @@ class ConsoleReporter:
         if trial.state == TrialState.FAIL:
             self.console.print(
                 f"trial {trial.number} failed: {trial.user_attrs[REASON]}", markup=False
+            )
+        elif TUNED in trial.user_attrs:
+            m = measured(trial)
+            assert m is not None
+            self.console.print(
+                f"trial {trial.number}, tuned: drop {m['drop']:.4g}, "
+                f"{m['average_weight_bits']:.2f} bits",
+                markup=False,
             )
         elif not self.console.is_terminal and self.done % 10 == 0:
             self.console.print(f"{self.done} trials, {text}", markup=False)

@@ -169,6 +169,7 @@ class _Timer:
         slots = self.applier.prepared.slots
         weights = [
             [path, list(s.shape), list(slots[s.name].parameter.stride()), s.activation]
+            + [slots[s.name].smoothing is not None] * (slots[s.name].smoothing is not None)
             for path, s in unit.sites
         ]
         dtype = str(slots[unit.sites[0][1].name].parameter.dtype)

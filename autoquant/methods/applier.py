@@ -131,7 +131,8 @@ class Applier:
         else:
             made = self._quantize(site, scheme, recipe)
             shift = None if recipe.correction == UNCORRECTED else self._shift(site, made, recipe)
-        self._weights[key] = HeldWeight(made, self.prepared.engine, shift)
+        smoothing = self.prepared.slots[site.name].smoothing
+        self._weights[key] = HeldWeight(made, self.prepared.engine, shift, smoothing)
         self._evict()
         return self._weights[key]
 
@@ -166,8 +167,8 @@ class Applier:
             means = self._known(site.name, "correction: a corrected bias").mean_input()
             if means is None:
                 raise SpecError(f"{site.name}: correction: the calibration data have no input")
-        parameter = self.prepared.slots[site.name].parameter.detach()
-        matrix = to_matrix(parameter.to(torch.float32), site.channel_axis)
+        target = self.prepared.slots[site.name].target
+        matrix = to_matrix(target.to(torch.float32), site.channel_axis)
         moved: Tensor = correction.shift(made.matrix() - matrix, means)
         return moved
 
@@ -186,14 +187,14 @@ class Applier:
 
     def _quantize(self, site: Site, scheme: WeightScheme, recipe: SiteRecipe) -> QuantizedWeight:
         self._check_groups(site, scheme)
-        parameter = self.prepared.slots[site.name].parameter
+        target = self.prepared.slots[site.name].target
         known = self.statistics.get(site.name)
         if scheme.calibration in WEIGHT_NEEDS:
             known = self._known(site.name, f"calibration {scheme.calibration}: it")
         if Need.MOMENTS in scheme.rounding.needs:
             known = self._known(site.name, f"rounding: {scheme.rounding.method}")
         try:
-            return self._bench_of(site, parameter, known, recipe.correction).round(scheme)
+            return self._bench_of(site, target, known, recipe.correction).round(scheme)
         except TrialError as error:
             raise TrialError(f"{site.name}: {error}") from error
         except MissingStatistics as error:
@@ -204,7 +205,7 @@ class Applier:
     ) -> Bench:
         """Return the bench of a site, the last one where that is its: they are large."""
         last = self._bench
-        same = last is not None and last.weight is weight and last.known is known
+        same = last is not None and last.site is site and last.known is known
         if last is None or not same or last.correction != correction:
             self._bench = last = Bench(weight, site, known, correction)
         return last

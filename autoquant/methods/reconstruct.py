@@ -123,7 +123,7 @@ def reconstruct(
         if seen.shapes != own.shapes or not any(own.batches):
             continue
         slot = prepared.slots[site.name]
-        matrix = to_matrix(slot.parameter.detach().to(torch.float32), site.channel_axis)
+        matrix = to_matrix(slot.target.to(torch.float32), site.channel_axis)
         scheme = done[site.name].weight
         assert scheme is not None
         found = technique.fit(site, scheme, matrix, seen.whole(), own.whole(), own.rows)

@@ -105,9 +105,10 @@ class Prepared:
         A weight that is held keeps what was packed for it, for the next time. The choice has no
         name until whoever made it gives one (``SiteSlot.choice``).
         """
+        slot = self.slots[name]
         if isinstance(weight, QuantizedWeight):
-            weight = HeldWeight(weight, self.engine)
-        self.slots[name].switch(weight, activation)
+            weight = HeldWeight(weight, self.engine, smoothing=slot.smoothing)
+        slot.switch(weight, activation)
 
     def reset(self) -> None:
         """Return every site to float."""
@@ -244,9 +245,10 @@ def deploy(
         weight, activation = choices.get(site.name, (None, None))
         packed = None
         if weight is not None or activation is not None:
-            parameter = prepared.slots[site.name].parameter
-            stored = parameter if weight is None else weight
-            packed = PackedSite(site.kind, parameter.dtype, stored, activation)
+            slot = prepared.slots[site.name]
+            stored = slot.parameter if weight is None else weight
+            dtype, smoothing = slot.parameter.dtype, slot.smoothing
+            packed = PackedSite(site.kind, dtype, stored, activation, smoothing)
         for path, name in site.users:
             module = model.get_submodule(path)
             if packed is not None:

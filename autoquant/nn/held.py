@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from autoquant.kernels.engine import Engine
 from autoquant.kernels.operation import LINEAR, Operation, Product
 from autoquant.nn.runtime import Rows
+from autoquant.quant.smoothing import Smoothing
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -15,15 +16,21 @@ from autoquant.spec.recipe import ActivationScheme
 class HeldWeight:
     """One quantized weight: its products, and its real numbers where something asks for them.
 
-    ``shift`` [channels], float32, is what the layer's bias moves by, None where it stays.
+    ``shift`` [channels], float32, is what the layer's bias moves by, None where it stays. With a
+    ``smoothing`` the quantized weight, and its products, are those that meet the smoothed input.
     """
 
     def __init__(
-        self, quantized: QuantizedWeight, engine: Engine, shift: Tensor | None = None
+        self,
+        quantized: QuantizedWeight,
+        engine: Engine,
+        shift: Tensor | None = None,
+        smoothing: Smoothing | None = None,
     ) -> None:
         self.quantized = quantized
         self.engine = engine
         self.shift = shift
+        self.smoothing = smoothing
         self._real: Tensor | None = None
         self._bias: tuple[Tensor, int, Tensor] | None = None
         self._parts: dict[Rows, QuantizedWeight] = {None: quantized}
@@ -33,7 +40,10 @@ class HeldWeight:
         """Return the real numbers in the shape, dtype and memory format of ``parameter``."""
         if self._real is None:
             real = torch.empty_like(parameter, requires_grad=False)
-            self._real = real.copy_(self.quantized.dequantize(parameter.dtype))
+            found = self.quantized.dequantize(parameter.dtype)
+            if self.smoothing is not None:
+                found = self.smoothing.give_back(found)
+            self._real = real.copy_(found)
         return self._real
 
     def bias(self, own: Tensor | None) -> Tensor | None:

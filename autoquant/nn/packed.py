@@ -18,6 +18,7 @@ from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.affine import QParams, dequantize
 from autoquant.quant.blocks import from_blocks, from_matrix, to_blocks
 from autoquant.quant.packing import pack, unpack
+from autoquant.quant.smoothing import Smoothing
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -28,7 +29,8 @@ class PackedSite(nn.Module):
     Buffers: ``packed`` uint8 [channels, bytes], ``scale`` float32 [blocks, 1] and, for asymmetric
     schemes, ``zero_point`` int8 [blocks, 1]; or ``unquantized``, where only the activation is
     quantized. ``like`` is an empty parameter: its dtype and device are those of the weight, for
-    code that asks the model's parameters what they are.
+    code that asks the model's parameters what they are. ``smoothing`` float32 [input channels] are
+    the factors of a smoothed input, whose weight is packed.
     """
 
     parameter = None
@@ -38,6 +40,7 @@ class PackedSite(nn.Module):
     zero_point: Tensor
     unquantized: Tensor
     like: Tensor
+    smoothing: Tensor
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class PackedSite(nn.Module):
         dtype: torch.dtype,
         weight: QuantizedWeight | Tensor,
         activation: ActivationScheme | None,
+        smoothing: Smoothing | None = None,
     ) -> None:
         super().__init__()
         device = weight.device if isinstance(weight, Tensor) else weight.q.device
@@ -63,6 +67,9 @@ class PackedSite(nn.Module):
                 self.register_buffer("zero_point", weight.qparams.zero_point.to(torch.int8))
         else:
             self.register_buffer("unquantized", weight.detach().clone())
+        self.layout = None if smoothing is None else smoothing.layout
+        if smoothing is not None:
+            self.register_buffer("smoothing", smoothing.factors.clone())
 
     @property
     def weight(self) -> Tensor:
@@ -70,7 +77,10 @@ class PackedSite(nn.Module):
         if not self.quantized:
             return self.unquantized
         matrix = self._dequantize(unpack(self.packed, self.scheme.bits, self.columns), None)
-        return from_matrix(matrix, self.shape, self.channel_axis).to(self.like.dtype)
+        found = from_matrix(matrix, self.shape, self.channel_axis).to(self.like.dtype)
+        if self.layout is None:
+            return found
+        return found / self.layout.of_weight(self.smoothing, found)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows of the dequantized weight, dequantizing only those: an embedding."""
@@ -116,7 +126,12 @@ class PackedSite(nn.Module):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the activation as the quantized model sees it."""
-        return x if self.activation is None else self.activation(x)
+        if self.activation is None:
+            return x
+        if self.layout is None:
+            return self.activation(x)
+        factors = self.layout.beside(self.smoothing, x)
+        return self.activation(x / factors) * factors
 
     def layer(
         self,

@@ -21,6 +21,7 @@ from autoquant.nn.layer_output import After, LayerOutput, as_real
 from autoquant.nn.runtime import Layer, Multiply, Rows
 from autoquant.nn.sites import Site
 from autoquant.quant.activation import wants_gradient
+from autoquant.quant.smoothing import Smoothing
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
 
 Listen = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], Rows], Tensor]
@@ -38,6 +39,10 @@ class SiteSlot:
     ``stand_in`` is set, it computes with that weight and bias. ``choice`` names what the slot was
     switched to, None where that has no name; ``used`` is told before anything depends on it.
     ``refused`` says what the model's code did that a quantized weight can't have.
+
+    Where there is a ``smoothing``, all that is quantized, calibrated or probed is on its other
+    side: the input x / t and the weight that meets it (``target``). Float layers, and whoever reads
+    the weight, have x and the weight that meets that.
     """
 
     def __init__(self, site: Site, parameter: nn.Parameter, engine: Engine) -> None:
@@ -55,6 +60,22 @@ class SiteSlot:
         self.choice: SiteRecipe | None = FLOAT_SITE
         self.used: Callable[[], None] | None = None
         self.refused: str | None = None
+        self.smoothing: Smoothing | None = None
+        self._target: Tensor | None = None
+
+    def smooth(self, smoothing: Smoothing | None) -> None:
+        """Smooth the input from now on, or no more. What was calibrated before is void."""
+        self.smoothing = smoothing
+        self._target = None
+
+    @property
+    def target(self) -> Tensor:
+        """The weight that is to be quantized."""
+        if self.smoothing is None:
+            return self.parameter.detach()
+        if self._target is None:
+            self._target = self.smoothing.take(self.parameter.detach())
+        return self._target
 
     def use(self) -> None:
         """Say that what follows depends on ``choice``; every way to compute calls this first."""
@@ -111,12 +132,18 @@ class SiteSlot:
                 self.refused = "runs inside a transform of torch.func or a trace of torch.jit"
                 return x
             with torch.autocast(x.device.type, enabled=False):
-                self.observe(x)
+                self.observe(self._smoothed(x))
+        if self.probe is None and self.activation is None:
+            return x
+        x = self._smoothed(x)
         if self.probe is not None:
             x = self.probe(x)
-        if self.activation is None:
-            return x
-        return self.engine.fake_quantize(x, self.activation, self.site.kind)
+        if self.activation is not None:
+            x = self.engine.fake_quantize(x, self.activation, self.site.kind)
+        return x if self.smoothing is None else self.smoothing.multiply(x)
+
+    def _smoothed(self, x: Tensor) -> Tensor:
+        return x if self.smoothing is None else self.smoothing.divide(as_real(x))
 
     def layer(
         self,
@@ -132,7 +159,7 @@ class SiteSlot:
             product = self._product(layer.operation, None)
         if product is not None:
             self._tell()
-            y = _run(product, x, bias, layer)
+            y = _run(product, self._smoothed(x), bias, layer)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y
@@ -146,11 +173,15 @@ class SiteSlot:
     def reads(self, operation: Operation | None) -> ActivationScheme | None:
         """Return the scheme whose integers a layer's kernel would take; None where it has none."""
         self.use()
+        if self.smoothing is not None:
+            return None  # which divides real numbers
         product = None if operation is None else self._product(operation, None)
         return product.reads if is_chainable(product) else None
 
     def as_read(self, operation: Operation | None, x: Tensor) -> Tensor:
         """Return ``x`` as a layer that alone is read by this one would hand it on."""
+        if self.smoothing is not None:
+            return x
         product = None if operation is None else self._product(operation, None)
         if not is_chainable(product) or product.reads is None:
             return x
@@ -167,7 +198,7 @@ class SiteSlot:
     ) -> Tensor:
         start = time.perf_counter()
         if product is not None and not wants_gradient(x):
-            y = product(x, bias)
+            y = product(self._smoothed(x), bias)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y

@@ -67,7 +67,8 @@ def tune_trials(study: OpenStudy, plan: Plan) -> Tunings:
     if reason:
         notes.append(reason)
     trials = list(_usable(study, notes))
-    return Tunings(trials, len(trials) - len(searched(trials)), tuple(notes))
+    count = sum(measured(t) is not None for t in trials if TUNED in t.user_attrs)
+    return Tunings(trials, count, tuple(notes))
 
 
 def _why_not(study: OpenStudy, plan: Plan) -> str | None:
@@ -172,7 +173,9 @@ class _Tuner:
         trial = self._make(sites, technique)
         self._longest = max(self._longest, time.monotonic() - began)
         self._study.ledger.add(trial)
-        trial.number = len(self._study.ledger.trials()) - 1
+        every = self._study.ledger.trials()
+        trial.number = len(every) - 1
+        self._study.reporter.trial(trial, best_trial(every))
         return trial
 
     def _make(self, sites: Sites, technique: Reconstruction) -> FrozenTrial:
@@ -223,10 +226,7 @@ def _usable(study: OpenStudy, notes: list[str]) -> Iterator[FrozenTrial]:
     shelf = Shelf.of(study.ledger.storage, study.ledger.name)
     for trial in study.ledger.trials():
         tuning = tuning_of(trial)
-        if tuning is not None and not tuning.sha256:
-            notes.append(f"trial {trial.number}, tuned, failed: {trial.user_attrs[REASON]}")
-            continue
-        if tuning is not None:
+        if tuning is not None and tuning.sha256:
             try:
                 shelf.file(tuning.sha256)
             except StudyError as error:

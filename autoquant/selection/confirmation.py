@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optuna.trial import FrozenTrial
 
@@ -345,7 +345,7 @@ def confirm_one(
         verdict,
         session.sizes.layer_bits(done) if session.sizes.rest_weights else None,
     )
-    recipe = Recipe(done, session.identity, evidence, session.prepared.folded, seed)
+    recipe = replace(session.recipe(done), evidence=evidence, seed=seed)
     holds = evidence.reported.drop <= goal.max_drop + 1e-12
     return Finalist(number, recipe, m, holds, reading)
 

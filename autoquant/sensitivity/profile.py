@@ -137,9 +137,9 @@ def profile(
     activations: dict[str, dict[ActivationScheme, float]] = {}
     for site in prepared.sites:
         progress(site.name)
-        parameter = prepared.slots[site.name].parameter.detach()
-        weights[site.name], activations[site.name] = _local(
-            site, parameter, statistics[site.name], spaces[site.name], quantize
+        target = prepared.slots[site.name].target
+        weights[site.name], activations[site.name] = local_damage(
+            site, target, statistics[site.name], spaces[site.name], quantize
         )
     found = None if measure is None else measure(_candidates(weights, activations, spaces))
     errors: dict[str, dict[WeightScheme | ActivationScheme, float]] = {}
@@ -165,7 +165,7 @@ def profile(
     return Profile(options, weights, activations, numel, samples, reason, errors, layer)
 
 
-def _local(
+def local_damage(
     site: Site,
     parameter: Tensor,
     known: SiteStatistics,

@@ -73,7 +73,9 @@ class Changes:
         for scheme in candidates.weights:
             held = applier.held(name, SiteRecipe(scheme, None, candidates.correction))
             assert held is not None
-            changes.append(held.quantized.dequantize(torch.float32) - parameter)
+            made = held.quantized.dequantize(torch.float32)
+            made = made if held.smoothing is None else held.smoothing.give_back(made)
+            changes.append(made - parameter)
             shifts.append(self.nothing if held.shift is None else held.shift)
         self.weights = torch.stack(changes) if changes else None
         """[candidates, *parameter], None without any."""

@@ -32,7 +32,7 @@ from autoquant.spec.formats import FLOAT_BITS
 from autoquant.spec.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, divides
 from autoquant.spec.needs import Need, needs_of
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from autoquant.spec.recipe_file import BIAS, BITS, LEARNED, SCHEMES, site_from_plain
+from autoquant.spec.site_file import BIAS, BITS, LEARNED, SCHEMES, site_from_plain
 from autoquant.spec.techniques import (
     CORRECTIONS,
     NEAREST,
@@ -44,6 +44,8 @@ from autoquant.spec.techniques import (
 )
 
 VERSION = 1
+UNSMOOTHED: tuple[float, ...] = (0.0,)
+"""The exponents of a layer whose input stays as it is."""
 DIMENSIONS: Mapping[str, tuple[Any, ...]] = {
     "weight_bits": BITS,
     "weight_granularity": WEIGHT_GRANULARITIES,
@@ -78,11 +80,13 @@ class SiteLike(Protocol):
 class SiteSpace:
     """The choices of one site; ``fixed`` locks it to one recipe.
 
-    The choices of a technique are ``Offer``s.
+    The choices of a technique are ``Offer``s. ``smoothing`` are the exponents that its input may be
+    smoothed with, 0 for not at all: which one is settled before the trials.
     """
 
     choices: Mapping[str, tuple[Any, ...]]
     fixed: SiteRecipe | None = None
+    smoothing: tuple[float, ...] = UNSMOOTHED
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -114,6 +118,7 @@ class Rule:
     names: tuple[str, ...] = ()
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     fixed: SiteRecipe | None = None
+    smoothing: tuple[float, ...] | None = None
 
     def matches(self, site: SiteLike) -> bool:
         """Return whether the rule speaks of ``site``."""
@@ -201,11 +206,13 @@ class SearchSpace:
     def _site(self, site: SiteLike) -> SiteSpace:
         choices = dict(DEFAULTS)
         fixed: SiteRecipe | None = None
+        smoothing = UNSMOOTHED
         for rule in self.rules:
             if not rule.matches(site):
                 continue
             choices |= rule.choices
             fixed = rule.fixed
+            smoothing = smoothing if rule.smoothing is None else rule.smoothing
         grains = tuple(g for g in choices["weight_granularity"] if divides(g, site.matrix))
         choices["weight_granularity"] = grains or ("per_channel",)
         if not site.activation:
@@ -222,7 +229,7 @@ class SearchSpace:
                 f"space {label(self.name)}: {label(site.name)}: lock: {lock.granularity} does not "
                 f"divide the {site.matrix[1]} inputs of a channel"
             )
-        return SiteSpace(choices, fixed)
+        return SiteSpace(choices, fixed, smoothing if fixed is None else UNSMOOTHED)
 
 
 def _quantizes(space: SiteSpace) -> bool:
@@ -266,10 +273,21 @@ def _rule(data: Any, where: str) -> Rule:
             if older is not None:
                 raise SpecError(f"{where}: {dimension} is given twice; {OLDER[dimension]} says it")
             choices[dimension] = _offers(registry, fields.take(dimension), where)
+    smoothing = None
+    if "smoothing" in fields:
+        smoothing = _exponents(fields)
     fields.close()
-    if not choices and fixed is None:
+    if not choices and fixed is None and smoothing is None:
         raise SpecError(f"{where}: says nothing; give a dimension, lock or skip")
-    return Rule(types, names, choices, fixed)
+    return Rule(types, names, choices, fixed, smoothing)
+
+
+def _exponents(fields: Fields) -> tuple[float, ...]:
+    value = fields.take("smoothing")
+    found = [as_number(v) for v in (value if isinstance(value, list) else [value])]
+    if not found or any(v is None or not 0 <= v <= 1 for v in found):
+        raise fields.fail("smoothing", value, "one exponent from 0 to 1, or a list of them")
+    return tuple(dict.fromkeys(float(v) for v in found if v is not None))
 
 
 OLDER = {"rounding": "learning_rate", "correction": "bias_correction"}

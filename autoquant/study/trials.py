@@ -65,7 +65,8 @@ def trial_recipe(trial: FrozenTrial, sites: Mapping[str, SiteRecipe], header: He
         layer_weight_bits=_layer_bits(sites, header, m["average_weight_bits"]),
     )
     calibrated = with_scales(sites, trial.user_attrs.get(SCALES, {}))
-    return Recipe(calibrated, header.model, evidence, header.folded, header.options.seed)
+    seed, smoothing = header.options.seed, header.smoothing
+    return Recipe(calibrated, header.model, evidence, header.folded, seed, smoothing=smoothing)
 
 
 def _layer_bits(sites: Mapping[str, SiteRecipe], header: Header, average: float) -> float | None:

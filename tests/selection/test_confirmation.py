@@ -20,7 +20,7 @@ from autoquant.models.metrics import METRICS
 from autoquant.selection.confirmation import confirm, confirm_one
 from autoquant.selection.finalists import FINALISTS, finalists, incumbent
 from autoquant.spec.goal import Goal, Measurement
-from autoquant.spec.recipe import ModelIdentity, SiteRecipe, WeightScheme
+from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe, WeightScheme
 from autoquant.spec.space import DEFAULTS, SiteSpace
 from autoquant.study.ledger import MEASURED, finished
 from autoquant.study.parameters import ParameterMap
@@ -142,6 +142,9 @@ class FakeSession:
             confirms=confirms,
             baseline=lambda model, split: self.baseline(split),
         )
+
+    def recipe(self, sites):
+        return Recipe(sites, self.identity, None, self.prepared.folded)
 
     def baseline(self, split):
         return Reading(ACCURACY, 0.9 if split == "search" else 0.8, 10, None, None, 0.0)

@@ -25,7 +25,8 @@ from autoquant.spec.recipe import (
     SplitResult,
     WeightScheme,
 )
-from autoquant.spec.recipe_file import SCHEMES, dumps, load, loads, save
+from autoquant.spec.recipe_file import dumps, load, loads, save
+from autoquant.spec.site_file import SCHEMES
 from autoquant.spec.techniques import NEAREST, UNCORRECTED
 from autoquant.spec.verdict import Verdict
 
@@ -485,3 +486,12 @@ def test_other_edits_leave_a_scale_in_peace():
 def test_a_file_of_before_scales_said_what_they_are_for():
     assert "calibrated_for" not in (ASSETS / "recipe_v1.yaml").read_text()
     assert load(ASSETS / "recipe_v1.yaml").sites["features.0"].activation.zero_point == -128
+
+
+@pytest.mark.parametrize("letters", ["mmmm", "no", "on", "y", "null", "yes", "a" * 700])
+def test_factors_of_smoothed_inputs_are_read_as_they_were_written(letters):
+    sites = {"a": SiteRecipe(WeightScheme(8), ActivationScheme(8)), "off": SiteRecipe()}
+    recipe = Recipe(sites, smoothing={"a": letters, "off": letters})
+    found = loads(dumps(recipe))
+    assert dict(found.smoothing) == {"a": letters, "off": letters}
+    assert found == recipe

@@ -1,0 +1,165 @@
+"""Which layers of a search have their inputs smoothed, and how: settled before the first trial.
+
+For each exponent a of the space factor t_j is max|x_j|^a / max|w_j|^(1 − a) (SmoothQuant, Xiao et
+al. 2023, arXiv 2211.10438). The layer's own output error, after weight and activation were
+quantized either way, says which exponent is the best one, or that none is worth a division at run
+time. The float model's numbers stay what they are, bit for bit, so one pass of it serves all
+layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.errors import UserError
+from autoquant.methods.applier import Applier
+from autoquant.models.usercode import guarded
+from autoquant.nn.calibrate import SiteStatistics, calibrate
+from autoquant.nn.sites import Site
+from autoquant.nn.smoothing import can_smooth, layout_of, smooth
+from autoquant.quant.smoothing import rounded
+from autoquant.sensitivity.profile import local_damage
+from autoquant.session.session import Say, Session
+from autoquant.spec.formats import FLOAT_BITS
+from autoquant.spec.space import UNSMOOTHED, SiteSpace
+
+WORTH = 0.1
+"""Sum of the logarithms of two errors, at the widest and the narrowest weights, that has to be
+gained: a division takes time, and a layer that divides takes no integers from the one before."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to smooth a site: its factors, None for not at all, and what calibration saw then."""
+
+    score: float
+    factors: Tensor | None
+    known: SiteStatistics
+
+
+def smooth_inputs(
+    session: Session, spaces: Mapping[str, SiteSpace], say: Say = lambda _: None
+) -> None:
+    """Smooth the inputs of a session's layers where ``spaces`` allow it and it pays.
+
+    What was calibrated of them is made anew. Raises UserError where the user's code fails.
+    """
+    sites = [
+        site
+        for site in session.prepared.sites
+        if can_smooth(site) and any(a > 0 for a in spaces[site.name].smoothing)
+    ]
+    batches = [batch for batch in session.splits.calibrate if batch is not None]
+    if not sites or not batches:
+        return
+    say("smoothing inputs")
+    best = {}
+    for site in sites:
+        known, space = session.statistics[site.name], spaces[site.name]
+        score = _score(session, site, known, space) - WORTH if 0.0 in space.smoothing else math.inf
+        best[site.name] = _Way(score, None, known)
+    largest = _largest_inputs(session, sites, batches)
+    for exponent in sorted({a for site in sites for a in spaces[site.name].smoothing if a > 0}):
+        factors = {
+            site.name: found
+            for site in sites
+            if exponent in spaces[site.name].smoothing
+            and (found := _factors(session, site, largest.get(site.name), exponent)) is not None
+        }
+        smooth(session.prepared, factors)
+        seen = calibrate(session.prepared, batches, lambda m, x: _run(session, m, x))
+        for site in sites:
+            if site.name in factors:
+                known = seen[site.name]
+                score = _score(session, site, known, spaces[site.name])
+                if score < best[site.name].score:
+                    best[site.name] = _Way(score, factors[site.name], known)
+        smooth(session.prepared, dict.fromkeys(factors))
+    smooth(session.prepared, {name: way.factors for name, way in best.items()})
+    ours = {name: way.known for name, way in best.items()}
+    session.statistics = {name: ours.get(name, s) for name, s in session.statistics.items()}
+    session.applier = Applier(session.prepared, session.statistics, session.applier.learned)
+
+
+def _run(session: Session, model: nn.Module, inputs: Any) -> Any:
+    with guarded(_failed, session.task.source):
+        return session.evaluator.run(model, inputs)
+
+
+def _failed(reason: str) -> UserError:
+    return UserError(f"the float model fails on the calibration data: {reason}")
+
+
+def _largest_inputs(
+    session: Session, sites: Sequence[Site], batches: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Return max|x_j| [channels] of each site over all batches."""
+    found: dict[str, Tensor] = {}
+
+    def observer(site: Site) -> Callable[[Tensor], None]:
+        layout = layout_of(site)
+
+        @torch.inference_mode(False)
+        @torch.no_grad()
+        def observe(x: Tensor) -> None:
+            if x.numel():
+                largest = layout.over_channels(x.detach().abs()).float()
+                known = found.get(site.name)
+                found[site.name] = largest if known is None else torch.maximum(known, largest)
+
+        return observe
+
+    slots = session.prepared.slots
+    for site in sites:
+        slots[site.name].observe = observer(site)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                _run(session, session.model, batch)
+    finally:
+        for site in sites:
+            slots[site.name].observe = None
+    return found
+
+
+def _factors(session: Session, site: Site, inputs: Tensor | None, exponent: float) -> Tensor | None:
+    """Return the factors [channels] of a site by an exponent; None where they are all 1."""
+    if inputs is None:
+        return None
+    weight = session.prepared.slots[site.name].parameter.detach().float()
+    if site.kind.startswith("conv"):
+        columns = weight.reshape(site.groups, site.shape[0] // site.groups, site.shape[1], -1)
+        largest = columns.abs().amax((1, 3)).flatten()
+    else:
+        largest = weight.abs().amax(site.channel_axis)
+    alive = (inputs > 0) & (largest > 0)
+    if not bool(alive.any()):
+        return None
+    factors = torch.ones_like(inputs)
+    factors[alive] = rounded(inputs[alive] ** exponent / largest[alive] ** (1.0 - exponent))
+    return None if bool((factors == 1).all()) else factors
+
+
+def _score(session: Session, site: Site, known: SiteStatistics, space: SiteSpace) -> float:
+    """Return the sum of the logarithms of the layer's relative error with few and many bits."""
+    target = session.prepared.slots[site.name].target
+    widths = [b for b in space.choices["weight_bits"] if b != FLOAT_BITS]
+    both = tuple(dict.fromkeys((max(widths, default=8), min(widths, default=8))))
+    c = space.choices
+    few = dict(c) | {"weight_bits": both, "rounding": c["rounding"][:1]}
+    few |= {"weight_calibration": c["weight_calibration"][:1]}
+    weights, activations = local_damage(
+        site, target, known, replace(space, choices=few, smoothing=UNSMOOTHED)
+    )
+    beside = min(activations.values(), default=0.0)
+    totals = []
+    for bits in both:
+        own = min((d for w, d in weights.items() if w.bits == bits), default=0.0)
+        totals.append(math.log(max(own + beside, 1e-12)))
+    return sum(totals) * 2 / len(totals)

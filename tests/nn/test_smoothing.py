@@ -1,0 +1,173 @@
+"""Layers with smoothed inputs: float ones are as before, quantized ones as the formula has them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from autoquant.errors import SpecError
+from autoquant.kernels.engine import Engine, make_engine
+from autoquant.methods.applier import Applier
+from autoquant.nn.archive import load_archive, save_archive
+from autoquant.nn.calibrate import calibrate
+from autoquant.nn.convert import prepare
+from autoquant.nn.smoothing import smooth, smooth_as, smoothing_of
+from autoquant.quant.activation import fake_quantize_activation
+from autoquant.quant.blocks import to_matrix
+from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
+
+CPU = torch.device("cpu")
+SITE = SiteRecipe(WeightScheme(6), ActivationScheme(8))
+
+
+class Net(nn.Module):
+    """All kinds of layers whose inputs have channels, each with two of them far from the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(4, 8, 3, padding=1)
+            self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.rnn = nn.GRU(8, 6, batch_first=True)
+            self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.depthwise(torch.relu(self.conv(x))))
+        x = x.flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def inputs() -> torch.Tensor:
+    x = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(2))
+    return x * torch.tensor([1.0, 30.0, 0.01, 1.0])[:, None, None]
+
+
+FACTORS = {
+    "conv": torch.tensor([1.0, 32, 2**-6, 1]),
+    "depthwise": torch.exp2(torch.arange(-3.0, 5)),
+    "attention.in_proj_weight": torch.exp2(torch.arange(-3.0, 5).flip(0)),
+    "rnn.weight_ih_l0": torch.tensor([0.5, 2, 1, 1, 4, 0.25, 1, 1]),
+    "rnn.weight_hh_l0": torch.tensor([0.5, 2, 1, 1, 4, 0.25]),
+    "head": torch.tensor([8.0, 1, 1, 1, 1, 0.125]),
+}
+
+
+def made(engine: Engine, factors=FACTORS):
+    prepared = prepare(Net().eval(), lambda m: m(inputs()), engine=engine)
+    smooth(prepared, factors)
+    statistics = calibrate(prepared, [inputs()], lambda m, x: m(x))
+    return prepared, Applier(prepared, statistics)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_float_model_gives_the_same_bits_and_its_weights_are_its_own(fast):
+    engine = make_engine(CPU) if fast else Engine()
+    (prepared, _), (plain, _) = made(engine), made(engine, {})
+    with torch.no_grad():
+        assert torch.equal(prepared.model(inputs()), plain.model(inputs()))
+    assert torch.equal(prepared.model.conv.weight, Net().conv.weight)
+    assert set(smoothing_of(prepared)) == set(FACTORS)
+
+
+def test_what_is_observed_is_on_the_other_side():
+    (prepared, applier), seen = made(Engine()), {}
+    prepared.slots["conv"].observe = lambda x: seen.setdefault("conv", x)
+    with torch.no_grad():
+        prepared.model(inputs())
+    assert torch.equal(seen["conv"], inputs() / FACTORS["conv"][:, None, None])
+    largest = applier.statistics["conv"].distribution().absmax
+    assert largest == float((inputs() / FACTORS["conv"][:, None, None]).abs().max())
+
+
+@pytest.mark.parametrize("name", ["conv", "depthwise", "head"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_quantized_layer_is_what_the_formula_says(name, granularity, fast):
+    prepared, applier = made(make_engine(CPU) if fast else Engine())
+    recipe = SiteRecipe(WeightScheme(6), ActivationScheme(8, granularity))
+    done = applier.apply({name: recipe})[name]
+    layer, slot = getattr(prepared.model, name), prepared.slots[name]
+    x = {"conv": inputs(), "head": torch.randn(5, 6) * 3}.get(name, torch.rand(4, 8, 5, 5))
+    t, kind = FACTORS[name], "linear" if name == "head" else "conv"
+    beside = t if kind == "linear" else t[:, None, None]
+    own = getattr(Net(), name)
+    columns = {"conv": t[:, None, None], "depthwise": t[:, None, None, None], "head": t}[name]
+    matrix = to_matrix(own.weight.detach() * columns, 0)
+    scale = (matrix.abs().amax(1) / 31).reshape(-1, *[1] * (own.weight.dim() - 1))
+    rounded = (own.weight.detach() * columns / scale).round().clamp(-32, 31) * scale / columns
+    x_hat = fake_quantize_activation(x / beside, done.activation, kind) * beside
+    with torch.no_grad():
+        found = layer(x)
+        expected = (
+            nn.functional.linear(x_hat, rounded, own.bias)
+            if kind == "linear"
+            else (nn.functional.conv2d(x_hat, rounded, own.bias, padding=1, groups=own.groups))
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.weight, rounded)
+    assert slot.smoothing is not None
+
+
+def test_large_channels_no_longer_cost_the_small_ones_their_steps():
+    errors = {}
+    for smoothed in (False, True):
+        prepared, applier = made(Engine(), FACTORS if smoothed else {})
+        applier.apply({"conv": SiteRecipe(None, ActivationScheme(8))})
+        with torch.no_grad():
+            y = prepared.model.conv(inputs())
+            errors[smoothed] = float((y - Net().conv(inputs())).square().mean())
+    # What is left is what the large channel itself has: it is one of four.
+    assert errors[True] < 0.6 * errors[False]
+
+
+@pytest.mark.parametrize("how", ["archive", "exported"])
+def test_saved_models_give_the_same_bits(how, tmp_path):
+    prepared, applier = made(Engine())
+    sites = {site.name: SITE for site in prepared.sites}
+    done = applier.apply(sites)
+    with torch.no_grad():
+        expected = prepared.model(inputs())
+    deployed = applier.deploy(sites)
+    recipe = Recipe(done, smoothing=smoothing_of(prepared))
+    with torch.no_grad():
+        assert torch.equal(deployed(inputs()), expected)
+        assert torch.equal(copy.deepcopy(deployed).double().float()(inputs()), expected)
+    if how == "archive":
+        save_archive(deployed, recipe, tmp_path / "q.safetensors")
+        other = Net()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        loaded = load_archive(tmp_path / "q.safetensors", other)
+    else:
+        torch.export.save(torch.export.export(deployed, (inputs(),)), tmp_path / "q.pt2")
+        loaded = torch.export.load(tmp_path / "q.pt2").module()
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs()), expected)
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ({"nowhere": "mm"}, "smoothing: layer 'nowhere' is not in the model"),
+        ({"conv": "mmm"}, "conv: smoothing: found 3 characters, allowed: 4 letters"),
+        ({"conv": "mm4m"}, "conv: smoothing: found 4 characters, allowed: 4 letters"),
+    ],
+)
+def test_what_does_not_fit_is_refused(texts, words):
+    prepared = prepare(Net().eval(), lambda m: m(inputs()))
+    with pytest.raises(SpecError, match=words):
+        smooth_as(prepared, texts)
+
+
+def test_an_embedding_has_no_input_to_smooth():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    prepared = prepare(model, lambda m: m(torch.arange(5)))
+    with pytest.raises(SpecError, match="layer '0' has no input channels to smooth"):
+        smooth_as(prepared, {"0": "mmmm"})

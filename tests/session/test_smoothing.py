@@ -1,0 +1,136 @@
+"""Smoothing in a search: chosen by the layer's error, and one model from trial to loaded file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import autoquant
+from autoquant.errors import SpecError
+from autoquant.models.files import of_module
+from autoquant.models.task import Task
+from autoquant.nn.archive import load_archive, save_archive
+from autoquant.nn.smoothing import smoothing_of
+from autoquant.optimize.evaluate import measure_recipe
+from autoquant.optimize.resume import resume
+from autoquant.session.session import choose_device, open_session
+from autoquant.session.smoothing import smooth_inputs
+from autoquant.spec.recipe_file import dumps, load, loads
+from autoquant.spec.space import SearchSpace
+from autoquant.spec.uniform import uniform
+from autoquant.study.ledger import Ledger
+
+SPACE = """
+autoquant_space: 1
+rules:
+  - weight_bits: [8, 6]
+    weight_calibration: [output_mse, max]
+    activation_bits: [8]
+    activation_calibration: [mse, max]
+    smoothing: {exponents}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4))
+
+
+def model() -> nn.Module:
+    found = net()
+    with torch.no_grad():
+        found[0].weight[:, :2] /= 100
+    return found
+
+
+def task() -> Task:
+    x = torch.randn(600, 16, generator=torch.Generator().manual_seed(1))
+    x[:, :2] *= 100
+    with torch.no_grad():
+        y = model()(x)
+    return Task(
+        evaluation_data=lambda: list(zip(x.split(50), y.split(50), strict=True)), metric="mse"
+    )
+
+
+def space(exponents: str) -> SearchSpace:
+    return SearchSpace.parse(SPACE.replace("{exponents}", exponents), "mine")
+
+
+def opened():
+    return open_session(of_module(model()), task(), choose_device("cpu"))
+
+
+def test_only_what_gains_by_it_is_smoothed():
+    session = opened()
+    before = session.applier
+    spaces = space("[0, 0.5, 1]").resolve(session.prepared.sites)
+    smooth_inputs(session, spaces)
+    assert set(smoothing_of(session.prepared)) == {"0"}  # a tanh gives channels that are alike
+    factors = session.prepared.slots["0"].smoothing.factors
+    assert bool((factors[:2] > factors[2:].max()).all())
+    assert session.applier is not before
+    plain = opened()
+    recipe = uniform(spaces, 8)
+    ours, theirs = (s.measure(recipe, "search")[0].loss for s in (session, plain))
+    assert ours < theirs / 4
+
+
+@pytest.mark.parametrize("exponents", ["[0]", "0"])
+def test_without_an_exponent_nothing_is_done(exponents):
+    session = opened()
+    before = session.statistics
+    smooth_inputs(session, space(exponents).resolve(session.prepared.sites))
+    assert not smoothing_of(session.prepared)
+    assert session.statistics is before
+
+
+def test_one_exponent_alone_is_not_a_choice():
+    session = opened()
+    smooth_inputs(session, space("[1]").resolve(session.prepared.sites))
+    assert "0" in smoothing_of(session.prepared)
+    gained = smooth_inputs(other := opened(), space("[0, 1]").resolve(other.prepared.sites))
+    assert gained is None
+    assert set(smoothing_of(other.prepared)) <= set(smoothing_of(session.prepared))
+
+
+def test_one_model_from_trial_to_file():
+    result = autoquant.search(model(), task(), space=space("[0, 0.5, 1]"), trials=6, study="s")
+    assert set(result.recipe.smoothing) == {"0"}
+    written = load(result.recipe_path)
+    assert written == loads(dumps(written), "again") or written.learned is not None
+    assert dict(written.smoothing) == dict(result.recipe.smoothing)
+    found = measure_recipe(of_module(model()), task(), written).splits
+    assert found["confirm"].quantized == result.recipe.evidence.confirm.quantized
+    applied = autoquant.apply(written, model(), task())
+    save_archive(applied, written, Path("q.safetensors"))
+    loaded = load_archive(Path("q.safetensors"), net())
+    x = torch.randn(9, 16) * 20
+    with torch.no_grad():
+        assert torch.equal(applied(x), loaded(x))
+    header = Ledger.open("s", None).header
+    assert header["smoothing"] == dict(written.smoothing)
+    more = resume("s", model=model(), task=task(), trials=9)
+    assert dict(more.recipe.smoothing) == dict(written.smoothing)
+
+
+@pytest.mark.parametrize("value", ["2", "-1", "[]", "[0, high]", "{low: 0}"])
+def test_exponents_are_checked(value):
+    with pytest.raises(SpecError, match=r"smoothing: found .*one exponent from 0 to 1, or a list"):
+        space(value)
+
+
+@pytest.mark.parametrize("value", ["[1]", "{'9': mm}", "{'0': 3}"])
+def test_what_a_file_says_is_checked(value):
+    text = f"autoquant_recipe: 2\nlayers:\n  '0': {{weight: {{bits: 8}}}}\nsmoothing: {value}\n"
+    with pytest.raises(SpecError, match=r"r\.yaml: smoothing"):
+        loads(text, "r.yaml")

@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     "--trials",
     type=Trials(),
     metavar="N|auto",
-    help="Trials in all; auto: until more would gain too little. Default: 60, or as --timeout "
-    "allows.",
+    help="Trials in all; auto: until more would gain too little. Default: auto, but at most 60, or "
+    "as --timeout allows.",
 )
 @click.option(
     "--timeout",

@@ -13,7 +13,6 @@ from autoquant.samplers.base import Context, Forecast, Proposer
 from autoquant.samplers.baselines import Baselines
 from autoquant.samplers.exhaustive import Exhaustive
 from autoquant.samplers.registry import make_proposer
-from autoquant.spec.options import AUTO
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.uniform import baselines
 from autoquant.study.parameters import ParameterMap
@@ -56,7 +55,7 @@ def prepare(study: OpenStudy) -> Plan:
     study.reporter.begin(study.ledger.name, study.goal, study.ledger.trials(), stop)
     sampler = make_proposer(_context(study, mapping), study.own)
     study.session.keep({name: space.needs for name, space in mapping.spaces.items()})
-    if study.options.trials == AUTO and stop.trials is None:
+    if study.options.ends_itself and mapping.distributions:
         gain = None if sampler.forecast is None else sampler.forecast.expected_gain
         stop = replace(stop, enough=Enough(len(uniforms), gain))
     proposer, every = sampler, _exhaustive(study, mapping, stop)

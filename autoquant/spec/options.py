@@ -19,7 +19,7 @@ MAX_DROP = "1%"
 AUTO = "auto"
 """As many trials as it takes; see ``optimize.termination``."""
 TRIALS = 60
-"""Trials of a search that is told neither --trials nor --timeout."""
+"""Most trials of a search that is told neither --trials nor --timeout, and ends itself."""
 TUNINGS = (AUTO, "layer", "none")
 """Whether recipes are tuned after the trials: layer by layer, not at all, or (auto) layer by layer
 where that is no more work than twice the trials."""
@@ -77,6 +77,11 @@ class Options:
         if self.trials is None and self.timeout is None:
             return TRIALS
         return self.trials
+
+    @property
+    def ends_itself(self) -> bool:
+        """Whether the search ends where more trials would gain too little."""
+        return self.trials == AUTO or (self.trials is None and self.timeout is None)
 
     @property
     def memory_bytes(self) -> int | None:

@@ -287,6 +287,15 @@ def test_nothing_to_choose_is_one_trial():
     assert {site.weight_bits for site in result.recipe.sites.values()} == {4}
 
 
+@pytest.mark.parametrize("sampler", ["knapsack", "random"])
+def test_a_search_that_is_told_nothing_ends_itself(sampler):
+    result = searched(trials=None, sampler=sampler, tune="none")
+    assert result.done is not None
+    assert result.done.startswith("done after ")
+    assert len(trials()) < 60
+    assert searched(trials=60, study="told", sampler=sampler, tune="none").done is None
+
+
 @pytest.mark.parametrize(
     "words", [{"trials": 50}, {"trials": "auto"}, {"trials": 50, "sampler": "random"}]
 )

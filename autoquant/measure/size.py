@@ -43,7 +43,7 @@ def _bytes(tensor: Tensor) -> int:
 class SizeModel:
     """Sizes of recipes of one prepared model, from its shapes alone.
 
-    ``rest`` are the bytes of all that no recipe changes, and ``rest_weights`` the weights among it.
+    ``rest_weights`` are the weights among what no recipe changes.
     """
 
     def __init__(self, prepared: Prepared, float_size_bytes: int) -> None:
@@ -54,16 +54,30 @@ class SizeModel:
             for s in prepared.sites
         }
         with without_norms(prepared.model):
-            self.rest = float_bytes(prepared.model) - sum(self._float.values())
+            self._rest = float_bytes(prepared.model) - sum(self._float.values())
+        self._slots = prepared.slots
         self.rest_weights = sum(part.weights for part in prepared.float_parts)
+
+    @property
+    def rest(self) -> int:
+        """The bytes of all that no recipe changes; what smooths inputs is in every recipe."""
+        return self._rest + sum(self._factors(site) for site in self.sites)
 
     def bytes(self, sites: Mapping[str, SiteRecipe]) -> int:
         """Return the bytes of the model as it is saved with this recipe."""
-        total = self.rest
+        total = self._rest
         for site in self.sites:
-            scheme = sites.get(site.name, FLOAT_SITE).weight
+            recipe = sites.get(site.name, FLOAT_SITE)
+            scheme = recipe.weight
             total += self._float[site.name] if scheme is None else weight_bytes(site, scheme)
+            if scheme is not None or recipe.activation is not None:
+                total += self._factors(site)
         return total
+
+    def _factors(self, site: Site) -> int:
+        """Return the bytes of what smooths the input of a site."""
+        smoothing = self._slots[site.name].smoothing
+        return 0 if smoothing is None else smoothing.factors.nbytes
 
     def average_bits(self, sites: Mapping[str, SiteRecipe]) -> float:
         """Return the average width of all weights of the model; one left in float counts 16."""

@@ -16,6 +16,7 @@ from autoquant.nn.archive import save_archive
 from autoquant.nn.convert import prepare
 from autoquant.nn.fold import without_norms
 from autoquant.nn.sites import find_sites
+from autoquant.nn.smoothing import smooth_as
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 
 
@@ -46,6 +47,11 @@ FLOAT_SIZE = float_bytes(Mixed())
 PREPARED = prepare(Mixed().eval(), lambda m: m(IDS))
 REALIZER = Applier(PREPARED, {})
 SIZES = SizeModel(PREPARED, FLOAT_SIZE)
+
+SMOOTHED = prepare(Mixed().eval(), lambda m: m(IDS))
+smooth_as(SMOOTHED, {"conv": "n" * 32, "gru.weight_ih_l0": "l" * 64})
+SMOOTHED_APPLIER = Applier(SMOOTHED, {})
+SMOOTHED_SIZES = SizeModel(SMOOTHED, FLOAT_SIZE)
 
 WEIGHTS = st.builds(
     WeightScheme,
@@ -82,6 +88,13 @@ def saved_bytes(model):
 @settings(deadline=None, max_examples=40)
 def test_the_size_of_a_recipe_is_that_of_the_model_it_gives(sites):
     assert SIZES.bytes(sites) == saved_bytes(REALIZER.deploy(sites))
+
+
+@given(RECIPES)
+@settings(deadline=None, max_examples=20)
+def test_what_smooths_inputs_counts_where_it_is_saved(sites):
+    assert SMOOTHED_SIZES.bytes(sites) == saved_bytes(SMOOTHED_APPLIER.deploy(sites))
+    assert SMOOTHED_SIZES.bytes(sites) <= SMOOTHED_SIZES.rest + SIZES.bytes(sites) - SIZES.rest
 
 
 def test_the_size_is_that_of_the_tensors_in_the_file(tmp_path):

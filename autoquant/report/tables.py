@@ -93,7 +93,8 @@ def layers_table(recipe: Recipe) -> Table:
     """Return what was chosen for each layer."""
     table = _table("recipe", "layer", "weight", "activation")
     for name, site in recipe.sites.items():
-        table.add_row(name, describe_weight(site), describe_activation(site))
+        smoothed = ", smoothed" if name in recipe.smoothing else ""
+        table.add_row(name, describe_weight(site), describe_activation(site) + smoothed)
     return table
 
 

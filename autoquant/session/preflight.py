@@ -25,6 +25,7 @@ from autoquant.nn.convert import restored
 from autoquant.nn.float_parts import FloatPart
 from autoquant.nn.leaves import difference, frozen, leaves, leaves_differ
 from autoquant.nn.sites import Site
+from autoquant.nn.smoothing import smoothing_of
 from autoquant.session.costs import LatencyReport
 from autoquant.session.kernel_check import check_kernels
 from autoquant.session.repeats import first_to_differ
@@ -90,10 +91,18 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
         session.prepared.float_parts,
         parameters,
         reading.seconds,
-        (*session.splits.notes, *session.prepared.engine.notes),
+        (*session.splits.notes, *session.prepared.engine.notes, *_smoothed(session)),
         higher_is_better=reading.metric.higher_is_better,
         warnings=_no_better_than_chance(session, reading),
     )
+
+
+def _smoothed(session: Session) -> tuple[str, ...]:
+    """Return a note on how many layers have smoothed inputs, where any has."""
+    count = len(smoothing_of(session.prepared))
+    if not count:
+        return ()
+    return (f"the inputs of {count} of {len(session.prepared.sites)} layers are smoothed",)
 
 
 def _no_better_than_chance(session: Session, base: Reading) -> tuple[str, ...]:

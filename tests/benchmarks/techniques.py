@@ -1,12 +1,10 @@
 """Which technique suits which model: ``python -m tests.benchmarks.techniques``.
 
 For each model of the zoo all weights have the same few bits, per channel, first and last layer too,
-and activations have 8; only how the weights are rounded differs. Of the language model weights have
-a scale for each 64 inputs, activations one for each token, and its table of words, which is its
-head, 8 bits. Beside that inputs are smoothed, where weights have 8 bits too, a scale for each
-channel or one for all. Nothing is searched and nothing is chosen by what is reported: the metric
-and the loss (how far outputs are from the float model's) are of the confirm split, computed by the
-reference. Techniques see the unlabelled calibration data alone. Writes ``reports/techniques.md``.
+and activations have 8; only how the weights are rounded differs. Nothing is searched and nothing is
+chosen by what is reported: the metric and the loss (how far outputs are from the float model's) are
+of the confirm split, computed by the reference. Techniques see the unlabelled calibration data
+alone. Writes ``reports/techniques.md``.
 """
 
 from __future__ import annotations
@@ -26,9 +24,7 @@ from autoquant.methods.rounding.coordinate_descent import CoordinateDescent
 from autoquant.methods.rounding.gptq import GPTQ
 from autoquant.methods.rounding.learned_rounding import LearnedRounding
 from autoquant.models.noninferiority import drop_interval
-from autoquant.nn.smoothing import smooth, smoothing_of
 from autoquant.session.session import Session, open_session
-from autoquant.session.smoothing import smooth_inputs
 from autoquant.session.tuning import fit_layers
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SearchSpace
@@ -37,16 +33,16 @@ from autoquant.spec.uniform import uniform
 from autoquant.study.source import Source
 from tests.benchmarks.evaluation import line
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.zoo import TITLES as ZOO
+from tests.benchmarks.zoo import TITLES
 from tests.zoo.conftest import HERE, task_module
 
+HEAD = ["model", "bits", "technique", "loss", "metric", "drop in points (95%)", "CPU seconds"]
 REPORT = Path(__file__).resolve().parents[2] / "reports" / "techniques.md"
 BITS = {
     "mobilenet_v2": (4,),
     "minilm": (4, 3),
     "g2p": (4, 3),
     "resnext": (3, 2),
-    "smollm2": (4, 3),
 }
 SPACE = """\
 autoquant_space: 1
@@ -58,27 +54,6 @@ rules:
     activation_bits: [8]
     activation_calibration: [mse]
 """
-WORDS = """\
-    weight_granularity: [per_group_64]
-    activation_granularity: [per_token]
-  - names: [token_embd]
-    weight_bits: [8]
-    weight_granularity: [per_channel]
-"""
-"""What the language model has besides."""
-EIGHT = """\
-autoquant_space: 1
-name: smoothing
-rules:
-  - weight_bits: [8]
-    weight_granularity: [{granularity}]
-    weight_calibration: [mse]
-    activation_bits: [8]
-    activation_calibration: [mse]
-    smoothing: {exponents}
-"""
-SMOOTHED = ("mobilenet_v2", "minilm")
-TITLES = {**ZOO, "smollm2": "SmolLM2 (135M), news stories"}
 Sites = Mapping[str, SiteRecipe]
 Make = Callable[[Session, Sites], Sites]
 
@@ -129,35 +104,13 @@ TECHNIQUES: dict[str, Make] = {
 def rows_of(name: str, folder: Path) -> list[list[str]]:
     """Return the rows of one model."""
     session = opened(name, folder)
-    text = SPACE + (WORDS if name == "smollm2" else "")
-    spaces = SearchSpace.parse(text, "techniques").resolve(session.prepared.sites)
+    spaces = SearchSpace.parse(SPACE, "techniques").resolve(session.prepared.sites)
     rows = []
     for bits in BITS[name]:
         for title, make in TECHNIQUES.items():
-            if name == "smollm2" and "learned" in title:
-                continue  # hours
             began = time.process_time()
             sites = make(session, uniform(spaces, bits))
             rows.append(row_of(session, name, bits, title, sites, time.process_time() - began))
-    return rows
-
-
-def smoothed_rows(name: str, folder: Path) -> list[list[str]]:
-    """Return the rows of one model with 8 bits, with and without smoothed inputs."""
-    session = opened(name, folder)
-    rows = []
-    for granularity in ("per_channel", "per_tensor"):
-        for exponents in ("[0]", "[0, 0.5, 1]"):
-            text = EIGHT.format(granularity=granularity, exponents=exponents)
-            spaces = SearchSpace.parse(text, "smoothing").resolve(session.prepared.sites)
-            smooth(session.prepared, dict.fromkeys(spaces))
-            began = time.process_time()
-            smooth_inputs(session, spaces)
-            seconds = time.process_time() - began
-            count = len(smoothing_of(session.prepared))
-            how = f", {count} of {len(spaces)} layers smoothed" if len(exponents) > 3 else ""
-            sites = uniform(spaces, 8)
-            rows.append(row_of(session, name, 8, f"mse, {granularity}{how}", sites, seconds))
     return rows
 
 
@@ -182,15 +135,13 @@ def row_of(
     assert base.evidence is not None
     assert reading.evidence is not None
     sure = drop_interval(base.evidence, reading.evidence, base.metric)
-    # Points of a fraction, percents of the float model's value of anything else.
-    unit = 100.0 if base.value <= 1 else 100.0 / base.value
     row = [
         TITLES[name],
         str(bits),
         title,
         f"{measured.loss:.4f}",
         f"{reading.value:.4f} (float {base.value:.4f})",
-        f"{unit * measured.drop:+.2f} ({unit * sure.low:+.2f} … {unit * sure.high:+.2f})",
+        f"{100 * measured.drop:+.2f} ({100 * sure.low:+.2f} … {100 * sure.high:+.2f})",
         f"{seconds:.1f}",
     ]
     print(line(row), flush=True)
@@ -202,29 +153,22 @@ def row_of(
 def main(names: tuple[str, ...]) -> None:
     """Measure NAMES (default: all of the zoo) and write the report."""
     keep_freed_memory()
-    drop = "drop in points or percent (95%)"
-    head = ["model", "bits", "technique", "loss", "metric", drop, "CPU seconds"]
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for name in names or BITS for row in rows_of(name, Path(folder))]
-        for name in SMOOTHED:
-            if not names or name in names:
-                rows += smoothed_rows(name, Path(folder))
     text = [
         "# Which technique suits which model",
         "",
         "By `python -m tests.benchmarks.techniques`. All weights have the same few bits, a scale",
-        "per channel, first and last layer too; activations have 8. (Of the language model weights",
-        "have a scale for each 64 inputs, activations one for each token, and the table of words,",
-        "which is the head, 8 bits.) Nothing is searched, and techniques see the calibration data",
-        "alone, without labels.",
+        "per channel, first and last layer too; activations have 8. Nothing is searched, and",
+        "techniques see the calibration data alone, without labels.",
         "Loss (how far outputs are from the float model's) and metric are of the confirm split, by",
         "the reference. `tune` is `autoquant tune`, which tries both ridges and keeps what is best",
         "on the search split.",
         "",
         describe_machine(),
         "",
-        line(head),
-        line(["---"] * len(head)),
+        line(HEAD),
+        line(["---"] * len(HEAD)),
         *map(line, rows),
     ]
     if not names:

@@ -16,6 +16,7 @@ from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.smoothing import smoothing_of
 from autoquant.optimize.evaluate import measure_recipe
 from autoquant.optimize.resume import resume
+from autoquant.session import smoothing as choosing
 from autoquant.session.session import choose_device, open_session
 from autoquant.session.smoothing import smooth_inputs
 from autoquant.spec.recipe_file import dumps, load, loads
@@ -83,6 +84,31 @@ def test_only_what_gains_by_it_is_smoothed():
     recipe = uniform(spaces, 8)
     ours, theirs = (s.measure(recipe, "search")[0].loss for s in (session, plain))
     assert ours < theirs / 4
+
+
+def test_it_is_taken_back_where_the_model_does_not_gain(monkeypatch):
+    session = opened()
+    spaces = space("[0, 1]").resolve(session.prepared.sites)
+    before = session.measure(uniform(spaces, 8), "search")[0]
+    statistics = session.statistics
+    # The layer's own error is misled: the coarser way looks better.
+    monkeypatch.setattr(
+        choosing, "_score", lambda s, site, known, _: -len(smoothing_of(s.prepared))
+    )
+    monkeypatch.setattr(choosing, "rounded", lambda f: torch.exp2(torch.arange(float(len(f))) % 9))
+    smooth_inputs(session, spaces)
+    assert not smoothing_of(session.prepared)
+    assert session.statistics is statistics
+    assert session.measure(uniform(spaces, 8), "search")[0].loss == before.loss
+
+
+def test_what_was_measured_before_is_measured_again():
+    session = opened()
+    spaces = space("[0, 1]").resolve(session.prepared.sites)
+    recipe = uniform(spaces, 8)
+    before = session.measure(recipe, "search")[0].loss
+    smooth_inputs(session, spaces)
+    assert session.measure(recipe, "search")[0].loss < before / 2
 
 
 @pytest.mark.parametrize("exponents", ["[0]", "0"])

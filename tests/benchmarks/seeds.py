@@ -75,7 +75,7 @@ class Bench:
     def search(self, folder: Path, seed: int, **options: object) -> SearchResult:
         """Return what one search finds."""
         task = self.session.task
-        given = Options(seed=seed, **options)  # type: ignore[arg-type]
+        given = Options(seed=seed, tune="none", **options)  # type: ignore[arg-type]
         words = "-".join(f"{k}{v}" for k, v in options.items())
         with self.shared():
             request = run.Request(

@@ -107,6 +107,7 @@ def search(case: Case, bits: float, sampler: str, seed: int, trials: int, limit:
             trials=PROPOSALS * trials,
             seed=seed,
             prune=False,
+            tune="none",  # samplers are compared: what repairs a recipe would do so for all
             study="peers",
             storage=str(Path(folder) / "peers.journal"),
             out=folder,

@@ -40,9 +40,10 @@ class HeldWeight:
         """Return the real numbers in the shape, dtype and memory format of ``parameter``."""
         if self._real is None:
             real = torch.empty_like(parameter, requires_grad=False)
-            found = self.quantized.dequantize(parameter.dtype)
-            if self.smoothing is not None:
-                found = self.smoothing.give_back(found)
+            if self.smoothing is None:
+                found = self.quantized.dequantize(parameter.dtype)
+            else:
+                found = self.smoothing.give_back(self.quantized.dequantize(torch.float32))
             self._real = real.copy_(found)
         return self._real
 

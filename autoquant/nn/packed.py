@@ -18,7 +18,7 @@ from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.affine import QParams, dequantize
 from autoquant.quant.blocks import from_blocks, from_matrix, to_blocks
 from autoquant.quant.packing import pack, unpack
-from autoquant.quant.smoothing import Smoothing
+from autoquant.quant.smoothing import Layout, Smoothing
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -41,6 +41,8 @@ class PackedSite(nn.Module):
     unquantized: Tensor
     like: Tensor
     smoothing: Tensor
+    layout: Layout | None = None
+    """Where the input channels lie that are smoothed; None in models that were kept before."""
 
     def __init__(
         self,
@@ -77,10 +79,10 @@ class PackedSite(nn.Module):
         if not self.quantized:
             return self.unquantized
         matrix = self._dequantize(unpack(self.packed, self.scheme.bits, self.columns), None)
-        found = from_matrix(matrix, self.shape, self.channel_axis).to(self.like.dtype)
-        if self.layout is None:
-            return found
-        return found / self.layout.of_weight(self.smoothing, found)
+        found = from_matrix(matrix, self.shape, self.channel_axis)
+        if self.layout is not None:
+            found = found / self.layout.of_weight(self.smoothing, found)
+        return found.to(self.like.dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows of the dequantized weight, dequantizing only those: an embedding."""

@@ -74,7 +74,7 @@ class SiteSlot:
         if self.smoothing is None:
             return self.parameter.detach()
         if self._target is None:
-            self._target = self.smoothing.take(self.parameter.detach())
+            self._target = self.smoothing.take(self.parameter.detach().to(torch.float32))
         return self._target
 
     def use(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from autoquant.errors import SpecError
@@ -15,9 +16,12 @@ KINDS = ("linear", "conv", "rnn", "attention")
 """Sites whose input channels can be smoothed."""
 
 
-def can_smooth(site: Site) -> bool:
-    """Return whether the input of a site has channels that can be told apart."""
-    return site.activation and site.kind in KINDS
+def can_smooth(site: Site, dtype: torch.dtype) -> bool:
+    """Return whether a site with a weight of ``dtype`` has input channels that can be smoothed.
+
+    float16 has too few exponents: small numbers would be lost in the division.
+    """
+    return site.activation and site.kind in KINDS and dtype != torch.float16
 
 
 def layout_of(site: Site) -> Layout:
@@ -49,8 +53,8 @@ def smooth_as(prepared: Prepared, texts: Mapping[str, str]) -> None:
     for name in texts:
         if name not in known:
             raise SpecError(f"smoothing: layer {name!r} is not in the model")
-        if not can_smooth(known[name]):
-            raise SpecError(f"smoothing: layer {name!r} has no input channels to smooth")
+        if not can_smooth(known[name], prepared.slots[name].parameter.dtype):
+            raise SpecError(f"smoothing: layer {name!r} has no input channels that can be smoothed")
     smooth(prepared, {n: from_text(t, layout_of(known[n]).channels, n) for n, t in texts.items()})
 
 

@@ -42,11 +42,12 @@ class Confirmed:
 def confirm_choice(study: OpenStudy, plan: Plan, choice: Choice) -> Confirmed:
     """Measure the candidates until the choice is sure; StudyError where every one fails."""
     session, shelf = study.session, Shelf.of(study.ledger.storage, study.ledger.name)
-    tunings = {t.number: found for t in choice.candidates if (found := tuning_of(t)) is not None}
-    for number, tuning in tunings.items():
-        file = shelf.file(tuning.sha256)
-        sites = sites_of(study.ledger.trials()[number], plan.mapping)
-        session.applier.learned |= read_learned(Recipe(sites, learned=file))
+    tunings = {}
+    for trial in choice.candidates:
+        if (tuning := tuning_of(trial)) is not None:
+            tunings[trial.number] = tuning
+            recipe = Recipe(sites_of(trial, plan.mapping), learned=shelf.file(tuning.sha256))
+            session.applier.learned |= read_learned(recipe)
     try:
         with session.without_reuse():
             chosen, done = confirm(

@@ -46,7 +46,7 @@ class SearchResult:
     ``max_latency`` is in seconds; ``latency_checks`` compare predictions with whole models.
     ``done`` says why a search ended of itself. ``verdict`` is on the maximum drop that was asked
     for (``verdict.outcome``: PASS, FAIL or NOT PROVEN), None for a search by a budget alone.
-    ``skipped`` says what the timeout left no time for. ``tuned`` counts the recipes whose layers
+    ``skipped`` says what the timeout left no time for. ``tuned`` counts the trials whose layers
     were fitted to each other, and ``notes`` say why none, or no more, were.
     """
 

@@ -36,7 +36,6 @@ WORK = 2.0
 
 Sites = Mapping[str, SiteRecipe]
 
-
 LATE = "no more was tuned: there was no time"
 
 
@@ -212,8 +211,7 @@ class _Tuner:
         known = set(session.applier.learned)
         try:
             tuned = fit_layers(session, sites, technique, heed)  # type: ignore[arg-type]
-            with session.without_reuse():
-                m, _, done = session.measure(tuned, "search")
+            m, _, done = session.measure(tuned, "search")
             used = {site.learned for site in done.values() if site.learned}
             sha256 = self._shelf.put([session.applier.learned[digest] for digest in used])
         except TrialError as error:

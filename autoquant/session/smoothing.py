@@ -56,7 +56,8 @@ def smooth_inputs(
     sites = [
         site
         for site in session.prepared.sites
-        if can_smooth(site) and any(a > 0 for a in spaces[site.name].smoothing)
+        if can_smooth(site, session.prepared.slots[site.name].parameter.dtype)
+        and any(a > 0 for a in spaces[site.name].smoothing)
     ]
     batches = [batch for batch in session.splits.calibrate if batch is not None]
     if not sites or not batches:

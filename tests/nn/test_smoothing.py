@@ -166,8 +166,23 @@ def test_what_does_not_fit_is_refused(texts, words):
         smooth_as(prepared, texts)
 
 
+def test_float16_is_left_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 2).half())
+    prepared = prepare(model, lambda m: m(torch.ones(1, 4).half()))
+    with pytest.raises(SpecError, match="layer '0' has no input channels that can be smoothed"):
+        smooth_as(prepared, {"0": "mmmm"})
+
+
+def test_bfloat16_weights_are_scaled_without_a_loss():
+    model = nn.Sequential(nn.Linear(4, 2).bfloat16())
+    prepared = prepare(model, lambda m: m(torch.ones(1, 4).bfloat16()))
+    smooth_as(prepared, {"0": "amzn"})
+    slot = prepared.slots["0"]
+    assert torch.equal(slot.smoothing.give_back(slot.target).bfloat16(), model[0].weight)
+
+
 def test_an_embedding_has_no_input_to_smooth():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
     prepared = prepare(model, lambda m: m(torch.arange(5)))
-    with pytest.raises(SpecError, match="layer '0' has no input channels to smooth"):
+    with pytest.raises(SpecError, match="layer '0' has no input channels that can be smoothed"):
         smooth_as(prepared, {"0": "mmmm"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,8 @@ def test_one_exponent_alone_is_not_a_choice():
     session = opened()
     smooth_inputs(session, space("[1]").resolve(session.prepared.sites))
     assert "0" in smoothing_of(session.prepared)
-    gained = smooth_inputs(other := opened(), space("[0, 1]").resolve(other.prepared.sites))
-    assert gained is None
+    other = opened()
+    smooth_inputs(other, space("[0, 1]").resolve(other.prepared.sites))
     assert set(smoothing_of(other.prepared)) <= set(smoothing_of(session.prepared))
 
 
@@ -133,7 +134,7 @@ def test_one_model_from_trial_to_file():
     result = autoquant.search(model(), task(), space=space("[0, 0.5, 1]"), trials=6, study="s")
     assert set(result.recipe.smoothing) == {"0"}
     written = load(result.recipe_path)
-    assert written == loads(dumps(written), "again") or written.learned is not None
+    assert replace(loads(dumps(written), "again"), learned=written.learned) == written
     assert dict(written.smoothing) == dict(result.recipe.smoothing)
     found = measure_recipe(of_module(model()), task(), written).splits
     assert found["confirm"].quantized == result.recipe.evidence.confirm.quantized

@@ -34,6 +34,8 @@ KINDS = ("linear", "conv", "rnn", "attention")
 """Sites whose output channels each see one input: transposed convolutions are left as they are."""
 
 Run = Callable[[nn.Module, Any], Any]
+Around = Callable[[int], contextlib.AbstractContextManager[None]]
+"""What stands around each run of a model that is partly quantized, given the batch's number."""
 
 
 class _Enough(AutoquantError):
@@ -98,10 +100,13 @@ def reconstruct(
     run: Run,
     technique: Sequential,
     progress: Callable[[str], None] = lambda _: None,
+    around: Around = lambda _: contextlib.nullcontext(),
 ) -> dict[str, SiteRecipe]:
     """Return ``sites`` with weights that were learned one after another; the model is left so.
 
-    ``run`` runs the model on one of ``batches``. What was learned is in ``applier.learned``. Sites
+    ``run`` runs the model on one of ``batches``, within ``around``, which may give again what
+    modules before the layer gave in an earlier run: the layer itself has no name while it is
+    looked at. What was learned is in ``applier.learned``. Sites
     in float, those that no activation meets, and those that see other numbers of rows in the
     quantized model than in the float one (a decoder that ends elsewhere) stay as they are.
     """
@@ -119,7 +124,7 @@ def reconstruct(
     for site in chosen:
         progress(site.name)
         own = clean.pop(site.name)
-        seen = _quantized_inputs(applier, own, done[site.name].activation, batches, run)
+        seen = _quantized_inputs(applier, own, done[site.name].activation, batches, run, around)
         if seen.shapes != own.shapes or not any(own.batches):
             continue
         slot = prepared.slots[site.name]
@@ -164,17 +169,19 @@ def _quantized_inputs(
     activation: ActivationScheme | None,
     batches: Sequence[Any],
     run: Run,
+    around: Around,
 ) -> _Seen:
     """Return what a site sees with the model as it is, in the places where ``own`` saw it."""
     seen = _Seen(own.site, own.module, own.most, activation)
     with _observed(applier, {own.site.name: seen}):
-        for batch, parts in zip(batches, own.batches, strict=True):
+        for number, (batch, parts) in enumerate(zip(batches, own.batches, strict=True)):
             seen.batches.append([])
             if not parts:
                 continue
             seen.enough = len(parts)
             try:
-                run(applier.prepared.model, batch)
+                with around(number):
+                    run(applier.prepared.model, batch)
             except Exception:  # ours, or what the user's code made of it
                 if not seen.done:
                     raise
@@ -183,13 +190,17 @@ def _quantized_inputs(
 
 @contextlib.contextmanager
 def _observed(applier: Applier, listeners: Mapping[str, _Seen]) -> Iterator[None]:
-    """Let sites tell ``listeners`` what they see."""
+    """Let sites tell ``listeners`` what they see.
+
+    Their choices have no names meanwhile: what is known by names would be given without a look.
+    """
     slots = applier.prepared.slots
+    names = {name: slots[name].choice for name in listeners}
     for name, listener in listeners.items():
-        slots[name].observe = listener
+        slots[name].observe, slots[name].choice = listener, None
     try:
         with torch.no_grad():
             yield
     finally:
-        for name in listeners:
-            slots[name].observe = None
+        for name, choice in names.items():
+            slots[name].observe, slots[name].choice = None, choice

@@ -17,9 +17,6 @@ from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.uniform import baselines
 from autoquant.study.parameters import ParameterMap
 
-WORTH_REUSING = 0.3
-"""Seconds that the float model takes on the search split, from which results are kept."""
-
 MOST_OF_ALL = 200
 """Recipes of a space up to which a search without a number of trials tries them all."""
 
@@ -69,8 +66,7 @@ def _reuse(study: OpenStudy) -> None:
     """Keep results of layers, where that saves time; TaskError where the user's code fails."""
     session, options = study.session, study.options
     try:
-        # Keeping books costs more than it saves where a candidate takes no time, unless asked for.
-        if options.memory is not None or session.baseline("search").seconds >= WORTH_REUSING:
+        if options.memory is not None or session.repays_reuse:
             session.reuse(options.memory_bytes, study.reporter.say)
     except TrialError as error:
         raise TaskError(f"{session.task.source}: on the float model: {error}") from error

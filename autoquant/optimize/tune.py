@@ -138,6 +138,7 @@ def _best(
         raise UserError(f"{task.source}: {reason}")
     say("measuring the recipe as it is")
     measured, _, best = session.measure(recipe.sites, "search")
+    session.reuse(say=say)
     before = after = measured.loss
     tried = []
     for technique in techniques(ridges):
@@ -146,10 +147,12 @@ def _best(
         sites, loss = dict(recipe.sites), math.inf
         try:
             sites = fit_layers(session, recipe.sites, technique)
-            loss = session.measure(sites, "search")[0].loss
+            with session.without_reuse():
+                loss = session.measure(sites, "search")[0].loss
         except TrialError as error:  # outputs that are not finite, say: as bad as can be
             say(f"{technique}: {error}")
         tried.append(Tried(technique, loss, round(time.monotonic() - began, 3)))
         if loss < after:
             best, after = sites, loss
+    session.evaluator.reuse = None
     return best, Tuned(recipe, before, after, tuple(tried))

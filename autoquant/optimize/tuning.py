@@ -8,6 +8,7 @@ the search was interrupted is not tuned again.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import math
@@ -34,6 +35,10 @@ RUNGS = (8.0, 6.3, 5.0, 4.0, 3.2, 2.5, 2.0, 1.6, 1.25)
 WORK = 2.0
 """Times the work of the trials that all tuning may be, unless it is asked for."""
 
+PASSES = 20.0
+"""Passes over the calibration data that take as long as fitting all layers, where results of those
+before are reused: most of it is arithmetic then."""
+
 Sites = Mapping[str, SiteRecipe]
 
 LATE = "no more was tuned: there was no time"
@@ -59,13 +64,14 @@ class Tunings:
 def tune_trials(study: OpenStudy, plan: Plan) -> Tunings:
     """Tune what may gain by it, and return all trials of the study that can be confirmed."""
     study.reporter.say("tuning")
-    study.session.evaluator.reuse = None  # from here on no recipe is like another
+    _reuse(study)
     reason, notes = _why_not(study, plan), list[str]()
     if reason is None:
         try:
             _Tuner(study, plan).run()
         except _Late as late:
             reason = str(late)
+    study.session.evaluator.reuse = None  # from here on no recipe is like another
     if reason:
         notes.append(reason)
     trials = list(_usable(study, notes))
@@ -91,12 +97,23 @@ def _why_not(study: OpenStudy, plan: Plan) -> str | None:
     return None
 
 
+def _reuse(study: OpenStudy) -> None:
+    """Reuse results of layers, if the model can have that: also where no trial was worth it."""
+    session = study.session
+    if session.evaluator.reuse is not None or study.options.tune == "none":
+        return
+    tried = study.options.memory is not None or session.repays_reuse
+    with contextlib.suppress(TrialError):  # which whoever runs the model next will say
+        session.reuse(study.options.memory_bytes, (lambda _: None) if tried else study.reporter.say)
+
+
 def _in_trials(study: OpenStudy, sites: Sites) -> float:
-    """Return how many trials tuning a recipe takes the work of, counted by the samples that run."""
+    """Return how many trials tuning a recipe takes the work of, about, by the samples that run."""
     samples = study.session.splits.samples
-    # A layer's turn takes half a pass over the data on average.
-    work = len(fitted(study.session, sites)) / 2 * samples["calibrate"]
-    return work / max(samples["search"], samples["calibrate"])
+    reuse, passes = study.session.evaluator.reuse, len(fitted(study.session, sites)) / 2
+    if reuse is not None and reuse.on:  # else a layer's turn takes half a pass on average
+        passes = min(passes, PASSES)
+    return passes * samples["calibrate"] / max(samples["search"], samples["calibrate"])
 
 
 def _spare_trials(study: OpenStudy) -> float:
@@ -211,7 +228,8 @@ class _Tuner:
         known = set(session.applier.learned)
         try:
             tuned = fit_layers(session, sites, technique, heed)  # type: ignore[arg-type]
-            m, _, done = session.measure(tuned, "search")
+            with session.without_reuse():
+                m, _, done = session.measure(tuned, "search")
             used = {site.learned for site in done.values() if site.learned}
             sha256 = self._shelf.put([session.applier.learned[digest] for digest in used])
         except TrialError as error:

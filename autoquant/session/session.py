@@ -51,6 +51,9 @@ from autoquant.spec.techniques import Correction
 REUSE_BYTES = 2 << 30
 """Most bytes that results of layers are kept in, unless told otherwise."""
 
+WORTH_REUSING = 0.3
+"""Seconds that the float model takes on the search split, from which results are kept."""
+
 Say = Callable[[str], None]
 Measured = tuple[Measurement, Reading, dict[str, SiteRecipe]]
 """What measuring a recipe gave: the measurement, the reading, and the calibrated sites."""
@@ -159,6 +162,11 @@ class Session:
             found.switch_off("there is too little memory")
         self.evaluator.reuse = found if fine else None
         return self.evaluator.reuse
+
+    @property
+    def repays_reuse(self) -> bool:
+        """Whether keeping books of results saves more than it costs, as where runs take time."""
+        return self.baseline("search").seconds >= WORTH_REUSING
 
     def exact_seconds(self, sites: Mapping[str, SiteRecipe]) -> float | None:
         """Return what a pass of the reference over the search split takes, told by one batch.

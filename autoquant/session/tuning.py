@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from autoquant.errors import TrialError
 from autoquant.measure.evaluator import OUT_OF_MEMORY, out_of_memory
-from autoquant.methods.reconstruct import KINDS, reconstruct
+from autoquant.methods.reconstruct import KINDS, Around, reconstruct
 from autoquant.methods.reconstruction.sequential import Sequential
 from autoquant.models.usercode import guarded
 from autoquant.session.session import Say, Session
@@ -61,9 +62,25 @@ def fit_layers(
         with guarded(_failed, session.task.source, OUT_OF_MEMORY):
             return session.evaluator.run(model, inputs)
 
+    def fit(around: Around) -> dict[str, SiteRecipe]:
+        batches = _batches(session)
+        return reconstruct(session.applier, sites, batches, run, technique, progress, around)
+
+    reuse = session.evaluator.reuse
+    if reuse is not None and reuse.on:
+        reuse.store.clear()
+        try:
+            found = fit(lambda number: reuse.batch(("fit", number)))
+            if reuse.on:
+                return found
+        except OUT_OF_MEMORY:
+            reuse.shrink()
+        finally:
+            reuse.store.clear()
+    # Without what is kept there may be room; and what showed that the model can't have its results
+    # reused may have come too late.
     try:
-        with session.without_reuse():
-            return reconstruct(session.applier, sites, _batches(session), run, technique, progress)
+        return fit(lambda _: contextlib.nullcontext())
     except OUT_OF_MEMORY as error:
         raise out_of_memory(error) from error
 

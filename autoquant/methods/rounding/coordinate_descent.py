@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from autoquant.quant.weight import QuantizedWeight
 
 
+COLUMNS = 64
+"""Inputs whose weights are taken in turn before the rest hears of it."""
+
+
 @ROUNDINGS.register("coordinate_descent")
 @dataclass(frozen=True)
 class CoordinateDescent(Rounding):
@@ -63,27 +67,32 @@ def descend(
     g = moments + torch.diag_embed(curve - power)
 
     def grouped(x: Tensor) -> Tensor:
-        """Return [channels, n] as [groups, channels of one, n]."""
-        return x.reshape(groups, -1, n)
+        """Return [channels, n] as [groups, n, channels of one]: an input's weights lie together."""
+        return x.reshape(groups, -1, n).mT.contiguous()
 
     weight, zero = grouped(problem.matrix), grouped(problem.each(p.zero_point))
-    q, scale = grouped(start.q).float() - zero, grouped(problem.each(p.scale)).clone()
+    q, scale = grouped(start.q.float()) - zero, grouped(problem.each(p.scale))
     low, high = p.qmin - zero, p.qmax - zero
     rescales = p.symmetric and p.scale.shape[0] == problem.matrix.shape[0]
+    inverse = 1.0 / curve.clamp(min=tiny)[:, :, None]
+    inverse[curve <= 0] = 0.0  # an input that is always 0 says nothing
     for _ in range(passes):
         if rescales:
             scale = _rescaled(weight, q, g, scale).expand_as(q)
-        pull = (weight - q * scale) @ g  # what the error asks of each weight
-        for i in range(n):
-            slope = pull[:, :, i] / curve[:, i, None].clamp(min=tiny)
-            wanted = (q[:, :, i] + slope / scale[:, :, i]).round_()
-            wanted = torch.maximum(torch.minimum(wanted, high[:, :, i]), low[:, :, i])
-            wanted = torch.where(curve[:, i, None] > 0, wanted, q[:, :, i])
-            moved = (wanted - q[:, :, i]) * scale[:, :, i]
-            if bool(moved.any()):
-                pull -= moved[:, :, None] * g[:, None, i]
-                q[:, :, i] = wanted
-    integers = (q + zero).reshape(problem.matrix.shape)
+        pull = g @ (weight - q * scale)  # what the error asks of each weight
+        for first in range(0, n, COLUMNS):
+            block = slice(first, min(first + COLUMNS, n))
+            near, before = pull[:, block].clone(), q[:, block].clone()
+            for i in range(first, block.stop):
+                wanted = near[:, i - first] * inverse[:, i] / scale[:, i]
+                wanted = wanted.add_(q[:, i]).round_()
+                wanted = torch.maximum(torch.minimum(wanted, high[:, i]), low[:, i])
+                moved = (wanted - q[:, i]) * scale[:, i]
+                near.baddbmm_(g[:, block, i, None], moved[:, None], alpha=-1.0)
+                q[:, i] = wanted
+            # What those of the block did to all others is one product of matrices.
+            pull -= g[:, :, block] @ ((q[:, block] - before) * scale[:, block])
+    integers = (q + zero).mT.reshape(problem.matrix.shape)
     return problem.rounded(integers, _qparams(p, scale) if rescales else p)
 
 
@@ -93,13 +102,13 @@ def _rescaled(weight: Tensor, q: Tensor, g: Tensor, scale: Tensor) -> Tensor:
 
     from autoquant.quant.affine import TINY
 
-    turned = q @ g
-    above, below = (turned * weight).sum(-1, keepdim=True), (turned * q).sum(-1, keepdim=True)
+    turned = g @ q
+    above, below = (turned * weight).sum(1, keepdim=True), (turned * q).sum(1, keepdim=True)
     best = above / below.clamp(min=torch.finfo(g.dtype).tiny)
-    return torch.where((best >= TINY) & (below > 0) & best.isfinite(), best, scale[:, :, :1])
+    return torch.where((best >= TINY) & (below > 0) & best.isfinite(), best, scale[:, :1])
 
 
 def _qparams(p: QParams, scale: Tensor) -> QParams:
     from autoquant.quant.affine import QParams
 
-    return QParams(scale[:, :, :1].reshape(-1, 1).contiguous(), p.zero_point, p.bits, p.symmetric)
+    return QParams(scale[:, 0].reshape(-1, 1).contiguous(), p.zero_point, p.bits, p.symmetric)

@@ -42,6 +42,11 @@ class DropCurve:
         """Return the estimated drop at each loss."""
         return np.asarray(self.scale * np.power(losses, self.power), dtype=np.float64)
 
+    def errors(self, drops: Sequence[float] | Array) -> Array:
+        """Return the standard error of drops that are measured where the curve tells ``drops``."""
+        found = np.hypot(self.noise, RELATIVE * np.asarray(drops, dtype=np.float64))
+        return np.asarray(found, dtype=np.float64)
+
     def loss_at(self, drop: float) -> float:
         """Return the loss at which the estimated drop is ``drop``; infinite where it never is."""
         if self.scale <= 0:
@@ -59,7 +64,7 @@ def fit_drops(losses: Sequence[float], drops: Sequence[float]) -> DropCurve:
         return DropCurve(0.0, 1.0)
     # The scatter of small drops is what sampling noise alone makes.
     small = y[x <= np.median(x)]
-    noise = max(1.4826 * float(np.median(np.abs(small - np.median(small)))), 1e-4)
+    noise = max(_scatter(small), 1e-4)
     error = np.sqrt(noise**2 + (RELATIVE * y) ** 2)
     # All powers at once: [powers, trials].
     curves = np.stack([x**power for power in POWERS])
@@ -75,3 +80,16 @@ def fit_drops(losses: Sequence[float], drops: Sequence[float]) -> DropCurve:
         return DropCurve(0.0, 1.0)
     best = int(np.nanargmin(costs))
     return DropCurve(float(scales[best]), float(POWERS[best]), noise)
+
+
+def _scatter(values: Array) -> float:
+    """Return the standard deviation of ``values``, outliers aside.
+
+    Of a few hundred samples many drops are the same number, and the median deviation from it is 0:
+    then wider quantiles tell.
+    """
+    found = 1.4826 * float(np.median(np.abs(values - np.median(values))))
+    for tail, deviations in ((0.25, 1.349), (0.05, 3.290)):
+        low, high = np.quantile(values, [tail, 1.0 - tail])
+        found = found or float(high - low) / deviations
+    return found

@@ -100,8 +100,8 @@ def _expected(rows: Sequence[Row]) -> dict[int, float]:
     tuned = np.array([TUNED in t.user_attrs for t, _ in rows])
     if curve.noise > 0 and tuned.any():
         own, foretold = np.array([m["drop"] for _, m in rows])[tuned], drops[tuned]
-        sure = (TUNED_ERROR / curve.noise) ** 2
-        factor = (1.0 + sure * own @ foretold) / (1.0 + sure * foretold @ foretold)
+        sure = (TUNED_ERROR / curve.errors(foretold)) ** 2
+        factor = (1.0 + (sure * own) @ foretold) / (1.0 + (sure * foretold) @ foretold)
         drops[tuned] *= max(factor, 0.0)
     return {t.number: float(drop) for (t, _), drop in zip(rows, drops, strict=True)}
 

@@ -34,7 +34,7 @@ from autoquant.observers import (
 from autoquant.observers.output_error import exact_output_error
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.sensitivity.fisher import Candidates, Score, Sensitivity
-from autoquant.spec.formats import FLOAT_BITS
+from autoquant.spec.formats import FLOAT_BITS, FORMATS
 from autoquant.spec.granularity import divides
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.space import SiteSpace
@@ -290,18 +290,25 @@ def activation_error(inputs: TensorStatistics, scheme: ActivationScheme) -> floa
 
 
 def weight_schemes(site: Site, space: SiteSpace) -> list[WeightScheme]:
-    """Return every grid of a site's weight, rounded as uniform recipes are."""
+    """Return the grids of a site's weight that are worth a look, rounded as uniform recipes are.
+
+    All of them, but for 8 bits with a zero point where there are some without: their differences
+    from it take 9 bits, which no processor multiplies, and of 256 steps few are gained.
+    """
     if space.fixed is not None:
         return [space.fixed.weight] if space.fixed.weight else []
     c = space.choices
+    both = len(c["weight_scheme"]) > 1
     return [
-        WeightScheme(*values, rounding=c["rounding"][0].technique)
+        scheme
         for values in itertools.product(
             (b for b in c["weight_bits"] if b != FLOAT_BITS),
             (g for g in c["weight_granularity"] if divides(g, site.matrix)),
             c["weight_scheme"],
             c["weight_calibration"],
         )
+        for scheme in [WeightScheme(*values, rounding=c["rounding"][0].technique)]
+        if not (both and scheme.bits == max(FORMATS) and not scheme.symmetric)
     ]
 
 

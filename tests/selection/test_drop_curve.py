@@ -32,6 +32,23 @@ def test_the_curve_never_falls_and_is_finite(rows):
     assert (np.diff(values) >= 0).all()
 
 
+def test_drops_that_are_mostly_one_number_are_noisy_too():
+    """Of 400 samples an accuracy is a multiple of a 400th: many recipes have the very same one."""
+    losses = np.geomspace(0.01, 0.02, 20)
+    drops = np.array([0.0115] * 7 + [0.0069, 0.0138, 0.0046] + [0.0115] * 10)
+    assert 0.0 < fit_drops(losses, drops).noise < 0.005
+    rng = np.random.default_rng(0)
+    rounded = np.round((0.0115 + rng.normal(0, 0.004, 200)) * 100) / 100
+    noise = fit_drops(np.geomspace(0.01, 0.0101, 200), rounded).noise
+    assert noise == pytest.approx(0.004, rel=0.9)
+
+
+def test_an_error_is_of_what_the_curve_tells():
+    curve = DropCurve(1.0, 1.0, 0.01)
+    assert curve.errors([0.0])[0] == pytest.approx(0.01)
+    assert curve.errors([10.0])[0] == pytest.approx(3.0, rel=0.01)
+
+
 def test_without_a_drop_there_is_no_limit():
     assert fit_drops([], []).loss_at(0.01) == float("inf")
     assert fit_drops([0.1, 0.2, 0.3], [-0.1, -0.2, -0.1]).loss_at(0.01) == float("inf")

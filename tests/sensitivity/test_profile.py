@@ -215,6 +215,25 @@ def test_a_locked_site_has_one_option(made):
     assert activation_schemes(spaces["stem"]) == [ActivationScheme(8)]
 
 
+@pytest.mark.parametrize("schemes", [("symmetric",), ("asymmetric",), ("symmetric", "asymmetric")])
+def test_a_zero_point_is_worth_a_look_at_few_bits(made, schemes):
+    prepared, statistics, _, _ = made
+    space = SiteSpace({**CHOICES, "weight_scheme": schemes})
+    found = {(w.bits, w.scheme) for w in weight_schemes(prepared.sites[0], space)}
+    assert found == {
+        (bits, scheme)
+        for bits in (8, 6, 4)
+        for scheme in schemes
+        if bits < 8 or scheme == schemes[0]
+    }
+    # Whoever asks for the damage of what was left out is told that of its like.
+    table = profile(prepared, statistics, {s.name: space for s in prepared.sites[:1]} | {
+        s.name: SiteSpace(CHOICES, SiteRecipe()) for s in prepared.sites[1:]
+    })  # fmt: skip
+    wide = SiteRecipe(WeightScheme(8, scheme="asymmetric", calibration="max"))
+    assert table.damage(prepared.sites[0].name, wide) > 0
+
+
 def test_where_learning_is_demanded_every_option_learns(made):
     prepared, statistics, _, _ = made
     rates = Axis("learning_rate", 0.01, 0.1, log=True)

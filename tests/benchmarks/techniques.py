@@ -1,12 +1,12 @@
 """Which technique suits which model: ``python -m tests.benchmarks.techniques``.
 
-For each model of the zoo all weights have the same few bits, per channel, first and last layer too,
-and activations have 8; only how the weights are rounded differs. Nothing is searched and nothing is
-chosen by what is reported: the metric and the loss (how far outputs are from the float model's) are
-of the confirm split, computed by the reference. Techniques see the unlabelled calibration data
-alone. The language model has what such models are deployed with: groups of 64 weights with a zero
-point each, 8 bits for the embedding that is its head too, and a scale for each token. Writes
-``reports/techniques.md``; where models are named, it replaces their rows there.
+For each model of the zoo all weights have the same few bits, first and last layer too, and
+activations have 8; only the grids of weights, and how they are rounded, differ. Nothing is searched
+and nothing is chosen by what is reported: the metric and the loss (how far outputs are from the
+float model's) are of the confirm split, computed by the reference. Techniques see the unlabelled
+calibration data alone. The language model has what such models are deployed with: groups of 64
+weights with a zero point each, 8 bits for the embedding that is its head too, and a scale for each
+token. Writes ``reports/techniques.md``; where models are named, it replaces their rows there.
 """
 
 from __future__ import annotations
@@ -53,11 +53,21 @@ autoquant_space: 1
 name: techniques
 rules:
   - weight_bits: [8, 6, 4, 3, 2]
+    weight_granularity: [GRANULARITY]
+    weight_scheme: [SCHEME]
     weight_calibration: [output_mse]
     correction: [bias]
     activation_bits: [8]
     activation_calibration: [mse]
 """
+GRIDS = {
+    "": ("per_channel", "symmetric"),
+    "zero points: ": ("per_channel", "asymmetric"),
+    "groups of 32, zero points: ": ("per_group_32", "asymmetric"),
+}
+"""What the grids of weights are, by what is said of a technique on them."""
+GROUPED = ("minilm", "g2p")
+"""Models all of whose layers have inputs by the 32."""
 LANGUAGE_SPACE = """\
 autoquant_space: 1
 name: techniques
@@ -74,6 +84,8 @@ rules:
     weight_bits: [8]
     weight_granularity: [per_channel]
 """
+SLOW = ("the same, learned_rounding 0.01",)
+"""Techniques that are tried on plain grids alone, and not on the 211 layers of SmolLM2."""
 Sites = Mapping[str, SiteRecipe]
 Make = Callable[[Session, Sites], Sites]
 
@@ -124,18 +136,30 @@ TECHNIQUES: dict[str, Make] = {
 def rows_of(name: str, folder: Path) -> list[list[str]]:
     """Return the rows of one model."""
     session = opened(name, folder)
-    text = LANGUAGE_SPACE if name == "smollm2" else SPACE
-    spaces = SearchSpace.parse(text, "techniques").resolve(session.prepared.sites)
     session.reuse()
     rows = []
     for bits in BITS[name]:
-        for title, make in TECHNIQUES.items():
-            if name == "smollm2" and "learned_rounding" in title:
-                continue  # hundreds of steps for each of 211 layers
-            began = time.process_time()
-            sites = make(session, uniform(spaces, bits))
-            rows.append(row_of(session, name, bits, title, sites, time.process_time() - began))
+        for grid, text in spaces_of(name, bits).items():
+            spaces = SearchSpace.parse(text, "techniques").resolve(session.prepared.sites)
+            for title, make in TECHNIQUES.items():
+                if (grid or name == "smollm2") and title in SLOW:
+                    continue
+                began = time.process_time()
+                sites = make(session, uniform(spaces, bits))
+                seconds = time.process_time() - began
+                rows.append(row_of(session, name, bits, grid + title, sites, seconds))
     return rows
+
+
+def spaces_of(name: str, bits: int) -> dict[str, str]:
+    """Return the spaces of a model's uniform recipes, by what is said of their grids."""
+    if name == "smollm2":
+        return {"": LANGUAGE_SPACE}
+    return {
+        said: SPACE.replace("GRANULARITY", granularity).replace("SCHEME", scheme)
+        for said, (granularity, scheme) in GRIDS.items()
+        if granularity == "per_channel" or (name in GROUPED and bits == 3)
+    }
 
 
 def opened(name: str, folder: Path) -> Session:
@@ -192,8 +216,9 @@ def main(names: tuple[str, ...]) -> None:
         "# Which technique suits which model",
         "",
         "By `python -m tests.benchmarks.techniques`. All weights have the same few bits, a scale",
-        "per channel, first and last layer too; activations have 8. Nothing is searched, and",
-        "techniques see the calibration data alone, without labels.",
+        "per channel and no zero point where nothing else is said, first and last layer too;",
+        "activations have 8. Nothing is searched, and techniques see the calibration data alone,",
+        "without labels.",
         "Loss (how far outputs are from the float model's) and metric are of the confirm split, by",
         "the reference. `tune` is `autoquant tune`, which tries both ridges and keeps what is best",
         "on the search split. The language model has groups of 64 weights with a zero point each,",

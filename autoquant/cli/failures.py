@@ -13,7 +13,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import sys
 import traceback
 
@@ -52,8 +54,10 @@ def report_failure(error: BaseException, *, debug: bool) -> int:
         return _say(f"error: {error}", 2)
     if isinstance(error, Interrupted | KeyboardInterrupt | click.Abort):
         return _say(f"interrupted{f': {error}' if str(error) else ''}", 130)
-    if isinstance(error, BrokenPipeError):
-        sys.stderr.close()
+    # Click and rich exit by 1 where nobody reads on; the user's code can't (``usercode``).
+    gone = isinstance(error, SystemExit) and error.code == 1
+    if gone or isinstance(error, BrokenPipeError):
+        _drop_output()
         return 141
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return _say(f"error: the disk is full: {error.filename or 'cannot write'}", 2)
@@ -62,6 +66,14 @@ def report_failure(error: BaseException, *, debug: bool) -> int:
     kind = type(error).__name__
     again = "" if debug else "; run it again with --debug and report what it prints"
     return _say(f"internal error: {kind}: {error}{again}", 1)
+
+
+def _drop_output() -> None:
+    """Write what is still to be written nowhere: Python would fail to, as its last act."""
+    with contextlib.suppress(OSError, ValueError):  # no file of the system, or closed
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _say(line: str, status: int) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -65,3 +68,22 @@ def test_they_are_told_apart_and_documented(cli):
     assert STATUSES == {PASS: 0, FAIL: 3, NOT_PROVEN: 4}
     for command in ("search", "evaluate", "resume"):
         assert "3 FAIL, 4 NOT PROVEN" in " ".join(cli(command, "--help").out.split())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["studies"], ["search", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_where_nobody_reads_the_output_nothing_is_said(tmp_path, words, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "autoquant", *words],
+            cwd=tmp_path,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            text=True,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

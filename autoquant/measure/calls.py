@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autoquant.nn.convert import Prepared
@@ -140,6 +141,11 @@ def _stops(children: list[Call | None]) -> tuple[int, ...]:
     return tuple(i for i in range(first, last + 1) if i == last or children[i + 1] is not None)
 
 
+def _address(x: Tensor) -> int:
+    """Return where the numbers of ``x`` lie, 0 for a sparse one, which has several such places."""
+    return x.data_ptr() if x.layout is torch.strided else 0
+
+
 class Watched:
     """Tells whether the weights and buffers of a model were replaced or written into."""
 
@@ -151,7 +157,7 @@ class Watched:
 
     def _state(self) -> list[tuple[Tensor, int, int]]:
         return [
-            (t, t.data_ptr(), -1 if t.is_inference() else t._version)
+            (t, _address(t), -1 if t.is_inference() else t._version)
             for held in self._holders
             for t in held.values()
             if t is not None

@@ -440,10 +440,28 @@ RECIPE_EDITS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
 }
 
 
+STATIC = """
+autoquant_space: 1
+rules:
+  - weight_bits: [8, 6, 4]
+    correction: [bias]
+    activation_calibration: [mse, max]
+"""
+
+
+@pytest.fixture
+def static(project, cli):
+    """Return the project after a search whose recipe has scales for activations."""
+    (project / "static.yaml").write_text(STATIC)
+    words = ("--task", "task.py", "--trials", 4, "--study", "s", "--space", "static.yaml")
+    assert cli("search", "model.pt", *words, "--tune", "none").done
+    return project
+
+
 @pytest.mark.parametrize("case", RECIPE_EDITS)
-def test_recipe(searched, refused, case):
+def test_recipe(static, refused, case):
     change, words = RECIPE_EDITS[case]
-    path = searched / "recipe.yaml"
+    path = static / "recipe.yaml"
     changed = change(path.read_text())
     assert changed != path.read_text()
     path.write_text(changed)

@@ -11,7 +11,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autoquant.nn.convert import Prepared
@@ -142,8 +141,11 @@ def _stops(children: list[Call | None]) -> tuple[int, ...]:
 
 
 def _address(x: Tensor) -> int:
-    """Return where the numbers of ``x`` lie, 0 for a sparse one, which has several such places."""
-    return x.data_ptr() if x.layout is torch.strided else 0
+    """Return where the numbers of ``x`` lie, 0 where they have no one place, as those of sparse."""
+    try:
+        return x.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 class Watched:

@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with interruptible(), contextlib.nullcontext() if argv is None else given_back():
             result: Any = group(words, prog_name="autoquant", standalone_mode=False, obj=began)
-            sys.stdout.flush()  # here it is seen whether anybody reads it
+            if sys.stdout is not None:  # closed from the start
+                sys.stdout.flush()  # here it is seen whether anybody reads it
     except BaseException as error:
         sys.exit(report_failure(error, debug=debug))
     sys.exit(result if isinstance(result, int) else 0)

@@ -70,6 +70,8 @@ def report_failure(error: BaseException, *, debug: bool) -> int:
 
 def _drop_output() -> None:
     """Write what is still to be written nowhere: Python would fail to, as its last act."""
+    if sys.stdout is None:
+        return
     with contextlib.suppress(OSError, ValueError):  # no file of the system, or closed
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -77,5 +79,6 @@ def _drop_output() -> None:
 
 
 def _say(line: str, status: int) -> int:
-    print(" ".join(line.split()), file=sys.stderr)
+    if sys.stderr is not None:  # print would take standard output instead
+        print(" ".join(line.split()), file=sys.stderr)
     return status

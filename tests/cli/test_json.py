@@ -116,3 +116,11 @@ def test_closed_streams(loud, closed):
     child = subprocess.run(["sh", "-c", words], cwd=loud, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert child.stdout == "" or json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_closed_streams_change_no_status(tmp_path, closed, flags):
+    words = " ".join([sys.executable, "-m", "autoquant", "show", "nothing", *flags, closed])
+    child = subprocess.run(["sh", "-c", words], cwd=tmp_path, capture_output=True, text=True)
+    assert (child.returncode, child.stdout) == (2, "")

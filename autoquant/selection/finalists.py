@@ -17,12 +17,16 @@ from autoquant.study.tuned import TUNED, sites_of
 
 Row = tuple[FrozenTrial, dict[str, Any]]
 
-FINALISTS = 5
+FINALISTS = 7
 """Most recipes that are measured on the confirm split, not counting what is tuned."""
 TUNED_ERROR = 0.7
 """Relative error that the curve of all others is taken to have for what is tuned."""
-CAUTION = (1.0, 0.6, 0.3)
-"""Shares of the maximum drop within which a finalist's estimated drop lies, one after the other."""
+BEST = 3
+"""Finalists with a budget, beside the safe ways out."""
+CAUTION = (1.0, 0.6, 0.3, 0.15, 0.07)
+"""Shares of the maximum drop within which a finalist's estimated drop lies, one after the other.
+
+The first that holds is taken, so the last ones are looked at only where all before them failed."""
 
 
 def finalists(
@@ -60,7 +64,7 @@ def _some_finalists(
     plain = _incumbent(rows, expected, goal, uniforms)
     safe = [*([] if plain is None else [plain]), safest]
     if goal.budgeted:
-        return [*_within(rows, expected, goal)[: len(CAUTION)], *safe]
+        return [*_within(rows, expected, goal)[:BEST], *safe]
     return [r for share in CAUTION for r in _within(rows, expected, goal, share)[:1]] + safe
 
 

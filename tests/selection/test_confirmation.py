@@ -115,6 +115,21 @@ def test_with_a_maximum_drop_the_smallest_come_first_and_the_lucky_one_does_not(
     assert (8, 8) in widths  # the one of least loss
 
 
+def test_where_all_that_promise_little_break_it_there_is_more_than_the_uniform_recipe():
+    """Between what may lose a third of the maximum drop and the recipe of least loss."""
+    drops = {
+        (8, 8): 1e-4,
+        (6, 8): 0.001,
+        (6, 6): 0.0025,
+        (6, 4): 0.005,
+        (4, 4): 0.01,
+        (4, 2): 0.019,
+    }
+    trials = [make(i, a, b, drop) for i, ((a, b), drop) in enumerate(drops.items())]
+    found = finalists(trials, MAPPING, DROP, 1)
+    assert [tuple(t.params.values()) for t in found] == list(reversed(drops))
+
+
 def test_with_a_budget_the_least_drop_comes_first():
     rows = [(4, 4, 0.04), (2, 2, 0.3), (6, 4, 0.02), (4, 6, 0.03), (8, 2, 0.2), (8, 8, 0.0)]
     trials = [make(i, a, b, drop, BUDGET) for i, (a, b, drop) in enumerate(rows)]

@@ -7,6 +7,10 @@ import pytest
 # As the command line does: idle threads that spin slow down everything else on the machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Workers share the cores: threads that wait for one another's turn take several times as long.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

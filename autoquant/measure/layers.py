@@ -171,7 +171,7 @@ class _Timer:
             [path, list(s.shape), list(slots[s.name].parameter.stride()), s.activation]
             for path, s in unit.sites
         ]
-        smoothed = [s.name for _, s in unit.sites if slots[s.name].smoothing is not None]
+        transforms = [t.kind for _, s in unit.sites if (t := slots[s.name].transform) is not None]
         dtype = str(slots[unit.sites[0][1].name].parameter.dtype)
         converted = converted_of(unit.module)
         layout = converted is not None and converted.channels_last
@@ -182,7 +182,7 @@ class _Timer:
         chained: list[Any] = [unit.module in self._read]
         if converted is not None:
             chained += [converted.after, converted.reader is not None]
-        where = [layout, chained, backends, *(["smoothed"] if smoothed else [])]
+        where = [layout, chained, backends, *transforms]
         return json.dumps([machine_key(self.device), *parts, *where, text, *own])
 
     def total(self, unit: Unit, wanted: Mapping[str, int]) -> dict[str, float]:

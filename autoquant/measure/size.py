@@ -60,8 +60,8 @@ class SizeModel:
 
     @property
     def rest(self) -> int:
-        """The bytes of all that no recipe changes; what smooths inputs is in every recipe."""
-        return self._rest + sum(self._factors(site) for site in self.sites)
+        """The bytes of all that no recipe changes; what transforms inputs is in every recipe."""
+        return self._rest + sum(self._transform(site) for site in self.sites)
 
     def bytes(self, sites: Mapping[str, SiteRecipe]) -> int:
         """Return the bytes of the model as it is saved with this recipe."""
@@ -71,13 +71,13 @@ class SizeModel:
             scheme = recipe.weight
             total += self._float[site.name] if scheme is None else weight_bytes(site, scheme)
             if scheme is not None or recipe.activation is not None:
-                total += self._factors(site)
+                total += self._transform(site)
         return total
 
-    def _factors(self, site: Site) -> int:
-        """Return the bytes of what smooths the input of a site."""
-        smoothing = self._slots[site.name].smoothing
-        return 0 if smoothing is None else smoothing.factors.nbytes
+    def _transform(self, site: Site) -> int:
+        """Return the bytes of what transforms the input of a site."""
+        transform = self._slots[site.name].transform
+        return 0 if transform is None else transform.nbytes
 
     def average_bits(self, sites: Mapping[str, SiteRecipe]) -> float:
         """Return the average width of all weights of the model; one left in float counts 16."""

@@ -131,8 +131,8 @@ class Applier:
         else:
             made = self._quantize(site, scheme, recipe)
             shift = None if recipe.correction == UNCORRECTED else self._shift(site, made, recipe)
-        smoothing = self.prepared.slots[site.name].smoothing
-        self._weights[key] = HeldWeight(made, self.prepared.engine, shift, smoothing)
+        transform = self.prepared.slots[site.name].transform
+        self._weights[key] = HeldWeight(made, self.prepared.engine, shift, transform)
         self._evict()
         return self._weights[key]
 

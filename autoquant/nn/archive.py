@@ -21,7 +21,7 @@ from autoquant.nn.convert import deploy, prepare, use_channels_last, uses_channe
 from autoquant.nn.fold import without_norms
 from autoquant.nn.intake import take
 from autoquant.nn.sites import Site
-from autoquant.nn.smoothing import smooth_as
+from autoquant.nn.transforms import transform_as
 from autoquant.quant.affine import QParams
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.granularity import block_size
@@ -130,7 +130,7 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
     model.eval()
     try:
         prepared = prepare(model, folded=recipe.folded)
-        smooth_as(prepared, recipe.smoothing)
+        transform_as(prepared, recipe.transforms)
         known = {site.name: site for site in prepared.sites}
         missing = [name for name in recipe.sites if name not in known]
         if missing:

@@ -107,7 +107,7 @@ class Prepared:
         """
         slot = self.slots[name]
         if isinstance(weight, QuantizedWeight):
-            weight = HeldWeight(weight, self.engine, smoothing=slot.smoothing)
+            weight = HeldWeight(weight, self.engine, transform=slot.transform)
         slot.switch(weight, activation)
 
     def reset(self) -> None:
@@ -247,8 +247,8 @@ def deploy(
         if weight is not None or activation is not None:
             slot = prepared.slots[site.name]
             stored = slot.parameter if weight is None else weight
-            dtype, smoothing = slot.parameter.dtype, slot.smoothing
-            packed = PackedSite(site.kind, dtype, stored, activation, smoothing)
+            dtype, transform = slot.parameter.dtype, slot.transform
+            packed = PackedSite(site.kind, dtype, stored, activation, transform)
         for path, name in site.users:
             module = model.get_submodule(path)
             if packed is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from autoquant.kernels.engine import Engine
 from autoquant.kernels.operation import LINEAR, Operation, Product
 from autoquant.nn.runtime import Rows
-from autoquant.quant.smoothing import Smoothing
+from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -17,7 +17,7 @@ class HeldWeight:
     """One quantized weight: its products, and its real numbers where something asks for them.
 
     ``shift`` [channels], float32, is what the layer's bias moves by, None where it stays. With a
-    ``smoothing`` the quantized weight, and its products, are those that meet the smoothed input.
+    ``transform`` the quantized weight, and its products, are those that meet what it makes.
     """
 
     def __init__(
@@ -25,12 +25,12 @@ class HeldWeight:
         quantized: QuantizedWeight,
         engine: Engine,
         shift: Tensor | None = None,
-        smoothing: Smoothing | None = None,
+        transform: InputTransform | None = None,
     ) -> None:
         self.quantized = quantized
         self.engine = engine
         self.shift = shift
-        self.smoothing = smoothing
+        self.transform = transform
         self._real: Tensor | None = None
         self._bias: tuple[Tensor, int, Tensor] | None = None
         self._parts: dict[Rows, QuantizedWeight] = {None: quantized}
@@ -40,10 +40,10 @@ class HeldWeight:
         """Return the real numbers in the shape, dtype and memory format of ``parameter``."""
         if self._real is None:
             real = torch.empty_like(parameter, requires_grad=False)
-            if self.smoothing is None:
+            if self.transform is None:
                 found = self.quantized.dequantize(parameter.dtype)
             else:
-                found = self.smoothing.give_back(self.quantized.dequantize(torch.float32))
+                found = self.transform.weight_back(self.quantized.dequantize(torch.float32))
             self._real = real.copy_(found)
         return self._real
 

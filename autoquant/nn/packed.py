@@ -17,8 +17,11 @@ from autoquant.nn.runtime import Layer, Multiply, Rows
 from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.affine import QParams, dequantize
 from autoquant.quant.blocks import from_blocks, from_matrix, to_blocks
+from autoquant.quant.input_layout import Layout
 from autoquant.quant.packing import pack, unpack
-from autoquant.quant.smoothing import Layout, Smoothing
+from autoquant.quant.rotation import Rotation
+from autoquant.quant.smoothing import Smoothing
+from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -30,7 +33,8 @@ class PackedSite(nn.Module):
     schemes, ``zero_point`` int8 [blocks, 1]; or ``unquantized``, where only the activation is
     quantized. ``like`` is an empty parameter: its dtype and device are those of the weight, for
     code that asks the model's parameters what they are. ``smoothing`` float32 [input channels] are
-    the factors of a smoothed input, whose weight is packed.
+    the factors of a smoothed input, whose weight is packed; ``hadamard`` [block, block] is what the
+    blocks of a rotated one are multiplied by.
     """
 
     parameter = None
@@ -41,8 +45,9 @@ class PackedSite(nn.Module):
     unquantized: Tensor
     like: Tensor
     smoothing: Tensor
+    hadamard: Tensor
     layout: Layout | None = None
-    """Where the input channels lie that are smoothed; None in models that were kept before."""
+    """Where the input channels lie that are transformed; None in models that were kept before."""
 
     def __init__(
         self,
@@ -50,7 +55,7 @@ class PackedSite(nn.Module):
         dtype: torch.dtype,
         weight: QuantizedWeight | Tensor,
         activation: ActivationScheme | None,
-        smoothing: Smoothing | None = None,
+        transform: InputTransform | None = None,
     ) -> None:
         super().__init__()
         device = weight.device if isinstance(weight, Tensor) else weight.q.device
@@ -69,9 +74,20 @@ class PackedSite(nn.Module):
                 self.register_buffer("zero_point", weight.qparams.zero_point.to(torch.int8))
         else:
             self.register_buffer("unquantized", weight.detach().clone())
-        self.layout = None if smoothing is None else smoothing.layout
-        if smoothing is not None:
-            self.register_buffer("smoothing", smoothing.factors.clone())
+        self.layout = None if transform is None else transform.layout
+        if isinstance(transform, Smoothing):
+            self.register_buffer("smoothing", transform.factors.clone())
+        elif transform is not None:
+            self.register_buffer("hadamard", transform.matrix.clone(), persistent=False)
+
+    @property
+    def transform(self) -> InputTransform | None:
+        """What is done to the input."""
+        if self.layout is None:
+            return None
+        if "hadamard" in self._buffers:
+            return Rotation(self.hadamard, self.layout)
+        return Smoothing(self.smoothing, self.layout)
 
     @property
     def weight(self) -> Tensor:
@@ -80,8 +96,8 @@ class PackedSite(nn.Module):
             return self.unquantized
         matrix = self._dequantize(unpack(self.packed, self.scheme.bits, self.columns), None)
         found = from_matrix(matrix, self.shape, self.channel_axis)
-        if self.layout is not None:
-            found = found / self.layout.of_weight(self.smoothing, found)
+        if (transform := self.transform) is not None:
+            found = transform.weight_back(found)
         return found.to(self.like.dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -130,10 +146,10 @@ class PackedSite(nn.Module):
         """Return the activation as the quantized model sees it."""
         if self.activation is None:
             return x
-        if self.layout is None:
+        transform = self.transform
+        if transform is None:
             return self.activation(x)
-        factors = self.layout.beside(self.smoothing, x)
-        return self.activation(x / factors) * factors
+        return transform.input_back(self.activation(transform.of_input(x)))
 
     def layer(
         self,

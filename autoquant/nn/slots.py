@@ -21,7 +21,7 @@ from autoquant.nn.layer_output import After, LayerOutput, as_real
 from autoquant.nn.runtime import Layer, Multiply, Rows
 from autoquant.nn.sites import Site
 from autoquant.quant.activation import wants_gradient
-from autoquant.quant.smoothing import Smoothing
+from autoquant.quant.transforms import InputTransform
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
 
 Listen = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], Rows], Tensor]
@@ -40,9 +40,9 @@ class SiteSlot:
     switched to, None where that has no name; ``used`` is told before anything depends on it.
     ``refused`` says what the model's code did that a quantized weight can't have.
 
-    Where there is a ``smoothing``, all that is quantized, calibrated or probed is on its other
-    side: the input x / t and the weight that meets it (``target``). Float layers, and whoever reads
-    the weight, have x and the weight that meets that.
+    Where there is a ``transform``, all that is quantized, calibrated or probed is on its other
+    side: the input that it makes and the weight that meets that (``target``). Float layers, and
+    whoever reads the weight, have x and the weight that meets x.
     """
 
     def __init__(self, site: Site, parameter: nn.Parameter, engine: Engine) -> None:
@@ -60,21 +60,21 @@ class SiteSlot:
         self.choice: SiteRecipe | None = FLOAT_SITE
         self.used: Callable[[], None] | None = None
         self.refused: str | None = None
-        self.smoothing: Smoothing | None = None
+        self.transform: InputTransform | None = None
         self._target: Tensor | None = None
 
-    def smooth(self, smoothing: Smoothing | None) -> None:
-        """Smooth the input from now on, or no more. What was calibrated before is void."""
-        self.smoothing = smoothing
+    def transform_input(self, transform: InputTransform | None) -> None:
+        """Transform the input from now on, or no more. What was calibrated before is void."""
+        self.transform = transform
         self._target = None
 
     @property
     def target(self) -> Tensor:
         """The weight that is to be quantized."""
-        if self.smoothing is None:
+        if self.transform is None:
             return self.parameter.detach()
         if self._target is None:
-            self._target = self.smoothing.take(self.parameter.detach().to(torch.float32))
+            self._target = self.transform.of_weight(self.parameter.detach().to(torch.float32))
         return self._target
 
     def use(self) -> None:
@@ -132,18 +132,18 @@ class SiteSlot:
                 self.refused = "runs inside a transform of torch.func or a trace of torch.jit"
                 return x
             with torch.autocast(x.device.type, enabled=False):
-                self.observe(self._smoothed(x))
+                self.observe(self._transformed(x))
         if self.probe is None and self.activation is None:
             return x
-        x = self._smoothed(x)
+        x = self._transformed(x)
         if self.probe is not None:
             x = self.probe(x)
         if self.activation is not None:
             x = self.engine.fake_quantize(x, self.activation, self.site.kind)
-        return x if self.smoothing is None else self.smoothing.multiply(x)
+        return x if self.transform is None else self.transform.input_back(x)
 
-    def _smoothed(self, x: Tensor) -> Tensor:
-        return x if self.smoothing is None else self.smoothing.divide(as_real(x))
+    def _transformed(self, x: Tensor) -> Tensor:
+        return x if self.transform is None else self.transform.of_input(as_real(x))
 
     def layer(
         self,
@@ -159,7 +159,7 @@ class SiteSlot:
             product = self._product(layer.operation, None)
         if product is not None:
             self._tell()
-            y = _run(product, self._smoothed(x), bias, layer)
+            y = _run(product, self._transformed(x), bias, layer)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y
@@ -173,14 +173,14 @@ class SiteSlot:
     def reads(self, operation: Operation | None) -> ActivationScheme | None:
         """Return the scheme whose integers a layer's kernel would take; None where it has none."""
         self.use()
-        if self.smoothing is not None:
-            return None  # which divides real numbers
+        if self.transform is not None:
+            return None  # which takes real numbers
         product = None if operation is None else self._product(operation, None)
         return product.reads if is_chainable(product) else None
 
     def as_read(self, operation: Operation | None, x: Tensor) -> Tensor:
         """Return ``x`` as a layer that alone is read by this one would hand it on."""
-        if self.smoothing is not None:
+        if self.transform is not None:
             return x
         product = None if operation is None else self._product(operation, None)
         if not is_chainable(product) or product.reads is None:
@@ -198,7 +198,7 @@ class SiteSlot:
     ) -> Tensor:
         start = time.perf_counter()
         if product is not None and not wants_gradient(x):
-            y = product(self._smoothed(x), bias)
+            y = product(self._transformed(x), bias)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y

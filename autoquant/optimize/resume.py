@@ -176,7 +176,7 @@ def _open(
         backend=options.backend,
         say=reporter.say,
         splits=splits,
-        smoothing=header.smoothing,
+        transforms=header.transforms,
     )
     if [s.name for s in session.prepared.sites] != [s.name for s in header.sites]:
         raise StudyError(

@@ -27,7 +27,7 @@ from autoquant.selection.schedule import Schedule
 from autoquant.session.costs import check_latency, price
 from autoquant.session.preflight import Preflight, preflight
 from autoquant.session.session import Session, choose_device, open_session
-from autoquant.session.smoothing import smooth_inputs
+from autoquant.session.transforms import transform_inputs
 from autoquant.spec.options import AUTO, Options, check, check_budget, parse_size
 from autoquant.spec.space import SearchSpace, SiteSpace
 from autoquant.study.checks import SEEN, seen_samples
@@ -163,7 +163,7 @@ def start(request: Request, reporter: Reporter) -> SearchResult:
         say=reporter.say,
     )
     spaces = request.space.resolve(session.prepared.sites)
-    smooth_inputs(session, spaces, reporter.say)
+    transform_inputs(session, spaces, reporter.say)
     found = _check_session(session, spaces, options, reporter)
     goal = make_goal(session, options, found)
     schedule = make_schedule(session, options, began)

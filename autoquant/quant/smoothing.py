@@ -17,49 +17,12 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import SpecError
+from autoquant.quant.input_layout import Layout
 
 LEAST, MOST = -12, 13
 """Exponents of two that a factor may have."""
 _ZERO = ord("m")
 _TEXT = re.compile(r"[a-z]+")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the input channels of a layer lie, in its activation and in its weight of ``shape``."""
-
-    kind: str
-    shape: tuple[int, ...]
-    groups: int
-    channel_axis: int
-
-    @property
-    def channels(self) -> int:
-        """How many input channels the weight meets."""
-        if self.kind.startswith("conv"):
-            return self.shape[1] * self.groups
-        return self.shape[1 - self.channel_axis]
-
-    def over_channels(self, x: Tensor) -> Tensor:
-        """Return the largest number of each input channel of an activation: [channels]."""
-        axis = -1 if not self.kind.startswith("conv") else 1 - len(self.shape)
-        return x.movedim(axis, -1).reshape(-1, self.channels).amax(0)
-
-    def beside(self, factors: Tensor, x: Tensor) -> Tensor:
-        """Return ``factors`` [channels] in the shape and dtype that an activation goes with."""
-        own = factors.to(x.dtype)
-        if not self.kind.startswith("conv"):
-            return own
-        return own.reshape(-1, *[1] * (len(self.shape) - 2))
-
-    def of_weight(self, factors: Tensor, weight: Tensor) -> Tensor:
-        """Return ``factors`` [channels] in the shape and dtype that the weight goes with."""
-        own = factors.to(weight.dtype)
-        if not self.kind.startswith("conv"):
-            return own if self.channel_axis == 0 else own[:, None]
-        rows = self.shape[0] // self.groups
-        grouped = own.reshape(self.groups, -1).repeat_interleave(rows, 0)
-        return grouped.reshape(self.shape[0], -1, *[1] * (len(self.shape) - 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,21 +32,36 @@ class Smoothing:
     factors: Tensor
     layout: Layout
 
-    def divide(self, x: Tensor) -> Tensor:
+    def of_input(self, x: Tensor) -> Tensor:
         """Return the activation x / t, exactly."""
         return x / self.layout.beside(self.factors, x)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def input_back(self, x: Tensor) -> Tensor:
         """Return the activation x · t, exactly."""
         return x * self.layout.beside(self.factors, x)
 
-    def take(self, weight: Tensor) -> Tensor:
+    def of_weight(self, weight: Tensor) -> Tensor:
         """Return the weight, of the site's shape, that meets x / t."""
         return weight * self.layout.of_weight(self.factors, weight)
 
-    def give_back(self, weight: Tensor) -> Tensor:
+    def weight_back(self, weight: Tensor) -> Tensor:
         """Return the weight that meets x, of one that meets x / t."""
         return weight / self.layout.of_weight(self.factors, weight)
+
+    @property
+    def kind(self) -> str:
+        """What it does to inputs, in words."""
+        return "smoothed"
+
+    @property
+    def text(self) -> str:
+        """The transform as a recipe has it: a letter a channel."""
+        return as_text(self.factors)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it takes in a saved model."""
+        return self.factors.nbytes
 
 
 def rounded(factors: Tensor) -> Tensor:
@@ -103,8 +81,8 @@ def from_text(text: str, channels: int, where: str) -> Tensor:
     """Return the factors [channels] of ``as_text``; SpecError where that is none of them."""
     if not _TEXT.fullmatch(text) or len(text) != channels:
         raise SpecError(
-            f"{where}: smoothing: found {len(text)} characters, allowed: {channels} letters a … z, "
-            "one for each input channel"
+            f"{where}: transforms: found {len(text)} characters, allowed: hadamard_N, or "
+            f"{channels} letters a … z, one for each input channel"
         )
     exponents = [float(ord(letter) - _ZERO) for letter in text]
     return torch.exp2(torch.tensor(exponents, dtype=torch.float32))

@@ -13,6 +13,7 @@ from autoquant.models.direction import in_words
 from autoquant.spec.costs import LatencyEvidence, describe_seconds
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.techniques import NEAREST
+from autoquant.spec.transforms import describe_transform
 from autoquant.study.ledger import REASON
 from autoquant.study.trials import measured
 from autoquant.study.tuned import TUNED
@@ -93,8 +94,9 @@ def layers_table(recipe: Recipe) -> Table:
     """Return what was chosen for each layer."""
     table = _table("recipe", "layer", "weight", "activation")
     for name, site in recipe.sites.items():
-        smoothed = ", smoothed" if name in recipe.smoothing else ""
-        table.add_row(name, describe_weight(site), describe_activation(site) + smoothed)
+        text = recipe.transforms.get(name)
+        how = "" if text is None else f", {describe_transform(text)}"
+        table.add_row(name, describe_weight(site), describe_activation(site) + how)
     return table
 
 

@@ -74,7 +74,7 @@ class Changes:
             held = applier.held(name, SiteRecipe(scheme, None, candidates.correction))
             assert held is not None
             made = held.quantized.dequantize(torch.float32)
-            made = made if held.smoothing is None else held.smoothing.give_back(made)
+            made = made if held.transform is None else held.transform.weight_back(made)
             changes.append(made - parameter)
             shifts.append(self.nothing if held.shift is None else held.shift)
         self.weights = torch.stack(changes) if changes else None

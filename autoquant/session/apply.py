@@ -24,7 +24,7 @@ from autoquant.models.usercode import guarded, interruptible
 from autoquant.nn.archive import SUFFIX, is_archive, save_archive
 from autoquant.nn.convert import prepare
 from autoquant.nn.intake import copied
-from autoquant.nn.smoothing import smooth_as
+from autoquant.nn.transforms import transform_as
 from autoquant.session.session import open_session
 from autoquant.spec.needs import needs_of
 from autoquant.spec.outputs import check_target
@@ -81,7 +81,7 @@ def quantize(
     if reason is not None:
         raise SpecError(f"{reason}; give --task or --data")
     prepared = prepare(move(loaded.module, device), folded=recipe.folded)
-    smooth_as(prepared, recipe.smoothing)
+    transform_as(prepared, recipe.transforms)
     return _deployed(Applier(prepared, {}, read_learned(recipe)), recipe)
 
 

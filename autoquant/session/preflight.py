@@ -25,7 +25,6 @@ from autoquant.nn.convert import restored
 from autoquant.nn.float_parts import FloatPart
 from autoquant.nn.leaves import difference, frozen, leaves, leaves_differ
 from autoquant.nn.sites import Site
-from autoquant.nn.smoothing import smoothing_of
 from autoquant.session.costs import LatencyReport
 from autoquant.session.kernel_check import check_kernels
 from autoquant.session.repeats import first_to_differ
@@ -91,18 +90,19 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
         session.prepared.float_parts,
         parameters,
         reading.seconds,
-        (*session.splits.notes, *session.prepared.engine.notes, *_smoothed(session)),
+        (*session.splits.notes, *session.prepared.engine.notes, *_transformed(session)),
         higher_is_better=reading.metric.higher_is_better,
         warnings=_no_better_than_chance(session, reading),
     )
 
 
-def _smoothed(session: Session) -> tuple[str, ...]:
-    """Return a note on how many layers have smoothed inputs, where any has."""
-    count = len(smoothing_of(session.prepared))
-    if not count:
-        return ()
-    return (f"the inputs of {count} of {len(session.prepared.sites)} layers are smoothed",)
+def _transformed(session: Session) -> tuple[str, ...]:
+    """Return notes on how many layers have smoothed or rotated inputs, where any has."""
+    kinds = [t.kind for s in session.prepared.slots.values() if (t := s.transform) is not None]
+    return tuple(
+        f"the inputs of {kinds.count(kind)} of {len(session.prepared.sites)} layers are {kind}"
+        for kind in sorted(set(kinds))
+    )
 
 
 def _no_better_than_chance(session: Session, base: Reading) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ from autoquant.models.usercode import guarded
 from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.convert import Prepared, prepare, use_channels_last
 from autoquant.nn.sites import Site
-from autoquant.nn.smoothing import smooth_as, smoothing_of
+from autoquant.nn.transforms import transform_as, transforms_of
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.sensitivity.fisher import Candidates, Sensitivity, measure_sensitivity
 from autoquant.session.surgery import Untouched
@@ -237,8 +237,8 @@ class Session:
 
     def recipe(self, sites: Mapping[str, SiteRecipe]) -> Recipe:
         """Return calibrated ``sites`` as a recipe of this model."""
-        smoothing = smoothing_of(self.prepared)
-        return Recipe(sites, self.identity, None, self.prepared.folded, smoothing=smoothing)
+        transforms = transforms_of(self.prepared)
+        return Recipe(sites, self.identity, None, self.prepared.folded, transforms=transforms)
 
 
 def default_memory(device: torch.device) -> int:
@@ -270,14 +270,14 @@ def open_session(
     say: Say = lambda _: None,
     splits: Splits | None = None,
     baselines: tuple[str, ...] = ("search", "confirm"),
-    smoothing: Mapping[str, str] | None = None,
+    transforms: Mapping[str, str] | None = None,
 ) -> Session:
     """Prepare a model for its task: read the data, fold, find the sites, calibrate.
 
     The baseline of the splits in ``baselines`` is measured before anything is done to the model,
     and what is done is held against it. A session of one ``recipe`` repeats its folds instead of
     looking for them, and calibrates what it needs alone; without one, all that any recipe may need.
-    ``splits`` are the task's data, where they have been read already. ``smoothing`` is that of a
+    ``splits`` are the task's data, where they have been read already. ``transforms`` are those of a
     study that goes on, None for the recipe's, or none.
     """
     if splits is None:
@@ -318,9 +318,9 @@ def open_session(
     untouched.check(prepared, fixed=recipe is not None, splits=("calibrate", "search"))
     prepared.folds.settle()
     if recipe is not None:
-        smooth_as(prepared, recipe.smoothing)
-    elif smoothing:
-        smooth_as(prepared, smoothing)
+        transform_as(prepared, recipe.transforms)
+    elif transforms:
+        transform_as(prepared, transforms)
     say("calibrating")
     needs = None if recipe is None else {n: needs_of(site) for n, site in recipe.sites.items()}
     order: dict[str, None] = {}

@@ -186,8 +186,9 @@ class Recipe:
 
     ``folded`` maps each BatchNorm that conversion folds to the layer that takes it in;
     ``seed`` fixes what learning draws at random. ``reconstruction`` says how layers were learned
-    together, and ``learned`` where the result is. ``smoothing`` maps a layer to the factors that
-    its input channels are smoothed by (``quant.smoothing``), a letter for each.
+    together, and ``learned`` where the result is. ``transforms`` maps a layer to what its
+    input is transformed by (``quant.transforms``): ``hadamard_64``, or factors, a letter for each
+    input channel.
     """
 
     sites: Mapping[str, SiteRecipe]
@@ -197,10 +198,10 @@ class Recipe:
     seed: int = 0
     reconstruction: Reconstruction | None = None
     learned: LearnedFile | None = None
-    smoothing: Mapping[str, str] = field(default_factory=dict)
+    transforms: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "smoothing", MappingProxyType(dict(self.smoothing)))
+        object.__setattr__(self, "transforms", MappingProxyType(dict(self.transforms)))
         object.__setattr__(self, "sites", MappingProxyType(dict(self.sites)))
         object.__setattr__(self, "folded", MappingProxyType(dict(self.folded)))
 

@@ -33,6 +33,9 @@ from autoquant.spec.techniques import (
     technique_of,
 )
 
+OLDER = "smoothing"
+"""What transforms were called when there was one kind."""
+
 
 def load(path: Path) -> Recipe:
     """Return the recipe in ``path``; SpecError names file, layer, field, found and allowed."""
@@ -62,7 +65,7 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     evidence = take_evidence(fields)
     seed = fields.integer("seed", 0, low=0)
     folded = _texts(fields, "folded", "names of BatchNorm layers and of the layers before")
-    smoothing = _texts(fields, "smoothing", "names of layers and a letter for each channel")
+    transforms = _transforms(fields)
     layers = fields.take("layers")
     reconstruction = None
     if "reconstruction" in fields:
@@ -79,11 +82,20 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     lost = [name for name, site in sites.items() if site.learned and learned is None]
     if lost:
         raise SpecError(f"{where}: {label(lost[0])}: learned: the recipe names no learned file")
-    for name in smoothing:
+    for name in transforms:
         if name not in sites:
-            raise SpecError(f"{where}: smoothing: {label(name)} is not among the layers")
+            raise SpecError(f"{where}: transforms: {label(name)} is not among the layers")
     identity = _model(model, where)
-    return Recipe(sites, identity, evidence, folded, seed, reconstruction, learned, smoothing)
+    return Recipe(sites, identity, evidence, folded, seed, reconstruction, learned, transforms)
+
+
+def _transforms(fields: Fields) -> dict[str, str]:
+    """Return the transforms of inputs; recipes of before there were others call them smoothing."""
+    allowed = "names of layers, and hadamard_N or a letter for each channel"
+    given = [name for name in ("transforms", OLDER) if name in fields]
+    if len(given) > 1:
+        raise SpecError(f"{fields.where}: transforms are given twice; {OLDER} says them too")
+    return _texts(fields, given[0], allowed) if given else {}
 
 
 def _texts(fields: Fields, name: str, allowed: str) -> dict[str, str]:
@@ -133,11 +145,11 @@ def dumps(recipe: Recipe) -> str:
         head["learned"] = {"file": file, "sha256": recipe.learned.sha256}
     text = yaml.dump(head, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     layers = {name: site_to_plain(site) for name, site in recipe.sites.items()}
-    smoothed = {}
-    if recipe.smoothing:
-        smoothed["smoothing"] = dict(recipe.smoothing)
+    transforms = {}
+    if recipe.transforms:
+        transforms["transforms"] = dict(recipe.transforms)
     return text + yaml.dump(
-        {"layers": layers, **smoothed},
+        {"layers": layers, **transforms},
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,

@@ -42,10 +42,9 @@ from autoquant.spec.techniques import (
     merged,
     offer_of,
 )
+from autoquant.spec.transforms import BLOCKS, UNROTATED, UNSMOOTHED
 
 VERSION = 1
-UNSMOOTHED: tuple[float, ...] = (0.0,)
-"""The exponents of a layer whose input stays as it is."""
 DIMENSIONS: Mapping[str, tuple[Any, ...]] = {
     "weight_bits": BITS,
     "weight_granularity": WEIGHT_GRANULARITIES,
@@ -81,12 +80,14 @@ class SiteSpace:
     """The choices of one site; ``fixed`` locks it to one recipe.
 
     The choices of a technique are ``Offer``s. ``smoothing`` are the exponents that its input may be
-    smoothed with, 0 for not at all: which one is settled before the trials.
+    smoothed with, ``rotation`` the most channels of a block that it may be rotated by, 0 for not at
+    all: which one is settled before the trials.
     """
 
     choices: Mapping[str, tuple[Any, ...]]
     fixed: SiteRecipe | None = None
     smoothing: tuple[float, ...] = UNSMOOTHED
+    rotation: tuple[int, ...] = UNROTATED
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -119,6 +120,7 @@ class Rule:
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     fixed: SiteRecipe | None = None
     smoothing: tuple[float, ...] | None = None
+    rotation: tuple[int, ...] | None = None
 
     def matches(self, site: SiteLike) -> bool:
         """Return whether the rule speaks of ``site``."""
@@ -206,13 +208,14 @@ class SearchSpace:
     def _site(self, site: SiteLike) -> SiteSpace:
         choices = dict(DEFAULTS)
         fixed: SiteRecipe | None = None
-        smoothing = UNSMOOTHED
+        smoothing, rotation = UNSMOOTHED, UNROTATED
         for rule in self.rules:
             if not rule.matches(site):
                 continue
             choices |= rule.choices
             fixed = rule.fixed
             smoothing = smoothing if rule.smoothing is None else rule.smoothing
+            rotation = rotation if rule.rotation is None else rule.rotation
         grains = tuple(g for g in choices["weight_granularity"] if divides(g, site.matrix))
         choices["weight_granularity"] = grains or ("per_channel",)
         if not site.activation:
@@ -229,7 +232,9 @@ class SearchSpace:
                 f"space {label(self.name)}: {label(site.name)}: lock: {lock.granularity} does not "
                 f"divide the {site.matrix[1]} inputs of a channel"
             )
-        return SiteSpace(choices, fixed, smoothing if fixed is None else UNSMOOTHED)
+        if fixed is not None:
+            return SiteSpace(choices, fixed)
+        return SiteSpace(choices, None, smoothing, rotation)
 
 
 def _quantizes(space: SiteSpace) -> bool:
@@ -276,10 +281,22 @@ def _rule(data: Any, where: str) -> Rule:
     smoothing = None
     if "smoothing" in fields:
         smoothing = _exponents(fields)
+    rotation = _blocks(fields) if "rotation" in fields else None
     fields.close()
-    if not choices and fixed is None and smoothing is None:
+    if not choices and fixed is None and smoothing is None and rotation is None:
         raise SpecError(f"{where}: says nothing; give a dimension, lock or skip")
-    return Rule(types, names, choices, fixed, smoothing)
+    return Rule(types, names, choices, fixed, smoothing, rotation)
+
+
+def _blocks(fields: Fields) -> tuple[int, ...]:
+    value = fields.take("rotation")
+    found = value if isinstance(value, list) else [value]
+    sizes = [0, *BLOCKS]
+    if not found or not all(is_one_of(v, sizes) for v in found):
+        raise fields.fail(
+            "rotation", value, f"0 or a power of two from {BLOCKS[0]} to {BLOCKS[-1]}, or a list"
+        )
+    return tuple(dict.fromkeys(found))
 
 
 def _exponents(fields: Fields) -> tuple[float, ...]:

@@ -94,7 +94,7 @@ class Header:
       them to itself.
     - ``space``, ``options``, ``places``, ``sites``, ``folded``: what was searched, how, and where.
     - ``baseline``, ``max_drop``: the float model, and the most it may lose, in the metric's unit.
-    - ``costs``: see COSTS. ``smoothing``: that of all its recipes.
+    - ``costs``: see COSTS. ``transforms``: those of inputs, in all its recipes.
     """
 
     created: str
@@ -112,7 +112,7 @@ class Header:
     baseline: Baseline
     max_drop: float
     costs: Mapping[str, Any] = field(default_factory=dict)
-    smoothing: Mapping[str, str] = field(default_factory=dict)
+    transforms: Mapping[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """Return the header as JSON takes it."""
@@ -145,7 +145,7 @@ class Header:
                 "size_bytes": base.size_bytes,
             },
             "max_drop": self.max_drop,
-            "smoothing": dict(self.smoothing),
+            "transforms": dict(self.transforms),
             **self.costs,
         }
 
@@ -203,7 +203,7 @@ class Header:
             ),
             top.number("max_drop"),
             {name: plain[name] for name in COSTS if name in plain},
-            _texts(top, "smoothing") if "smoothing" in top else {},
+            next((_texts(top, key) for key in ("transforms", "smoothing") if key in top), {}),
         )
 
 

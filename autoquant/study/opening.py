@@ -13,7 +13,7 @@ from autoquant.models.digests import digests
 from autoquant.models.files import LoadedModel
 from autoquant.models.metrics import parse_max_drop
 from autoquant.models.task import Task
-from autoquant.nn.smoothing import smoothing_of
+from autoquant.nn.transforms import transforms_of
 from autoquant.sensitivity.profile import weight_schemes
 from autoquant.session.costs import header_of
 from autoquant.session.preflight import Preflight
@@ -123,7 +123,7 @@ def header_of_study(
         ),
         goal.max_drop,
         header_of(session.costs, found.latency),
-        smoothing_of(session.prepared),
+        transforms_of(session.prepared),
     )
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 
 from autoquant.kernels.cpu.heap import keep_freed_memory
-from autoquant.nn.smoothing import smoothing_of
-from autoquant.session.smoothing import smooth_inputs
+from autoquant.nn.transforms import transforms_of
+from autoquant.session.transforms import transform_inputs
 from autoquant.spec.space import SearchSpace
 from autoquant.spec.uniform import uniform
 from tests.benchmarks.evaluation import line
@@ -48,9 +48,9 @@ def rows_of(name: str, folder: Path) -> list[list[str]]:
             text = EIGHT.format(granularity=granularity, exponents=exponents)
             spaces = SearchSpace.parse(text, "smoothing").resolve(session.prepared.sites)
             began = time.process_time()
-            smooth_inputs(session, spaces)
+            transform_inputs(session, spaces)
             seconds = time.process_time() - began
-            count = len(smoothing_of(session.prepared))
+            count = len(transforms_of(session.prepared))
             how = f", {count} of {len(spaces)} layers smoothed" if len(exponents) > 3 else ""
             sites = uniform(spaces, 8)
             rows.append(row_of(session, name, 8, f"{granularity}{how}", sites, seconds))

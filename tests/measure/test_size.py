@@ -16,7 +16,7 @@ from autoquant.nn.archive import save_archive
 from autoquant.nn.convert import prepare
 from autoquant.nn.fold import without_norms
 from autoquant.nn.sites import find_sites
-from autoquant.nn.smoothing import smooth_as
+from autoquant.nn.transforms import transform_as
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 
 
@@ -49,7 +49,7 @@ REALIZER = Applier(PREPARED, {})
 SIZES = SizeModel(PREPARED, FLOAT_SIZE)
 
 SMOOTHED = prepare(Mixed().eval(), lambda m: m(IDS))
-smooth_as(SMOOTHED, {"conv": "n" * 32, "gru.weight_ih_l0": "l" * 64})
+transform_as(SMOOTHED, {"conv": "n" * 32, "gru.weight_ih_l0": "l" * 64})
 SMOOTHED_APPLIER = Applier(SMOOTHED, {})
 SMOOTHED_SIZES = SizeModel(SMOOTHED, FLOAT_SIZE)
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoquant.errors import SpecError
-from autoquant.quant.smoothing import LEAST, MOST, Layout, Smoothing, as_text, from_text, rounded
+from autoquant.quant.input_layout import Layout
+from autoquant.quant.smoothing import LEAST, MOST, Smoothing, as_text, from_text, rounded
 
 LAYOUTS = {
     "linear": Layout("linear", (5, 6), 1, 0),
@@ -40,11 +41,11 @@ def test_a_float_layer_gives_the_same_bits(name, dtype):
     weight = torch.randn(layout.shape, generator=generator).to(dtype)
     factors = torch.exp2(torch.tensor([0.0, 3, -5, 1, -1, 12]))
     smoothing = Smoothing(factors, layout)
-    assert torch.equal(smoothing.multiply(smoothing.divide(x)), x)
-    assert torch.equal(smoothing.give_back(smoothing.take(weight)), weight)
-    assert smoothing.divide(x).dtype == smoothing.take(weight).dtype == dtype
+    assert torch.equal(smoothing.input_back(smoothing.of_input(x)), x)
+    assert torch.equal(smoothing.weight_back(smoothing.of_weight(weight)), weight)
+    assert smoothing.of_input(x).dtype == smoothing.of_weight(weight).dtype == dtype
     # One product at a time, so that the order of sums is the same.
-    found = computed(layout, smoothing.divide(x).double(), smoothing.take(weight).double())
+    found = computed(layout, smoothing.of_input(x).double(), smoothing.of_weight(weight).double())
     torch.testing.assert_close(
         found, computed(layout, x.double(), weight.double()), rtol=1e-13, atol=1e-13
     )
@@ -53,7 +54,9 @@ def test_a_float_layer_gives_the_same_bits(name, dtype):
         one = torch.zeros_like(x)
         one.select(axis, channel).copy_(x.select(axis, channel))
         whole = computed(layout, one, weight)
-        assert torch.equal(computed(layout, smoothing.divide(one), smoothing.take(weight)), whole)
+        assert torch.equal(
+            computed(layout, smoothing.of_input(one), smoothing.of_weight(weight)), whole
+        )
     largest = layout.over_channels(x.abs())
     assert torch.equal(largest, x.abs().movedim(1, 0).reshape(6, -1).amax(1))
     if layout.kind == "conv":  # without a batch
@@ -70,7 +73,7 @@ def test_text_is_read_as_it_was_written(exponents):
 
 @pytest.mark.parametrize(("text", "channels"), [("", 1), ("mm", 3), ("mM", 2), ("m1", 2), ("ñ", 1)])
 def test_other_texts_are_refused(text, channels):
-    with pytest.raises(SpecError, match=rf"layer: smoothing: found .* {channels} letters"):
+    with pytest.raises(SpecError, match=rf"layer: transforms: found .* {channels} letters"):
         from_text(text, channels, "layer")
 
 

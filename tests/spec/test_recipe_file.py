@@ -491,7 +491,7 @@ def test_a_file_of_before_scales_said_what_they_are_for():
 @pytest.mark.parametrize("letters", ["mmmm", "no", "on", "y", "null", "yes", "a" * 700])
 def test_factors_of_smoothed_inputs_are_read_as_they_were_written(letters):
     sites = {"a": SiteRecipe(WeightScheme(8), ActivationScheme(8)), "off": SiteRecipe()}
-    recipe = Recipe(sites, smoothing={"a": letters, "off": letters})
+    recipe = Recipe(sites, transforms={"a": letters, "off": letters})
     found = loads(dumps(recipe))
-    assert dict(found.smoothing) == {"a": letters, "off": letters}
+    assert dict(found.transforms) == {"a": letters, "off": letters}
     assert found == recipe

@@ -1,10 +1,12 @@
-"""Layers with smoothed inputs: float ones are as before, quantized ones as the formula has them."""
+"""Transformed inputs: float layers are as before, quantized ones as the formula has them."""
 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -14,9 +16,11 @@ from autoquant.methods.applier import Applier
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
-from autoquant.nn.smoothing import smooth, smooth_as, smoothing_of
+from autoquant.nn.transforms import layout_of, transform, transform_as, transforms_of
 from autoquant.quant.activation import fake_quantize_activation
 from autoquant.quant.blocks import to_matrix
+from autoquant.quant.rotation import Rotation, hadamard
+from autoquant.quant.smoothing import Smoothing
 from autoquant.spec.recipe import ActivationScheme, Recipe, SiteRecipe, WeightScheme
 
 CPU = torch.device("cpu")
@@ -58,9 +62,16 @@ FACTORS = {
 }
 
 
-def made(engine: Engine, factors=FACTORS):
+ROTATED = ("attention.in_proj_weight", "attention.out_proj", "rnn.weight_ih_l0")
+"""Of 8 input channels."""
+
+
+def made(engine: Engine, factors=FACTORS, rotated=()):
     prepared = prepare(Net().eval(), lambda m: m(inputs()), engine=engine)
-    smooth(prepared, factors)
+    layouts = {site.name: layout_of(site) for site in prepared.sites}
+    found = {name: Smoothing(own, layouts[name]) for name, own in factors.items()}
+    found |= {name: Rotation(hadamard(8, torch.ones(1)), layouts[name]) for name in rotated}
+    transform(prepared, found)
     statistics = calibrate(prepared, [inputs()], lambda m, x: m(x))
     return prepared, Applier(prepared, statistics)
 
@@ -72,7 +83,11 @@ def test_the_float_model_gives_the_same_bits_and_its_weights_are_its_own(fast):
     with torch.no_grad():
         assert torch.equal(prepared.model(inputs()), plain.model(inputs()))
     assert torch.equal(prepared.model.conv.weight, Net().conv.weight)
-    assert set(smoothing_of(prepared)) == set(FACTORS)
+    assert set(transforms_of(prepared)) == set(FACTORS)
+    turned, _ = made(engine, {}, ROTATED)
+    with torch.no_grad():
+        assert torch.equal(turned.model(inputs()), plain.model(inputs()))
+    assert transforms_of(turned) == dict.fromkeys(ROTATED, "hadamard_8")
 
 
 def test_what_is_observed_is_on_the_other_side():
@@ -111,7 +126,7 @@ def test_a_quantized_layer_is_what_the_formula_says(name, granularity, fast):
         )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.weight, rounded)
-    assert slot.smoothing is not None
+    assert slot.transform is not None
 
 
 def test_large_channels_no_longer_cost_the_small_ones_their_steps():
@@ -126,15 +141,59 @@ def test_large_channels_no_longer_cost_the_small_ones_their_steps():
     assert errors[True] < 0.6 * errors[False]
 
 
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_rotated_layer_is_what_the_formula_says(granularity, fast):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        layer, x = nn.Linear(16, 5), torch.randn(7, 16) * torch.logspace(-2, 1, 16)
+    h = torch.from_numpy(scipy.linalg.hadamard(8) / 8**0.5).float()
+    h = torch.block_diag(h, h)
+    prepared = prepare(
+        nn.Sequential(layer), lambda m: m(x), engine=make_engine(CPU) if fast else Engine()
+    )
+    transform_as(prepared, {"0": "hadamard_8"})
+    applier = Applier(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
+    recipe = SiteRecipe(WeightScheme(6), ActivationScheme(8, granularity))
+    done = applier.apply({"0": recipe})["0"]
+    weight = layer.weight.detach() @ h
+    scale = weight.abs().amax(1, keepdim=True) / 31
+    rounded = (weight / scale).round().clamp(-32, 31) * scale
+    x_hat = fake_quantize_activation(x @ h, done.activation, "linear")
+    with torch.no_grad():
+        expected = nn.functional.linear(x_hat, rounded, layer.bias)
+        torch.testing.assert_close(prepared.model(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(prepared.model[0].weight, rounded @ h, rtol=1e-4, atol=1e-5)
+
+
+def test_what_few_channels_have_too_much_of_is_spread_over_all():
+    errors = {}
+    for rotated in ((), ("head",)):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            model = nn.Sequential(OrderedDict(head=nn.Linear(64, 8)))
+            x = torch.randn(100, 64)
+        x[:, 5] *= 100
+        expected = model(x).detach()
+        prepared = prepare(model, lambda m, x=x: m(x))
+        transform_as(prepared, dict.fromkeys(rotated, "hadamard_64"))
+        applier = Applier(prepared, calibrate(prepared, [x], lambda m, x: m(x)))
+        applier.apply({"head": SiteRecipe(None, ActivationScheme(8))})
+        with torch.no_grad():
+            errors[bool(rotated)] = float((prepared.model(x) - expected).square().mean())
+    assert errors[True] < 0.1 * errors[False]
+
+
+@pytest.mark.parametrize("rotated", [(), ROTATED])
 @pytest.mark.parametrize("how", ["archive", "exported"])
-def test_saved_models_give_the_same_bits(how, tmp_path):
-    prepared, applier = made(Engine())
+def test_saved_models_give_the_same_bits(how, rotated, tmp_path):
+    prepared, applier = made(Engine(), {} if rotated else FACTORS, rotated)
     sites = {site.name: SITE for site in prepared.sites}
     done = applier.apply(sites)
     with torch.no_grad():
         expected = prepared.model(inputs())
     deployed = applier.deploy(sites)
-    recipe = Recipe(done, smoothing=smoothing_of(prepared))
+    recipe = Recipe(done, transforms=transforms_of(prepared))
     with torch.no_grad():
         assert torch.equal(deployed(inputs()), expected)
         assert torch.equal(copy.deepcopy(deployed).double().float()(inputs()), expected)
@@ -155,34 +214,52 @@ def test_saved_models_give_the_same_bits(how, tmp_path):
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        ({"nowhere": "mm"}, "smoothing: layer 'nowhere' is not in the model"),
-        ({"conv": "mmm"}, "conv: smoothing: found 3 characters, allowed: 4 letters"),
-        ({"conv": "mm4m"}, "conv: smoothing: found 4 characters, allowed: 4 letters"),
+        ({"nowhere": "mm"}, "transforms: layer 'nowhere' is not in the model"),
+        (
+            {"conv": "mmm"},
+            "conv: transforms: found 3 characters, allowed: hadamard_N, or 4 letters",
+        ),
+        (
+            {"conv": "mm4m"},
+            "conv: transforms: found 4 characters, allowed: hadamard_N, or 4 letters",
+        ),
+        ({"conv": "hadamard_8"}, "layer 'conv' has no input channels that can be rotated"),
+        ({"head": "hadamard_8"}, "head: transforms: found 'hadamard_8', .*: no rotation"),
+        ({"rnn.weight_ih_l0": "hadamard_7"}, "found 'hadamard_7', .*: hadamard_8"),
+        ({"rnn.weight_ih_l0": "hadamard_16"}, "found 'hadamard_16', .*: hadamard_8"),
     ],
 )
 def test_what_does_not_fit_is_refused(texts, words):
     prepared = prepare(Net().eval(), lambda m: m(inputs()))
     with pytest.raises(SpecError, match=words):
-        smooth_as(prepared, texts)
+        transform_as(prepared, texts)
 
 
 def test_float16_is_left_as_it_is():
     model = nn.Sequential(nn.Linear(4, 2).half())
     prepared = prepare(model, lambda m: m(torch.ones(1, 4).half()))
     with pytest.raises(SpecError, match="layer '0' has no input channels that can be smoothed"):
-        smooth_as(prepared, {"0": "mmmm"})
+        transform_as(prepared, {"0": "mmmm"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_not_rotated(dtype):
+    model = nn.Sequential(nn.Linear(8, 2).to(dtype))
+    prepared = prepare(model, lambda m: m(torch.ones(1, 8).to(dtype)))
+    with pytest.raises(SpecError, match="layer '0' has no input channels that can be rotated"):
+        transform_as(prepared, {"0": "hadamard_8"})
 
 
 def test_bfloat16_weights_are_scaled_without_a_loss():
     model = nn.Sequential(nn.Linear(4, 2).bfloat16())
     prepared = prepare(model, lambda m: m(torch.ones(1, 4).bfloat16()))
-    smooth_as(prepared, {"0": "amzn"})
+    transform_as(prepared, {"0": "amzn"})
     slot = prepared.slots["0"]
-    assert torch.equal(slot.smoothing.give_back(slot.target).bfloat16(), model[0].weight)
+    assert torch.equal(slot.transform.weight_back(slot.target).bfloat16(), model[0].weight)
 
 
 def test_an_embedding_has_no_input_to_smooth():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
     prepared = prepare(model, lambda m: m(torch.arange(5)))
     with pytest.raises(SpecError, match="layer '0' has no input channels that can be smoothed"):
-        smooth_as(prepared, {"0": "mmmm"})
+        transform_as(prepared, {"0": "mmmm"})

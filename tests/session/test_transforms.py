@@ -1,4 +1,4 @@
-"""Smoothing in a search: chosen by the layer's error, and one model from trial to loaded file."""
+"""Transforms in a search: chosen by the layer's error, and one model from trial to loaded file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from autoquant.errors import SpecError
 from autoquant.models.files import of_module
 from autoquant.models.task import Task
 from autoquant.nn.archive import load_archive, save_archive
-from autoquant.nn.smoothing import smoothing_of
+from autoquant.nn.transforms import transforms_of
 from autoquant.optimize.evaluate import measure_recipe
 from autoquant.optimize.resume import resume
-from autoquant.session import smoothing as choosing
+from autoquant.session import transforms as choosing
 from autoquant.session.session import choose_device, open_session
-from autoquant.session.smoothing import smooth_inputs
+from autoquant.session.transforms import transform_inputs
 from autoquant.spec.recipe_file import dumps, load, loads
 from autoquant.spec.space import SearchSpace
 from autoquant.spec.uniform import uniform
@@ -33,6 +33,7 @@ rules:
     activation_bits: [8]
     activation_calibration: [mse, max]
     smoothing: {exponents}
+    rotation: {blocks}
 """
 
 
@@ -64,8 +65,9 @@ def task() -> Task:
     )
 
 
-def space(exponents: str) -> SearchSpace:
-    return SearchSpace.parse(SPACE.replace("{exponents}", exponents), "mine")
+def space(exponents: str, blocks: str = "0") -> SearchSpace:
+    text = SPACE.replace("{exponents}", exponents).replace("{blocks}", blocks)
+    return SearchSpace.parse(text, "mine")
 
 
 def opened():
@@ -76,9 +78,9 @@ def test_only_what_gains_by_it_is_smoothed():
     session = opened()
     before = session.applier
     spaces = space("[0, 0.5, 1]").resolve(session.prepared.sites)
-    smooth_inputs(session, spaces)
-    assert set(smoothing_of(session.prepared)) == {"0"}  # a tanh gives channels that are alike
-    factors = session.prepared.slots["0"].smoothing.factors
+    transform_inputs(session, spaces)
+    assert set(transforms_of(session.prepared)) == {"0"}  # a tanh gives channels that are alike
+    factors = session.prepared.slots["0"].transform.factors
     assert bool((factors[:2] > factors[2:].max()).all())
     assert session.applier is not before
     plain = opened()
@@ -94,11 +96,11 @@ def test_it_is_taken_back_where_the_model_does_not_gain(monkeypatch):
     statistics = session.statistics
     # The layer's own error is misled: the coarser way looks better.
     monkeypatch.setattr(
-        choosing, "_score", lambda s, site, known, _: -len(smoothing_of(s.prepared))
+        choosing, "_score", lambda s, site, known, _: -len(transforms_of(s.prepared))
     )
     monkeypatch.setattr(choosing, "rounded", lambda f: torch.exp2(torch.arange(float(len(f))) % 9))
-    smooth_inputs(session, spaces)
-    assert not smoothing_of(session.prepared)
+    transform_inputs(session, spaces)
+    assert not transforms_of(session.prepared)
     assert session.statistics is statistics
     assert session.measure(uniform(spaces, 8), "search")[0].loss == before.loss
 
@@ -108,7 +110,7 @@ def test_what_was_measured_before_is_measured_again():
     spaces = space("[0, 1]").resolve(session.prepared.sites)
     recipe = uniform(spaces, 8)
     before = session.measure(recipe, "search")[0].loss
-    smooth_inputs(session, spaces)
+    transform_inputs(session, spaces)
     assert session.measure(recipe, "search")[0].loss < before / 2
 
 
@@ -116,26 +118,26 @@ def test_what_was_measured_before_is_measured_again():
 def test_without_an_exponent_nothing_is_done(exponents):
     session = opened()
     before = session.statistics
-    smooth_inputs(session, space(exponents).resolve(session.prepared.sites))
-    assert not smoothing_of(session.prepared)
+    transform_inputs(session, space(exponents).resolve(session.prepared.sites))
+    assert not transforms_of(session.prepared)
     assert session.statistics is before
 
 
 def test_one_exponent_alone_is_not_a_choice():
     session = opened()
-    smooth_inputs(session, space("[1]").resolve(session.prepared.sites))
-    assert "0" in smoothing_of(session.prepared)
+    transform_inputs(session, space("[1]").resolve(session.prepared.sites))
+    assert "0" in transforms_of(session.prepared)
     other = opened()
-    smooth_inputs(other, space("[0, 1]").resolve(other.prepared.sites))
-    assert set(smoothing_of(other.prepared)) <= set(smoothing_of(session.prepared))
+    transform_inputs(other, space("[0, 1]").resolve(other.prepared.sites))
+    assert set(transforms_of(other.prepared)) <= set(transforms_of(session.prepared))
 
 
 def test_one_model_from_trial_to_file():
     result = autoquant.search(model(), task(), space=space("[0, 0.5, 1]"), trials=6, study="s")
-    assert set(result.recipe.smoothing) == {"0"}
+    assert set(result.recipe.transforms) == {"0"}
     written = load(result.recipe_path)
     assert replace(loads(dumps(written), "again"), learned=written.learned) == written
-    assert dict(written.smoothing) == dict(result.recipe.smoothing)
+    assert dict(written.transforms) == dict(result.recipe.transforms)
     found = measure_recipe(of_module(model()), task(), written).splits
     assert found["confirm"].quantized == result.recipe.evidence.confirm.quantized
     applied = autoquant.apply(written, model(), task())
@@ -145,9 +147,47 @@ def test_one_model_from_trial_to_file():
     with torch.no_grad():
         assert torch.equal(applied(x), loaded(x))
     header = Ledger.open("s", None).header
-    assert header["smoothing"] == dict(written.smoothing)
+    assert header["transforms"] == dict(written.transforms)
     more = resume("s", model=model(), task=task(), trials=9)
-    assert dict(more.recipe.smoothing) == dict(written.smoothing)
+    assert dict(more.recipe.transforms) == dict(written.transforms)
+
+
+def test_what_gains_more_by_a_rotation_is_rotated():
+    found = {}
+    for blocks in ("[0]", "[0, 8, 16]"):
+        session = opened()
+        spaces = space("[0]", blocks).resolve(session.prepared.sites)
+        transform_inputs(session, spaces)
+        recipe = uniform(spaces, 8)
+        found[blocks] = session.measure(recipe, "search")[0].loss, transforms_of(session.prepared)
+    assert found["[0]"][1] == {}
+    assert found["[0, 8, 16]"][1]["0"] == "hadamard_16"
+    assert found["[0, 8, 16]"][0] < found["[0]"][0] / 2
+
+
+def test_a_rotated_model_from_trial_to_file():
+    result = autoquant.search(model(), task(), space=space("0", "[16]"), trials=6, study="r")
+    assert result.recipe.transforms["0"] == "hadamard_16"
+    assert result.recipe.transforms["2"] == "hadamard_8"  # 24 channels have no block of 16
+    written = load(result.recipe_path)
+    assert replace(loads(dumps(written), "again"), learned=written.learned) == written
+    found = measure_recipe(of_module(model()), task(), written).splits
+    assert found["confirm"].quantized == result.recipe.evidence.confirm.quantized
+    applied = autoquant.apply(written, model(), task())
+    save_archive(applied, written, Path("q.safetensors"))
+    loaded = load_archive(Path("q.safetensors"), net())
+    x = torch.randn(9, 16) * 20
+    with torch.no_grad():
+        assert torch.equal(applied(x), loaded(x))
+    more = resume("r", model=model(), task=task(), trials=9)
+    assert dict(more.recipe.transforms) == dict(written.transforms)
+
+
+@pytest.mark.parametrize("value", ["7", "-8", "[]", "[0, all]", "{low: 0}", "[8.0]", "true"])
+def test_blocks_are_checked(value):
+    words = r"rotation: found .*0 or a power of two from 8 to 1024, or a list"
+    with pytest.raises(SpecError, match=words):
+        space("0", value)
 
 
 @pytest.mark.parametrize("value", ["2", "-1", "[]", "[0, high]", "{low: 0}"])
@@ -158,6 +198,14 @@ def test_exponents_are_checked(value):
 
 @pytest.mark.parametrize("value", ["[1]", "{'9': mm}", "{'0': 3}"])
 def test_what_a_file_says_is_checked(value):
-    text = f"autoquant_recipe: 2\nlayers:\n  '0': {{weight: {{bits: 8}}}}\nsmoothing: {value}\n"
-    with pytest.raises(SpecError, match=r"r\.yaml: smoothing"):
-        loads(text, "r.yaml")
+    head = "autoquant_recipe: 2\nlayers:\n  '0': {weight: {bits: 8}}\n"
+    with pytest.raises(SpecError, match=r"r\.yaml: transforms"):
+        loads(f"{head}transforms: {value}\n", "r.yaml")
+
+
+def test_recipes_of_before_there_were_others_say_smoothing():
+    head = "autoquant_recipe: 2\nlayers:\n  '0': {weight: {bits: 8}}\n"
+    assert loads(f"{head}smoothing: {{'0': mn}}\n").transforms == {"0": "mn"}
+    assert loads(f"{head}smoothing: {{'0': mn}}\n") == loads(f"{head}transforms: {{'0': mn}}\n")
+    with pytest.raises(SpecError, match=r"r\.yaml: transforms are given twice"):
+        loads(f"{head}smoothing: {{'0': mn}}\ntransforms: {{'0': mn}}\n", "r.yaml")

@@ -1,15 +1,17 @@
-"""Which layers of a search have their inputs smoothed, and how: settled before the first trial.
+"""Which layers of a search have their inputs transformed, and how: settled before the first trial.
 
-For each exponent a of the space factor t_j is max|x_j|^a / max|w_j|^(1 − a) (SmoothQuant, Xiao et
-al. 2023, arXiv 2211.10438). The layer's own output error, after weight and activation were
-quantized either way, says which exponent is the best one, or that none is worth a division at run
-time. The float model's numbers stay what they are, bit for bit, so one pass of it serves all
-layers. Layers know little of the model: all is taken back where the uniform recipe of 8 bits is no
-nearer to the float model's outputs on the search split.
+Inputs are smoothed or rotated. For each exponent a of the space a factor of smoothing t_j is
+max|x_j|^a / max|w_j|^(1 − a) (SmoothQuant, Xiao et al. 2023, arXiv 2211.10438); rotations are by
+Hadamard's matrix, in blocks. The layer's own output error, after weight and activation were
+quantized either way, says which is the best one, or that none is worth its time at run time. The
+float model's numbers stay what they are, bit for bit, so one pass of it serves all layers. Layers
+know little of the model: all is taken back where the uniform recipe of 8 bits is no nearer to the
+float model's outputs on the search split.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,77 +24,113 @@ from autoquant.errors import TrialError, UserError
 from autoquant.models.usercode import guarded
 from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.sites import Site
-from autoquant.nn.smoothing import can_smooth, layout_of, smooth, smoothing_of
-from autoquant.quant.smoothing import rounded
+from autoquant.nn.transforms import can_rotate, can_smooth, layout_of, transform, transforms_of
+from autoquant.quant.rotation import Rotation, block_of, hadamard
+from autoquant.quant.smoothing import Smoothing, rounded
+from autoquant.quant.transforms import InputTransform
 from autoquant.sensitivity.profile import local_damage
 from autoquant.session.session import Say, Session
 from autoquant.spec.formats import FLOAT_BITS
-from autoquant.spec.space import UNSMOOTHED, SiteSpace
+from autoquant.spec.space import SiteSpace
+from autoquant.spec.transforms import UNROTATED, UNSMOOTHED
 from autoquant.spec.uniform import uniform
 
 WORTH = 0.1
 """Sum of the logarithms of two errors, at the widest and the narrowest weights, that has to be
-gained: a division takes time, and a layer that divides takes no integers from the one before."""
+gained: a transform takes time, and a layer that has one takes no integers from the one before."""
 
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to smooth a site: its factors, None for not at all, and what calibration saw then."""
+    """One way to transform an input, None for not at all, and what calibration saw then."""
 
     score: float
-    factors: Tensor | None
+    transform: InputTransform | None
     known: SiteStatistics
 
 
-def smooth_inputs(
+Make = Callable[[Site], "InputTransform | None"]
+
+
+def transform_inputs(
     session: Session, spaces: Mapping[str, SiteSpace], say: Say = lambda _: None
 ) -> None:
-    """Smooth the inputs of a session's layers where ``spaces`` allow it and it pays.
+    """Transform the inputs of a session's layers where ``spaces`` allow it and it pays.
 
-    What was calibrated of them is made anew. The session is one that smooths nothing yet. Raises
+    What was calibrated of them is made anew. The session is one that transforms nothing yet. Raises
     UserError where the user's code fails.
     """
-    assert not smoothing_of(session.prepared)
-    sites = [
-        site
-        for site in session.prepared.sites
-        if can_smooth(site, session.prepared.slots[site.name].parameter.dtype)
-        and any(a > 0 for a in spaces[site.name].smoothing)
-    ]
+    assert not transforms_of(session.prepared)
+    sites = [site for site in session.prepared.sites if _allows(session, site, spaces[site.name])]
     batches = [batch for batch in session.splits.calibrate if batch is not None]
     if not sites or not batches:
         return
-    say("smoothing inputs")
+    say("transforming inputs")
     best = {}
     for site in sites:
         known, space = session.statistics[site.name], spaces[site.name]
-        score = _score(session, site, known, space) - WORTH if 0.0 in space.smoothing else math.inf
+        stays = 0.0 in space.smoothing and 0 in space.rotation
+        score = _score(session, site, known, space) - WORTH if stays else math.inf
         best[site.name] = _Way(score, None, known)
-    largest = _largest_inputs(session, sites, batches)
-    for exponent in sorted({a for site in sites for a in spaces[site.name].smoothing if a > 0}):
-        factors = {
-            site.name: found
-            for site in sites
-            if exponent in spaces[site.name].smoothing
-            and (found := _factors(session, site, largest.get(site.name), exponent)) is not None
-        }
-        smooth(session.prepared, factors)
+    for make in _ways(session, sites, spaces, batches):
+        made = {site.name: found for site in sites if (found := make(site)) is not None}
+        transform(session.prepared, made)
         seen = calibrate(session.prepared, batches, lambda m, x: _run(session, m, x))
         for site in sites:
-            if site.name in factors:
+            if site.name in made:
                 known = seen[site.name]
                 score = _score(session, site, known, spaces[site.name])
                 if score < best[site.name].score:
-                    best[site.name] = _Way(score, factors[site.name], known)
-        smooth(session.prepared, dict.fromkeys(factors))
+                    best[site.name] = _Way(score, made[site.name], known)
+        transform(session.prepared, dict.fromkeys(made))
     ours = {name: way.known for name, way in best.items()}
     plain = session.statistics
     before = _loss(session, spaces)
-    smooth(session.prepared, {name: way.factors for name, way in best.items()})
+    transform(session.prepared, {name: way.transform for name, way in best.items()})
     session.recalibrate({name: ours.get(name, s) for name, s in plain.items()})
-    if smoothing_of(session.prepared) and not _loss(session, spaces) < before:
-        smooth(session.prepared, dict.fromkeys(ours))
+    if transforms_of(session.prepared) and not _loss(session, spaces) < before:
+        transform(session.prepared, dict.fromkeys(ours))
         session.recalibrate(plain)
+
+
+def _allows(session: Session, site: Site, space: SiteSpace) -> bool:
+    """Return whether the input of a site may be transformed."""
+    dtype = session.prepared.slots[site.name].parameter.dtype
+    return (can_smooth(site, dtype) and max(space.smoothing) > 0) or (
+        can_rotate(site, dtype) and max(space.rotation) > 0
+    )
+
+
+def _ways(
+    session: Session,
+    sites: Sequence[Site],
+    spaces: Mapping[str, SiteSpace],
+    batches: Sequence[Any],
+) -> list[Make]:
+    """Return what makes transforms of sites, one way after another."""
+    slots = session.prepared.slots
+    found: list[Make] = []
+    exponents = sorted({a for site in sites for a in spaces[site.name].smoothing if a > 0})
+    if exponents:
+        smoothed = [site for site in sites if can_smooth(site, slots[site.name].parameter.dtype)]
+        largest = _largest_inputs(session, smoothed, batches)
+
+    def smoothing(exponent: float, site: Site) -> Smoothing | None:
+        if exponent not in spaces[site.name].smoothing:
+            return None
+        factors = _factors(session, site, largest.get(site.name), exponent)
+        return None if factors is None else Smoothing(factors, layout_of(site))
+
+    def rotation(most: int, site: Site) -> Rotation | None:
+        parameter, layout = slots[site.name].parameter.detach(), layout_of(site)
+        if most not in spaces[site.name].rotation or not can_rotate(site, parameter.dtype):
+            return None
+        block = block_of(layout.channels, most)
+        return None if block is None else Rotation(hadamard(block, parameter), layout)
+
+    found += [functools.partial(smoothing, exponent) for exponent in exponents]
+    blocks = sorted({b for site in sites for b in spaces[site.name].rotation if b > 0})
+    return found + [functools.partial(rotation, block) for block in blocks]
 
 
 def _loss(session: Session, spaces: Mapping[str, SiteSpace]) -> float:
@@ -171,7 +209,7 @@ def _score(session: Session, site: Site, known: SiteStatistics, space: SiteSpace
     few = dict(c) | {"weight_bits": both, "rounding": c["rounding"][:1]}
     few |= {"weight_calibration": c["weight_calibration"][:1]}
     weights, activations = local_damage(
-        site, target, known, replace(space, choices=few, smoothing=UNSMOOTHED)
+        site, target, known, replace(space, choices=few, smoothing=UNSMOOTHED, rotation=UNROTATED)
     )
     beside = min(activations.values(), default=0.0)
     totals = []

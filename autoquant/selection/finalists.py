@@ -24,7 +24,8 @@ TUNED_ERROR = 0.7
 BEST = 3
 """Finalists with a budget, beside the safe ways out."""
 CAUTION = (1.0, 0.6, 0.3, 0.15, 0.07)
-"""Shares of the maximum drop within which a finalist's estimated drop lies, one after the other.
+"""Shares of the maximum drop within which a finalist's estimated drop lies, one after the other,
+and shares of the first one's distance from the float model.
 
 The first that holds is taken, so the last ones are looked at only where all before them failed."""
 
@@ -35,7 +36,7 @@ def finalists(
     """Return the trials to confirm, best first: at most FINALISTS untuned, no recipe twice.
 
     With a maximum drop: the smallest recipes whose drop, estimated from all trials, is within
-    ever smaller shares of it; with a budget: the best ones. Then the incumbent, and the one of
+    ever smaller shares of it, and ever nearer to the float model's outputs; with a budget: the best ones. Then the incumbent, and the one of
     least loss: the safe ways out. What is tuned takes nobody's place: the others are chosen as if
     it were not there, too.
     """
@@ -65,7 +66,23 @@ def _some_finalists(
     safe = [*([] if plain is None else [plain]), safest]
     if goal.budgeted:
         return [*_within(rows, expected, goal)[:BEST], *safe]
-    return [r for share in CAUTION for r in _within(rows, expected, goal, share)[:1]] + safe
+    return _cautious(rows, expected, goal) + safe
+
+
+def _cautious(rows: Sequence[Row], expected: Mapping[int, float], goal: Goal) -> list[Row]:
+    """Return the smallest recipes within each share of the maximum drop, and of the first's loss.
+
+    Where recipes are better than the float model on the search data, by luck, all are expected to
+    lose nothing: then how far outputs are from its own tells which are the safer ones.
+    """
+    found: list[Row] = []
+    for share in CAUTION:
+        kept = _within(rows, expected, goal, share)
+        if found:
+            most = share * found[0][1]["loss"]
+            kept = [r for r in kept if r[1]["loss"] <= most]
+        found += kept[:1]
+    return found
 
 
 def incumbent(trials: Sequence[FrozenTrial], goal: Goal, uniforms: int) -> FrozenTrial | None:

@@ -130,6 +130,16 @@ def test_where_all_that_promise_little_break_it_there_is_more_than_the_uniform_r
     assert [tuple(t.params.values()) for t in found] == list(reversed(drops))
 
 
+def test_where_all_are_better_than_float_by_luck_ever_nearer_ones_are_finalists():
+    losses = {(8, 8): 1e-4, (6, 6): 0.002, (6, 4): 0.01, (4, 4): 0.04, (4, 2): 0.09, (2, 2): 0.1}
+    trials = [
+        make(i, a, b, -0.02 - loss / 10, loss=loss)
+        for i, ((a, b), loss) in enumerate(losses.items())
+    ]
+    found = [tuple(t.params.values()) for t in finalists(trials, MAPPING, DROP, 1)]
+    assert found == [(2, 2), (4, 4), (6, 4), (6, 6), (8, 8)]
+
+
 def test_with_a_budget_the_least_drop_comes_first():
     rows = [(4, 4, 0.04), (2, 2, 0.3), (6, 4, 0.02), (4, 6, 0.03), (8, 2, 0.2), (8, 8, 0.0)]
     trials = [make(i, a, b, drop, BUDGET) for i, (a, b, drop) in enumerate(rows)]

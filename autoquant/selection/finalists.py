@@ -35,10 +35,10 @@ def finalists(
 ) -> list[FrozenTrial]:
     """Return the trials to confirm, best first: at most FINALISTS untuned, no recipe twice.
 
-    With a maximum drop: the smallest recipes whose drop, estimated from all trials, is within
-    ever smaller shares of it, and ever nearer to the float model's outputs; with a budget: the best ones. Then the incumbent, and the one of
-    least loss: the safe ways out. What is tuned takes nobody's place: the others are chosen as if
-    it were not there, too.
+    With a maximum drop: the smallest recipes whose drop, estimated from all trials, is within ever
+    smaller shares of it, and ever nearer to the float model's outputs; with a budget: the best
+    ones. Then the incumbent, and the one of least loss: the safe ways out. What is tuned takes
+    nobody's place: the others are chosen as if it were not there, too.
     """
     rows = _rows(trials)
     if not rows:

@@ -21,7 +21,6 @@ from autoquant.session.session import Session
 from autoquant.session.transforms import transform_inputs
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SearchSpace
-from autoquant.spec.transforms import is_rotation
 from autoquant.spec.uniform import uniform
 from tests.benchmarks.evaluation import line
 from tests.benchmarks.machine import describe_machine
@@ -78,10 +77,7 @@ def rows_of(name: str, folder: Path) -> list[list[str]]:
             done = transforms_of(session.prepared)
             how = title
             if done:
-                kinds = {True: "rotated", False: "smoothed"}
-                how = (
-                    f"{len(done)} of {len(spaces)} {kinds[is_rotation(next(iter(done.values())))]}"
-                )
+                how = f"{len(done)} of {len(spaces)} {title}"
             elif way:
                 how = f"{title}: taken back"
             sites = uniform(spaces, bits)

@@ -1,9 +1,9 @@
 """The stage after the trials: recipes whose layers are fitted to each other (``methods``).
 
 With a budget the best trial is tuned. With a maximum drop recipes are that lose more than it
-allows, as foretold, but cost less: tuning may repair them. They are ordered by cost and bisected.
-Each is a trial of the study, and goes to the confirmation like any other; what was tuned before
-the search was interrupted is not tuned again.
+allows, as foretold, but cost less: tuning may repair them. They are ordered by cost and bisected,
+and once more for one that loses half of it. Each is a trial of the study, and goes to the
+confirmation like any other; what was tuned before the search was interrupted is not tuned again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from autoquant.study.tuned import TUNED, Shelf, Tuning, searched, tuning_of
 
 RUNGS = (8.0, 6.3, 5.0, 4.0, 3.2, 2.5, 2.0, 1.6, 1.25)
 """Losses of the recipes that are tuned under a maximum drop, in units of the loss of that drop."""
+CAREFUL = 0.5
+"""Share of the maximum drop that one more recipe is tuned to keep: the confirmation may find that
+the one that was tuned to keep all of it does not."""
 WORK = 2.0
 """Times the work of the trials that all tuning may be, unless it is asked for."""
 
@@ -132,6 +135,7 @@ class _Tuner:
         self._techniques = list(techniques())
         self._spare = _spare_trials(study)
         self._longest = 0.0
+        self._done: dict[str, list[FrozenTrial]] = {}
         self._until = math.inf
         if study.schedule is not None:
             self._until = time.monotonic() + study.schedule.for_tuning
@@ -144,13 +148,18 @@ class _Tuner:
                 self._tune(self._plan.mapping.decode(best.params))
             return
         rungs = self._rungs()
-        low, high = 0, len(rungs)
+        self._bisect(rungs, self._bisect(rungs, 0, 1.0), CAREFUL)
+
+    def _bisect(self, rungs: Sequence[Sites], low: int, share: float) -> int:
+        """Return the first recipe from ``low`` on that, tuned, keeps a share of the drop."""
+        high = len(rungs)
         while low < high:
             middle = (low + high) // 2
-            if self._holds(self._tune(rungs[middle])):
+            if self._holding(self._tune(rungs[middle]), share):
                 high = middle
             else:
                 low = middle + 1
+        return low
 
     def _rungs(self) -> list[Sites]:
         """Return the recipes to bisect, cheapest first."""
@@ -165,27 +174,28 @@ class _Tuner:
             found.append(self._plan.mapping.decode(min(rows)[2].params))
         return found
 
-    def _holding(self, trials: Sequence[FrozenTrial]) -> set[int]:
-        """Return the numbers of the trials that keep the goal, by what all together say."""
+    def _holding(self, trials: Sequence[FrozenTrial], share: float = 1.0) -> set[int]:
+        """Return the numbers of the trials that keep a share of the goal, as all together say."""
         goal, drops = self._study.goal, estimated_drops(self._study.ledger.trials())
         return {
             t.number
             for t in trials
             if (m := measured(t)) is not None
-            and drops[t.number] <= goal.max_drop
+            and drops[t.number] <= share * goal.max_drop
             and all(v <= 0 or name == "drop" for name, v in t.constraints.items())
             and math.isfinite(m["loss"])
         }
 
-    def _holds(self, trials: Sequence[FrozenTrial]) -> bool:
-        return bool(self._holding(trials))
-
     def _tune(self, sites: Sites) -> list[FrozenTrial]:
         """Return the trials of one recipe, tuned by each technique; the best one is kept to."""
+        key = choices_key(sites)
+        if key in self._done:
+            return self._done[key]
         found = [self._once(sites, technique) for technique in self._techniques]
         rows = [(m["loss"], i) for i, t in enumerate(found) if (m := measured(t)) is not None]
         if len(self._techniques) > 1 and rows:
             self._techniques = [self._techniques[min(rows)[1]]]
+        self._done[key] = found
         return found
 
     def _once(self, sites: Sites, technique: Reconstruction) -> FrozenTrial:

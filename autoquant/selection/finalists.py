@@ -17,13 +17,13 @@ from autoquant.study.tuned import TUNED, sites_of
 
 Row = tuple[FrozenTrial, dict[str, Any]]
 
-FINALISTS = 7
+FINALISTS = 9
 """Most recipes that are measured on the confirm split, not counting what is tuned."""
 TUNED_ERROR = 0.7
 """Relative error that the curve of all others is taken to have for what is tuned."""
 BEST = 3
 """Finalists with a budget, beside the safe ways out."""
-CAUTION = (1.0, 0.6, 0.3, 0.15, 0.07)
+CAUTION = (1.0, 0.75, 0.55, 0.42, 0.3, 0.15, 0.07)
 """Shares of the maximum drop within which a finalist's estimated drop lies, one after the other,
 and shares of the first one's distance from the float model.
 

@@ -92,7 +92,9 @@ def compressed(bits: int, modifier: str) -> nn.Module:
     """Return the model by a modifier of llm-compressor."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
-    from llmcompressor import modifiers, oneshot
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers import quantization
+    from llmcompressor.modifiers.transform import AWQModifier
 
     weights = QuantizationArgs(num_bits=bits, symmetric=False, strategy="group", group_size=GROUP)
     inputs = QuantizationArgs(num_bits=8, symmetric=False, strategy="token", dynamic=True)
@@ -101,11 +103,18 @@ def compressed(bits: int, modifier: str) -> nn.Module:
     data = Dataset.from_dict(
         {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
     )
+    kinds = {
+        "nearest": quantization.QuantizationModifier,
+        "gptq": quantization.GPTQModifier,
+        "awq": AWQModifier,
+    }
+    groups = {"all": scheme}
+    recipe = [kinds[modifier](config_groups=groups, ignore=["lm_head"])]
     model = llama()
     oneshot(
         model=model,
         dataset=data,
-        recipe=[getattr(modifiers, modifier)(config_groups={"all": scheme}, ignore=["lm_head"])],
+        recipe=recipe,
         num_calibration_samples=len(tokens),
         max_seq_length=tokens.shape[1],
     )
@@ -146,8 +155,8 @@ TOOLS: dict[str, tuple[str, str, Make]] = {
         "llmcompressor",
         lambda b: compressed(b, "QuantizationModifier"),
     ),
-    "gptq": ("GPTQ", "llmcompressor", lambda bits: compressed(bits, "GPTQModifier")),
-    "awq": ("AWQ", "llmcompressor", lambda bits: compressed(bits, "AWQModifier")),
+    "gptq": ("GPTQ", "llmcompressor", lambda bits: compressed(bits, "gptq")),
+    "awq": ("AWQ", "llmcompressor", lambda bits: compressed(bits, "awq")),
     "auto_round": ("AutoRound", "auto-round", auto_round),
 }
 

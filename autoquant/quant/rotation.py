@@ -85,7 +85,10 @@ def hadamard(block: int, like: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, matrix: Tensor) -> Tensor:
-    """Return ``x`` [..., channels] with each block of channels times ``matrix``."""
+    """Return ``x`` [..., channels] with each block times ``matrix``, in its own dtype."""
+    if torch.is_autocast_enabled(x.device.type):  # which would round sums to half precision
+        with torch.autocast(x.device.type, enabled=False):
+            return rotate(x, matrix)
     return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
 
 

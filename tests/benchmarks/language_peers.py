@@ -124,6 +124,7 @@ def compressed(bits: int, modifier: str) -> nn.Module:
 def auto_round(bits: int) -> nn.Module:
     """Return the model by AutoRound."""
     from auto_round import AutoRound
+    from transformers import PreTrainedTokenizerFast
 
     tokens = torch.cat(smollm2.calibration_data())
     data = [
@@ -131,7 +132,7 @@ def auto_round(bits: int) -> nn.Module:
     ]
     rounder: Any = AutoRound(
         llama(),
-        None,
+        PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer()),
         bits=bits,
         group_size=GROUP,
         sym=False,

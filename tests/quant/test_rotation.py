@@ -62,6 +62,14 @@ def test_one_large_channel_is_spread_over_its_block_alone():
     assert int(found.count_nonzero()) == 16
 
 
+def test_autocast_does_not_round_it():
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
+    rotation = Rotation(hadamard(16, x), LAYOUTS["linear"])
+    expected = rotation.of_input(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rotation.of_input(x), expected)
+
+
 @given(st.integers(1, 5000), st.sampled_from(BLOCKS))
 def test_blocks_are_the_largest_that_divide(channels, most):
     expected = [b for b in BLOCKS if b <= most and channels % b == 0]

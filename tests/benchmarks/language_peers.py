@@ -154,7 +154,7 @@ TOOLS: dict[str, tuple[str, str, Make]] = {
     "nearest": (
         "round to nearest",
         "llmcompressor",
-        lambda b: compressed(b, "QuantizationModifier"),
+        lambda b: compressed(b, "nearest"),
     ),
     "gptq": ("GPTQ", "llmcompressor", lambda bits: compressed(bits, "gptq")),
     "awq": ("AWQ", "llmcompressor", lambda bits: compressed(bits, "awq")),

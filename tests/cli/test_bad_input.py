@@ -519,7 +519,7 @@ def test_a_file_that_is_no_journal(project, refused, content):
 
 def test_export_of_what_there_is_not(searched, refused):
     assert "has no trial 99; it has 14" in refused("export", "s", "--trial", 99)
-    assert "no trial within 1; the smallest has 4" in refused("export", "s", "--bits", 1)
+    assert "no trial within 1; the smallest has 3" in refused("export", "s", "--bits", 1)
     assert "no trial within" in refused("export", "s", "--size", "1%")
     assert "--size 'x'" in refused("export", "s", "--size", "x")
     assert "give one" in refused("export", "s", "--bits", 5, "--trial", 2)

@@ -13,6 +13,7 @@ other tools stay.
 from __future__ import annotations
 
 import importlib.metadata
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,13 @@ def perplexity(model: nn.Module) -> float:
     return float(torch.tensor(total / count).exp())
 
 
+def tokenizer() -> Any:
+    """Return the tokenizer as transformers has it: these tools ask for one, and read tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer())
+
+
 def compressed(bits: int, modifier: str) -> nn.Module:
     """Return the model by a modifier of llm-compressor."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -95,6 +103,7 @@ def compressed(bits: int, modifier: str) -> nn.Module:
     from llmcompressor import oneshot
     from llmcompressor.modifiers import quantization
     from llmcompressor.modifiers.transform import AWQModifier
+    from transformers import AutoModelForCausalLM
 
     weights = QuantizationArgs(num_bits=bits, symmetric=False, strategy="group", group_size=GROUP)
     inputs = QuantizationArgs(num_bits=8, symmetric=False, strategy="token", dynamic=True)
@@ -110,21 +119,23 @@ def compressed(bits: int, modifier: str) -> nn.Module:
     }
     groups = {"all": scheme}
     recipe = [kinds[modifier](config_groups=groups, ignore=["lm_head"])]
-    model = llama()
-    oneshot(
-        model=model,
-        dataset=data,
-        recipe=recipe,
-        num_calibration_samples=len(tokens),
-        max_seq_length=tokens.shape[1],
-    )
+    with tempfile.TemporaryDirectory() as folder:  # the tool wants a model that was read
+        llama().save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        oneshot(
+            model=model,
+            processor=tokenizer(),
+            dataset=data,
+            recipe=recipe,
+            num_calibration_samples=len(tokens),
+            max_seq_length=tokens.shape[1],
+        )
     return model
 
 
 def auto_round(bits: int) -> nn.Module:
     """Return the model by AutoRound."""
     from auto_round import AutoRound
-    from transformers import PreTrainedTokenizerFast
 
     tokens = torch.cat(smollm2.calibration_data())
     data = [
@@ -132,7 +143,7 @@ def auto_round(bits: int) -> nn.Module:
     ]
     rounder: Any = AutoRound(
         llama(),
-        PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer()),
+        tokenizer(),
         bits=bits,
         group_size=GROUP,
         sym=False,
@@ -162,29 +173,16 @@ TOOLS: dict[str, tuple[str, str, Make]] = {
 }
 
 
-@click.command()
-@click.argument("names", nargs=-1, type=click.Choice([*TOOLS]))
-def main(names: tuple[str, ...]) -> None:
-    """Measure the tools NAMES and write their rows into the report."""
-    base = perplexity(llama())
-    rows = {}
-    if REPORT.exists():
-        for row in REPORT.read_text(encoding="utf-8").splitlines():
-            if row.startswith("| ") and " bits " not in row.split("|")[1]:
-                rows[tuple(row.split(" | ")[:2])] = row
-    for name in names:
-        title, package, make = TOOLS[name]
-        for bits in BITS:
-            began = time.monotonic()
-            model = make(bits)
-            seconds = time.monotonic() - began
-            found = perplexity(model)
-            said = f"{title} ({package} {importlib.metadata.version(package)})"
-            row = line(
-                [said, str(bits), f"{found:.2f}", f"{found / base - 1:+.1%}", f"{seconds:.0f}"]
-            )
-            print(row, flush=True)
-            rows[tuple(row.split(" | ")[:2])] = row
+def written() -> dict[tuple[str, str], str]:
+    """Return the rows of the report by tool and bits."""
+    if not REPORT.exists():
+        return {}
+    rows = [r for r in REPORT.read_text(encoding="utf-8").splitlines() if r.startswith("| ")]
+    return {(r.split("|")[1].strip(), r.split("|")[2].strip()): r for r in rows[2:]}
+
+
+def write(rows: dict[tuple[str, str], str], base: float) -> None:
+    """Write the report."""
     text = [
         "# Other tools on a language model",
         "",
@@ -197,9 +195,28 @@ def main(names: tuple[str, ...]) -> None:
         "",
         line(HEAD),
         line(["---"] * len(HEAD)),
-        *(row for key, row in rows.items() if key[0] not in (f"| {HEAD[0]}", "| ---")),
+        *rows.values(),
     ]
     REPORT.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=click.Choice([*TOOLS]))
+def main(names: tuple[str, ...]) -> None:
+    """Measure the tools NAMES; each row is written as it comes."""
+    base = perplexity(llama())
+    for name in names:
+        title, package, make = TOOLS[name]
+        for bits in BITS:
+            began = time.monotonic()
+            model = make(bits)
+            seconds = time.monotonic() - began
+            found = perplexity(model)
+            said = f"{title} ({package} {importlib.metadata.version(package)})"
+            more = f"{found / base - 1:+.1%}"
+            row = line([said, str(bits), f"{found:.2f}", more, f"{seconds:.0f}"])
+            print(row, flush=True)
+            write(written() | {(said, str(bits)): row}, base)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 from autoquant.errors import UserError
 from autoquant.kernels.operation import Backend, Operation, Product
 from autoquant.quant.activation import fake_quantize_activation, wants_gradient
+from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -68,10 +69,14 @@ class Engine:
         weight: QuantizedWeight,
         activation: ActivationScheme | None,
         device: torch.device,
+        transform: InputTransform | None = None,
     ) -> Product | None:
-        """Return the product of the first backend that takes it, None where float has to."""
+        """Return the product of the first backend that takes it, None where float has to.
+
+        With a ``transform`` the product takes the activation as it is before that.
+        """
         for backend in self.backends:
-            product = backend.prepare(operation, weight, activation, device)
+            product = backend.prepare(operation, weight, activation, device, transform)
             if product is not None:
                 return product
         return None

@@ -12,6 +12,8 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import Tensor
 
+from autoquant.quant.smoothing import Smoothing
+from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -33,6 +35,15 @@ class Operation:
 
 LINEAR = Operation("linear")
 
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What a layer makes bytes of an activation by: a static ``scheme``, after its smoothing."""
+
+    scheme: ActivationScheme
+    smoothing: Smoothing | None = None
+
+
 Clamp = tuple[float, float]
 """Least and largest output: (0, ∞) is a ReLU, (0, 6) a ReLU6."""
 
@@ -46,7 +57,7 @@ class Product(Protocol):
         ...
 
     def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
-        """Return the layer's output on the activation ``x``, as it is before quantization.
+        """Return the layer's output on the activation ``x``, to which nothing was done yet.
 
         With ``clamp`` it is clamped.
 
@@ -64,8 +75,11 @@ class Chainable(Product, Protocol):
     """
 
     @property
-    def reads(self) -> ActivationScheme | None:
-        """The scheme whose bytes it takes; None where its scales follow from each activation."""
+    def reads(self) -> Reader | None:
+        """What makes the bytes that it takes; None where nobody else can make them.
+
+        That is where its scales follow from each activation, and where it rotates it.
+        """
         ...
 
     def stored(self, x: Tensor) -> Tensor | None:
@@ -91,7 +105,7 @@ class Chainable(Product, Protocol):
         q: Tensor,
         bias: Tensor | None,
         clamp: Clamp | None,
-        reader: ActivationScheme,
+        reader: Reader,
         gelu: str | None = None,
     ) -> Tensor | None:
         """Return that output, or its GELU of this approximation, as the bytes ``reader`` makes.
@@ -125,6 +139,10 @@ class Backend(Protocol):
         weight: QuantizedWeight,
         activation: ActivationScheme | None,
         device: torch.device,
+        transform: InputTransform | None = None,
     ) -> Product | None:
-        """Pack a weight [out, in] or [out, in / groups, *kernel]; None where it is not for it."""
+        """Pack a weight [out, in] or [out, in / groups, *kernel]; None where it is not for it.
+
+        With a ``transform`` the product takes the activation as it is before that.
+        """
         ...

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autoquant.kernels.operation import Reader
 from autoquant.nn.layer_output import After, Compute, LayerOutput, as_real, version_of
-from autoquant.spec.recipe import ActivationScheme
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 PLAIN = (Tensor, nn.Parameter)
@@ -111,7 +111,7 @@ class _Ahead:
 
     held: _View
     source: _View
-    scheme: ActivationScheme | None
+    reader: Reader | None
     compute: Compute
     stride: tuple[int, ...]
     ahead: After
@@ -156,7 +156,7 @@ class Outputs:
                 leaf = made.setdefault(id(leaf), tensor(leaf))
             elif type(leaf) is _Ahead:
                 held, source = tensor(leaf.held), tensor(leaf.source)
-                known = (leaf.scheme, leaf.compute, leaf.stride, leaf.ahead, leaf.done)
+                known = (leaf.reader, leaf.compute, leaf.stride, leaf.ahead, leaf.done)
                 leaf = made.setdefault(id(leaf), LayerOutput.of(held, source, *known))
             leaves.append(leaf)
         return leaves[0] if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
@@ -203,7 +203,7 @@ def pack(result: Any, inputs: Inputs) -> Outputs | None:
         memories.append(group[0].detach().as_strided((stop - start,), (1,), start))
     for i, t in ahead.items():
         lie = views[id(t.held)], views[id(t.source)]
-        views[i] = _Ahead(*lie, t.scheme, t.compute, t.stride(), t.ahead, t.done)
+        views[i] = _Ahead(*lie, t.reader, t.compute, t.stride(), t.ahead, t.done)
     leaves = tuple(views[id(x)] if isinstance(x, Tensor) else x for x in found)
     return Outputs(leaves, spec, tuple(memories))
 

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.errors import UserError
-from autoquant.kernels.operation import Operation
+from autoquant.kernels.operation import Operation, Reader
 from autoquant.nn.layer_output import After
 from autoquant.nn.runtime import SiteRuntime
-from autoquant.spec.recipe import ActivationScheme
 
 NAME = "_autoquant"
 """The one name in a user's module that is ours."""
@@ -103,7 +102,7 @@ class Converted:
         """Return what the module's own ``forward`` returns, with the weights that are lent."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def reads(self) -> ActivationScheme | None:
+    def reads(self) -> Reader | None:
         """Return the scheme whose integers the layer takes as its input, None for real numbers."""
         return self.sites["weight"].reads(self.operation)
 

@@ -17,7 +17,7 @@ class HeldWeight:
     """One quantized weight: its products, and its real numbers where something asks for them.
 
     ``shift`` [channels], float32, is what the layer's bias moves by, None where it stays. With a
-    ``transform`` the quantized weight, and its products, are those that meet what it makes.
+    ``transform`` the quantized weight is the one that meets what it makes.
     """
 
     def __init__(
@@ -67,7 +67,10 @@ class HeldWeight:
         rows: Rows,
         device: torch.device,
     ) -> Product | None:
-        """Return the product with an activation, packed once; None where float computes it."""
+        """Return the product with an activation, packed once; None where float computes it.
+
+        It takes the activation as it is before the transform.
+        """
         key = (operation, activation, rows)
         if key not in self._products:
             if rows not in self._parts:
@@ -76,7 +79,9 @@ class HeldWeight:
             part = self._parts[rows]
             if operation == LINEAR:  # whose weight may lie [in, out]
                 part = part.as_matrix()
-            self._products[key] = self.engine.prepare(operation, part, activation, device)
+            self._products[key] = self.engine.prepare(
+                operation, part, activation, device, self.transform
+            )
         return self._products[key]
 
     @property

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autoquant.kernels.layout import lies_channels_last
-from autoquant.kernels.operation import Clamp
-from autoquant.spec.recipe import ActivationScheme
+from autoquant.kernels.operation import Clamp, Reader
 
 After = Clamp | str | None
 """What is done with an output: a ReLU's least and largest number, a GELU's approximation."""
@@ -46,14 +45,14 @@ _ASKED = frozenset(
 class LayerOutput(Tensor):
     """An output of which ``held`` is computed: what ``ahead`` makes of it, None for itself.
 
-    With ``scheme``, ``held`` are the integers, uint8, that it makes of that; else real numbers.
+    With ``reader``, ``held`` are the integers, uint8, that it makes of that; else real numbers.
     ``compute`` gives the output, which lies in memory as ``stride`` says, from ``source``, the
     integers that the layer read. Nobody writes into ``source`` or into integers.
     """
 
     held: Tensor | None
     source: Tensor
-    scheme: ActivationScheme | None
+    reader: Reader | None
     compute: Compute
     ahead: After
     done: After
@@ -66,7 +65,7 @@ class LayerOutput(Tensor):
     def of(
         held: Tensor,
         source: Tensor,
-        scheme: ActivationScheme | None,
+        reader: Reader | None,
         compute: Compute,
         stride: tuple[int, ...],
         ahead: After = None,
@@ -76,7 +75,7 @@ class LayerOutput(Tensor):
         y: LayerOutput = Tensor._make_wrapper_subclass(
             LayerOutput, held.shape, strides=stride, dtype=torch.float32, device=held.device
         )
-        y.held, y.source, y.scheme, y.compute = held, source, scheme, compute
+        y.held, y.source, y.reader, y.compute = held, source, reader, compute
         y.ahead, y.done = ahead, done
         y.channels_last = lies_channels_last(held.shape, stride)
         y.changes = 0
@@ -97,7 +96,7 @@ class LayerOutput(Tensor):
     @property
     def integers(self) -> Tensor | None:
         """The integers that stand for these very numbers, None where there are none."""
-        if self.scheme is None or self.ahead is not None or self.written:
+        if self.reader is None or self.ahead is not None or self.written:
             return None
         return self.held
 
@@ -112,16 +111,16 @@ class LayerOutput(Tensor):
         """Return the output after ``step``, None where something else was expected."""
         if step.after != self.ahead or self.written or self.held is None:
             return None
-        held, scheme = self.held, self.scheme
+        held, reader = self.held, self.reader
         if not step.inplace:
-            if scheme is None:  # whoever has it may write into it
+            if reader is None:  # whoever has it may write into it
                 self.held = None
                 return held
             return LayerOutput.of(
-                held, self.source, scheme, self.compute, self.stride(), None, self.ahead
+                held, self.source, reader, self.compute, self.stride(), None, self.ahead
             )
         self.changes += 1
-        if scheme is None:
+        if reader is None:
             self.held = None
             if self._real is not None:
                 return self._real.copy_(held)

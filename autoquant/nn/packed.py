@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoquant.kernels.operation import Operation
+from autoquant.kernels.operation import Operation, Reader
 from autoquant.nn.runtime import Layer, Multiply, Rows
 from autoquant.quant.activation import ActivationQuantizer
 from autoquant.quant.affine import QParams, dequantize
@@ -161,7 +161,7 @@ class PackedSite(nn.Module):
         """Return a layer's output on ``x``; a saved model has its ReLUs as modules."""
         return compute(self.quantize_input(x))
 
-    def reads(self, operation: Operation | None) -> ActivationScheme | None:
+    def reads(self, operation: Operation | None) -> Reader | None:
         """Return None: a saved model computes with real numbers."""
         return None
 

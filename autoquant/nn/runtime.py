@@ -7,9 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from autoquant.kernels.operation import Operation
+from autoquant.kernels.operation import Operation, Reader
 from autoquant.nn.layer_output import After
-from autoquant.spec.recipe import ActivationScheme
 
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
 """Activation [..., in], as it is before quantization, and bias [out] or None → [..., out]."""
@@ -40,7 +39,7 @@ class Layer(Protocol):
         """The layer that alone is expected to read the output after that."""
         ...
 
-    def reads(self) -> ActivationScheme | None:
+    def reads(self) -> Reader | None:
         """Return the scheme whose integers the layer takes; None where it wants real numbers."""
         ...
 
@@ -80,7 +79,7 @@ class SiteRuntime(Protocol):
         """Return whether nothing is quantized, and note why nothing can be."""
         ...
 
-    def reads(self, operation: Operation | None) -> ActivationScheme | None:
+    def reads(self, operation: Operation | None) -> Reader | None:
         """Return the scheme whose integers a layer's kernel would take; None where it takes none.
 
         From here on what is computed depends on that layer's recipe.

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from autoquant.kernels.engine import FLOAT, Engine, recorded
 from autoquant.kernels.layout import contiguous_stride, is_channels_last
-from autoquant.kernels.operation import LINEAR, Chainable, Operation, Product, is_chainable
+from autoquant.kernels.operation import (
+    LINEAR,
+    Chainable,
+    Operation,
+    Product,
+    Reader,
+    is_chainable,
+)
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.layer_output import After, LayerOutput, as_real
 from autoquant.nn.runtime import Layer, Multiply, Rows
@@ -159,7 +166,7 @@ class SiteSlot:
             product = self._product(layer.operation, None)
         if product is not None:
             self._tell()
-            y = _run(product, self._transformed(x), bias, layer)
+            y = _run(product, x, bias, layer)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y
@@ -170,18 +177,14 @@ class SiteSlot:
         self.engine.note(FLOAT, time.perf_counter() - start)
         return y
 
-    def reads(self, operation: Operation | None) -> ActivationScheme | None:
-        """Return the scheme whose integers a layer's kernel would take; None where it has none."""
+    def reads(self, operation: Operation | None) -> Reader | None:
+        """Return what makes the integers that a layer's kernel takes; None where it has none."""
         self.use()
-        if self.transform is not None:
-            return None  # which takes real numbers
         product = None if operation is None else self._product(operation, None)
         return product.reads if is_chainable(product) else None
 
     def as_read(self, operation: Operation | None, x: Tensor) -> Tensor:
         """Return ``x`` as a layer that alone is read by this one would hand it on."""
-        if self.transform is not None:
-            return x
         product = None if operation is None else self._product(operation, None)
         if not is_chainable(product) or product.reads is None:
             return x
@@ -198,7 +201,7 @@ class SiteSlot:
     ) -> Tensor:
         start = time.perf_counter()
         if product is not None and not wants_gradient(x):
-            y = product(self._transformed(x), bias)
+            y = product(as_real(x), bias)
             if y is not None:
                 self.engine.note(product.backend, time.perf_counter() - start)
                 return y
@@ -232,7 +235,7 @@ def _run(product: Product, x: Tensor, bias: Tensor | None, layer: Layer) -> Tens
     q = x.integers if isinstance(x, LayerOutput) else None
     if q is not None:
         assert isinstance(x, LayerOutput)
-        if not (is_chainable(product) and product.reads == x.scheme and product.takes(q)):
+        if not (is_chainable(product) and product.reads == x.reader and product.takes(q)):
             q = None
     last = x.channels_last if isinstance(x, LayerOutput) else is_channels_last(x)
     if q is None:

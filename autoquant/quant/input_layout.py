@@ -23,10 +23,14 @@ class Layout:
             return self.shape[1] * self.groups
         return self.shape[1 - self.channel_axis]
 
+    @property
+    def activation_axis(self) -> int:
+        """The axis of an activation that its channels are on, from the end."""
+        return 1 - len(self.shape) if self.kind.startswith("conv") else -1
+
     def over_channels(self, x: Tensor) -> Tensor:
         """Return the largest number of each input channel of an activation: [channels]."""
-        axis = -1 if not self.kind.startswith("conv") else 1 - len(self.shape)
-        return x.movedim(axis, -1).reshape(-1, self.channels).amax(0)
+        return x.movedim(self.activation_axis, -1).reshape(-1, self.channels).amax(0)
 
     def beside(self, factors: Tensor, x: Tensor) -> Tensor:
         """Return ``factors`` [channels] in the shape and dtype that an activation goes with."""

@@ -55,6 +55,11 @@ class Rotation:
         return len(self.matrix)
 
     @property
+    def norm(self) -> float:
+        """The size of each entry of the matrix, as float32 has it."""
+        return float(torch.tensor(self.block**-0.5, dtype=torch.float32))
+
+    @property
     def kind(self) -> str:
         """What it does to inputs, in words."""
         return f"rotated by blocks of {self.block}"

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoquant.errors import TrialError, UserError
-from autoquant.kernels.operation import LINEAR, Operation, Product, is_chainable
+from autoquant.kernels.operation import LINEAR, Operation, Product, Reader, is_chainable
 from autoquant.kernels.reference import multiply, reference
 from autoquant.nn.converted import Converted, converted_modules
 from autoquant.nn.layer_output import After
 from autoquant.quant.activation import fake_quantize_activation
 from autoquant.quant.affine import QParams, dequantize
+from autoquant.quant.rotation import Rotation
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.session.session import Session
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
@@ -103,6 +104,7 @@ def _check(
     if operation is None:
         return
     own = dict.get(layer.module._parameters, "bias") if weight == "weight" else None
+    engine = session.prepared.engine
     for recipe in recipes.values():
         # How weights are rounded changes their integers, and not what is done with them.
         done = session.applier.calibrated(name, _plainly_rounded(recipe))
@@ -114,7 +116,14 @@ def _check(
             continue
         stored = held.quantized.as_matrix() if operation == LINEAR else held.quantized
         bias = held.bias(own)
-        found = product(x, bias)
+        given = x if held.transform is None else held.transform.input_back(x)
+        if isinstance(held.transform, Rotation):
+            # Its sums round in another order, so integers next to the middle go to either side.
+            rotated, given = product, x
+            product = engine.prepare(operation, stored, done.activation, x.device)
+            assert product is not None
+            _check_rotated(rotated, product, held.transform, x, name)
+        found = product(given, bias)
         if found is None:
             continue
         exact, moved = x, bias
@@ -123,7 +132,7 @@ def _check(
         expected = reference(operation, exact, stored, done.activation, moved)
         wrong = _differs(operation, exact, stored, done.activation, moved, expected, found)
         if wrong is None and layer.reader is not None:
-            wrong = _differs_handed(session, layer, product, x, bias, expected.to(x.dtype))
+            wrong = _differs_handed(session, layer, product, given, bias, expected.to(x.dtype))
         if wrong is not None:
             raise UserError(
                 f"{name}: the fast kernel ({product.backend}) and the reference differ on this "
@@ -174,21 +183,50 @@ def _differs_handed(
         return None
     after = layer.after
     clamp, gelu = (after, None) if isinstance(after, tuple) else (None, after)
-    found = product.handed(known, bias, clamp, scheme, gelu)
+    transform = session.prepared.slots[site.name].transform
+    if isinstance(transform, Rotation):  # which is handed nothing
+        return None
+    found = product.handed(known, bias, clamp, Reader(scheme, transform), gelu)
     if found is None:
         return None
-    right = fake_quantize_activation(_done(expected, after), scheme, site.kind)
+    real = _done(expected, after)
+    real = real if transform is None else transform.of_input(real)
+    right = fake_quantize_activation(real, scheme, site.kind)
     assert scheme.scale is not None
     scale, zero_point = (
         torch.tensor(n, dtype=torch.float32) for n in (scheme.scale, scheme.zero_point or 0)
     )
     numbers = QParams(scale, zero_point, scheme.bits)
     got = dequantize(found.to(torch.int16) - 128, numbers)
-    steps = ((got - right).abs() / scheme.scale).round()
-    share = float((steps > 0).float().mean())
-    if float(steps.max()) <= 1 and share <= FLIPS:
+    share = _share_that_differs((got - right).abs() / scheme.scale)
+    if share is None:
         return None
     return f"in {share:.1%} of the integers that it hands to {site.name}"
+
+
+def _share_that_differs(steps: Tensor) -> float | None:
+    """Return the share of integers that differ, by so many steps; None for a few next to ties."""
+    steps = steps.round()
+    share = float((steps > 0).float().mean())
+    return None if float(steps.max()) <= 1 and share <= FLIPS else share
+
+
+def _check_rotated(
+    rotated: Product, plain: Product, rotation: Rotation, x: Tensor, name: str
+) -> None:
+    """Raise UserError where a kernel doesn't make the integers of H·x, which is ``x``."""
+    if not (is_chainable(rotated) and is_chainable(plain)):
+        return
+    found, right = rotated.stored(rotation.input_back(x)), plain.stored(x)
+    if found is None or right is None:
+        return
+    share = _share_that_differs((found.float() - right.float()).abs())
+    if share is not None:
+        raise UserError(
+            f"{name}: the fast kernel ({rotated.backend}) and the reference differ on this "
+            f"machine, in {share:.1%} of the integers of its input, {rotation.kind}: search with "
+            "--backend reference"
+        )
 
 
 def _done(y: Tensor, after: After) -> Tensor:

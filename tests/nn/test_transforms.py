@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import SpecError
+from autoquant.kernels.cpu import onednn
 from autoquant.kernels.engine import Engine, make_engine
 from autoquant.methods.applier import Applier
 from autoquant.nn.archive import load_archive, save_archive
@@ -127,6 +128,55 @@ def test_a_quantized_layer_is_what_the_formula_says(name, granularity, fast):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.weight, rounded)
     assert slot.transform is not None
+
+
+class Chain(nn.Module):
+    """Layers that hand integers on, as those of a mobile network do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first = nn.Conv2d(4, 8, 1)
+            self.second = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.third = nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu6(self.first(x), inplace=True)
+        return self.third(torch.relu(self.second(x)))
+
+
+@pytest.mark.skipif(onednn.missing(CPU) is not None, reason="no products of integers here")
+def test_smoothed_layers_are_handed_integers_and_compute_the_reference(monkeypatch):
+    given = []
+    handed = onednn.ConvProduct.handed
+    monkeypatch.setattr(
+        onednn.ConvProduct, "handed", lambda *words: given.append(handed(*words)) or given[-1]
+    )
+    found = {}
+    engine = make_engine(CPU)
+    prepared = prepare(Chain().eval(), lambda m: m(inputs()), engine=engine)
+    layouts = {site.name: layout_of(site) for site in prepared.sites}
+    transform(
+        prepared,
+        {
+            "second": Smoothing(torch.exp2(torch.arange(-3.0, 5)), layouts["second"]),
+            "third": Smoothing(torch.exp2(torch.arange(-3.0, 5)).flip(0), layouts["third"]),
+        },
+    )
+    applier = Applier(prepared, calibrate(prepared, [inputs()], lambda m, x: m(x)))
+    site = SiteRecipe(WeightScheme(6), ActivationScheme(8, "per_tensor", "asymmetric"))
+    applier.apply(dict.fromkeys(("first", "second", "third"), site))
+    with torch.no_grad():
+        found["fast"] = prepared.model(inputs())
+        assert [y is not None and y.dtype == torch.uint8 for y in given] == [True, True]
+        with engine.reference():
+            found["reference"] = prepared.model(inputs())
+    assert len(given) == 2
+    # Numbers next to the middle between two integers may go to either.
+    size = found["reference"].abs().max()
+    assert (found["fast"] - found["reference"]).abs().max() < 0.02 * size
+    assert (found["fast"] - found["reference"]).abs().mean() < 1e-3 * size
 
 
 def test_large_channels_no_longer_cost_the_small_ones_their_steps():

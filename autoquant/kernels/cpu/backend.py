@@ -6,6 +6,7 @@ import torch
 
 from autoquant.kernels.cpu import instructions, native, onednn
 from autoquant.kernels.operation import Operation, Product
+from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -25,11 +26,12 @@ class CpuBackend:
         weight: QuantizedWeight,
         activation: ActivationScheme | None,
         device: torch.device,
+        transform: InputTransform | None = None,
     ) -> Product | None:
         """Pack a weight; None where integers can't give the reference's numbers."""
         if device.type != "cpu":
             return None
-        return onednn.prepare(operation, weight, activation)
+        return onednn.prepare(operation, weight, activation, transform)
 
     def notes(self) -> tuple[str, ...]:
         """Return what makes this backend slower than it could be, a line each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoquant.kernels.cpu.native import OFFSET, bounds
 from autoquant.kernels.cpu.packed_weight import PackedWeight
-from autoquant.kernels.operation import Clamp
+from autoquant.kernels.operation import Clamp, Reader
+from autoquant.quant.smoothing import LEAST
 from autoquant.spec.recipe import ActivationScheme
 
 LARGEST_HANDED = 2.0**60
@@ -19,25 +21,70 @@ SMALLEST_STEP = 2.0**-60
 """Smallest scale of bytes that are handed on: it is multiplied by its reciprocal."""
 
 
+@dataclass(frozen=True, slots=True)
+class HandedForm:
+    """How a layer's output is made the bytes that its reader takes, by oneDNN.
+
+    - ``scale``, ``zero_point``: those of the bytes: round(y · (1 / scale) + zero_point), halves to
+      even.
+    - ``weight_scale`` [channels], ``bias``: what to compute y with; None is the layer's own scale.
+    - ``clamp``: of y.
+    - ``limit`` [channels]: the largest byte of each channel, None where all have the same.
+    """
+
+    scale: float
+    zero_point: int
+    weight_scale: Tensor | None
+    bias: Tensor | None
+    clamp: Clamp | None
+    limit: Tensor | None = None
+
+
 def handed_form(
     weight: PackedWeight,
     activation: ActivationScheme,
     bias: Tensor | None,
-    reader: ActivationScheme,
-) -> tuple[float, int] | None:
-    """Return the scale and zero point of the bytes that ``reader`` is handed.
+    clamp: Clamp | None,
+    reader: Reader,
+    kind: str,
+) -> HandedForm | None:
+    """Return how a layer of ``kind``, conv or linear, hands bytes to ``reader``.
 
-    None where an output may be NaN, or so large that its byte would be in doubt. oneDNN computes
-    round(y · (1 / scale) + zero_point), halves to even.
+    None where an output may be NaN, or so large that its byte would be in doubt, and where the
+    reader smooths other channels than those of the output. Factors of smoothing are powers of two,
+    so dividing scales and bias by them divides the output, bit for bit.
     """
-    scale = reader.scale
-    if scale is None or scale < SMALLEST_STEP:
+    scheme, smoothing = reader.scheme, reader.smoothing
+    if scheme.scale is None or scheme.scale < SMALLEST_STEP:
         return None
-    if not weight.largest_scale * (activation.scale or 1.0) * 2**31 < LARGEST_HANDED:
+    largest = weight.largest_scale * (activation.scale or 1.0) * 2**31
+    if smoothing is not None:
+        largest *= 2.0**-LEAST
+    if not largest < LARGEST_HANDED:
         return None
-    if bias is not None and not _largest(bias) < LARGEST_HANDED:
+    if bias is not None and not _largest(bias) < LARGEST_HANDED * 2.0**LEAST:
         return None
-    return scale, (reader.zero_point or 0) + OFFSET
+    zero_point = (scheme.zero_point or 0) + OFFSET
+    if smoothing is None:
+        own = within(clamp, scheme)
+        return HandedForm(scheme.scale, zero_point, None, bias, own)
+    factors = smoothing.factors
+    same = smoothing.layout.kind.startswith("conv") == (kind == "conv")
+    if not same or len(factors) != len(weight.scale) or (clamp is not None and clamp[0] != 0.0):
+        return None
+    inner, limit = None if clamp is None else (0.0, math.inf), None
+    if clamp is not None and clamp[1] < math.inf:
+        # As the reader rounds it: many numbers end there, and the end may lie between two bytes.
+        ends = (clamp[1] / factors / scheme.scale).round() + zero_point
+        limit = ends.clamp_(0, 255).to(torch.uint8)
+    return HandedForm(
+        scheme.scale,
+        zero_point,
+        weight.scale / factors,
+        None if bias is None else bias / factors,
+        within(inner, scheme),
+        limit,
+    )
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

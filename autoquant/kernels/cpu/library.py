@@ -37,11 +37,16 @@ class _Array:
 
 @dataclass(frozen=True, slots=True)
 class _Integer:
-    """A whole number between two ends, passed as a C type."""
+    """A whole number between two ends, passed as a C type; a power of two where ``doubles``."""
 
     kind: type
     least: int
     most: int
+    doubles: bool = False
+
+    def takes(self, value: int) -> bool:
+        """Return whether a number is one that the function can be given."""
+        return self.least <= value <= self.most and not (self.doubles and value & (value - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ _PARTS = _Integer(ctypes.c_ssize_t, 1, 2**62)
 _BITS = _Integer(ctypes.c_int, 2, 8)
 _FLAG = _Integer(ctypes.c_int, 0, 1)
 _BYTE = _Integer(ctypes.c_int, -128, 127)
+_BLOCK = _Integer(ctypes.c_ssize_t, 16, 1024, doubles=True)
 _SCALE = _Real(2.0**-149, 2.0**128)
 _GRID = _Real(-255.0, 255.0)
 _F32, _F64, _U8, _I64 = torch.float32, torch.float64, torch.uint8, torch.int64
@@ -110,6 +116,41 @@ _FUNCTIONS: Mapping[str, Mapping[str, _Parameter]] = {
         "lo": _GRID,
         "hi": _GRID,
         "zero_point": _BYTE,
+    },
+    "quantize_smoothed": {
+        "x": _reads(_F32, "outer", "channels", "inner"),
+        "q": _writes(_U8, "outer", "channels", "inner"),
+        "scale": _reads(_F32, "channels"),
+        "outer": _SIZE,
+        "channels": _SIZE,
+        "inner": _SIZE,
+        "lo": _GRID,
+        "hi": _GRID,
+        "zero_point": _BYTE,
+    },
+    "quantize_rotated": {
+        "x": _reads(_F32, "blocks", "block"),
+        "q": _writes(_U8, "blocks", "block"),
+        "blocks": _SIZE,
+        "block": _BLOCK,
+        "norm": _SCALE,
+        "scale": _SCALE,
+        "lo": _GRID,
+        "hi": _GRID,
+        "zero_point": _BYTE,
+    },
+    "rotate": {
+        "x": _reads(_F32, "blocks", "block"),
+        "y": _writes(_F32, "blocks", "block"),
+        "blocks": _SIZE,
+        "block": _BLOCK,
+        "norm": _SCALE,
+    },
+    "limit_bytes": {
+        "y": _writes(_U8, "outer", "channels"),
+        "limit": _reads(_U8, "channels"),
+        "outer": _SIZE,
+        "channels": _SIZE,
     },
     "fake_quantize": {
         "x": _reads(_F32, "n"),
@@ -267,7 +308,7 @@ def call(name: str, *arguments: Tensor | float) -> int:
         value = given[key]
         if not isinstance(value, int):
             raise TypeError(f"native.{name}: {key} is {value!r}, a whole number is needed")
-        if not integer.least <= value <= integer.most:
+        if not integer.takes(value):
             raise _out_of_range(name, key, value, integer)
         sizes[key] = value
     if sizes.get("groups", 1) > 1 and sizes["rows"] % sizes["groups"]:

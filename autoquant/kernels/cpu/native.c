@@ -116,6 +116,128 @@ EXPORT int quantize(const float *x, uint8_t *q, ptrdiff_t n, float scale, float 
     return bad;
 }
 
+VECTORS static int quantize_channels(const float *restrict x, uint8_t *restrict q,
+                                     const float *restrict scale, ptrdiff_t n, float lo, float hi,
+                                     int32_t shift) {
+    int bad = 0;
+    for (ptrdiff_t i = 0; i < n; ++i) {
+        float v = x[i] / scale[i];
+        bad |= v != v;
+        v = v > lo ? v : lo;
+        v = v > hi ? hi : v;
+        q[i] = (uint8_t)((int32_t)rintf(v) + shift);
+    }
+    return bad;
+}
+
+/* x [outer, channels, inner] → q of that shape, by a scale [channels] for each channel. */
+EXPORT int quantize_smoothed(const float *x, uint8_t *q, const float *scale, ptrdiff_t outer,
+                             ptrdiff_t channels, ptrdiff_t inner, float lo, float hi,
+                             int32_t zero_point) {
+    int bad = 0;
+    const ptrdiff_t size = channels * inner, shift = zero_point + OFFSET;
+#pragma omp parallel for reduction(| : bad) schedule(static) if (outer > 1 && outer * size > GRAIN)
+    for (ptrdiff_t o = 0; o < outer; ++o) {
+        const float *from = x + o * size;
+        uint8_t *to = q + o * size;
+        if (inner == 1) {
+            bad |= quantize_channels(from, to, scale, channels, lo, hi, (int32_t)shift);
+            continue;
+        }
+        for (ptrdiff_t c = 0; c < channels; ++c)
+            bad |= quantize_span(from + c * inner, to + c * inner, inner, scale[c], lo, hi,
+                                 (int32_t)shift);
+    }
+    return bad;
+}
+
+/* Bytes y [outer, channels] become no larger than limit [channels]. */
+EXPORT int limit_bytes(uint8_t *y, const uint8_t *limit, ptrdiff_t outer, ptrdiff_t channels) {
+#pragma omp parallel for schedule(static) if (outer * channels > GRAIN)
+    for (ptrdiff_t o = 0; o < outer; ++o) {
+        uint8_t *row = y + o * channels;
+        for (ptrdiff_t c = 0; c < channels; ++c) row[c] = row[c] < limit[c] ? row[c] : limit[c];
+    }
+    return 0;
+}
+
+#define WIDTH 16 /* numbers that the innermost step of a rotation takes together */
+
+/* Sign of the entry of Sylvester's matrix: the parity of what both indices have in common. */
+static float sign_of(int row, int column) {
+    int common = row & column, odd = 0;
+    for (; common; common &= common - 1) odd ^= 1;
+    return odd ? -1.0f : 1.0f;
+}
+
+/* Numbers [n], whole blocks, times Sylvester's matrix over √block, a power of two from WIDTH on:
+ * within WIDTH by its columns, beyond by sums and differences. */
+VECTORS static void rotate_span(const float *restrict x, float *restrict y,
+                                const float *restrict columns, ptrdiff_t n, ptrdiff_t block,
+                                float norm) {
+    for (ptrdiff_t b = 0; b < n; b += WIDTH) {
+#pragma omp simd
+        for (int i = 0; i < WIDTH; ++i) {
+            float sum = 0;
+#pragma GCC unroll 16 /* or sums are not kept in registers: 25 times slower */
+            for (int k = 0; k < WIDTH; ++k) sum += x[b + k] * columns[k * WIDTH + i];
+            y[b + i] = sum * norm;
+        }
+    }
+    for (ptrdiff_t half = WIDTH; half < block; half *= 2)
+        for (ptrdiff_t b = 0; b < n; b += 2 * half)
+            for (ptrdiff_t i = b; i < b + half; i += WIDTH) {
+                float p[WIDTH], m[WIDTH];
+#pragma omp simd
+                for (int j = 0; j < WIDTH; ++j) {
+                    p[j] = y[i + j] + y[i + half + j];
+                    m[j] = y[i + j] - y[i + half + j];
+                }
+#pragma omp simd
+                for (int j = 0; j < WIDTH; ++j) {
+                    y[i + j] = p[j];
+                    y[i + half + j] = m[j];
+                }
+            }
+}
+
+static void sylvester(float *columns) {
+    for (int k = 0; k < WIDTH; ++k)
+        for (int i = 0; i < WIDTH; ++i) columns[k * WIDTH + i] = sign_of(k, i);
+}
+
+#define BLOCKS 4096 /* numbers of whole blocks that stay in the first cache */
+
+/* x [blocks, block] → y of that shape, each block rotated. */
+EXPORT int rotate(const float *x, float *y, ptrdiff_t blocks, ptrdiff_t block, float norm) {
+    float columns[WIDTH * WIDTH];
+    const ptrdiff_t n = blocks * block, part = BLOCKS / block * block, parts = (n + part - 1) / part;
+    sylvester(columns);
+#pragma omp parallel for schedule(static) if (n > GRAIN)
+    for (ptrdiff_t p = 0; p < parts; ++p) {
+        const ptrdiff_t start = p * part;
+        rotate_span(x + start, y + start, columns, smaller(part, n - start), block, norm);
+    }
+    return 0;
+}
+
+/* x [blocks, block] → q of that shape: each block rotated, then quantized by one scale. */
+EXPORT int quantize_rotated(const float *x, uint8_t *q, ptrdiff_t blocks, ptrdiff_t block,
+                            float norm, float scale, float lo, float hi, int32_t zero_point) {
+    int bad = 0;
+    float columns[WIDTH * WIDTH];
+    const ptrdiff_t n = blocks * block, part = BLOCKS / block * block, parts = (n + part - 1) / part;
+    sylvester(columns);
+#pragma omp parallel for reduction(| : bad) schedule(static) if (n > GRAIN)
+    for (ptrdiff_t p = 0; p < parts; ++p) {
+        float y[BLOCKS];
+        const ptrdiff_t start = p * part, size = smaller(part, n - start);
+        rotate_span(x + start, y, columns, size, block, norm);
+        bad |= quantize_span(y, q + start, size, scale, lo, hi, zero_point + OFFSET);
+    }
+    return bad;
+}
+
 /* x [n] → y [n], quantized and dequantized; NaN stays NaN. */
 EXPORT int fake_quantize(const float *x, float *y, ptrdiff_t n, float scale, float lo, float hi) {
     const ptrdiff_t parts = (n + GRAIN - 1) / GRAIN;

@@ -15,11 +15,16 @@ from autoquant.kernels.cpu.library import PART, SPAN, call, is_dense, library
 from autoquant.quant.activation import fake_quantize_activation, token_qparams
 from autoquant.quant.affine import QParams
 from autoquant.quant.affine import quantize as quantize_eagerly
+from autoquant.quant.rotation import Rotation
+from autoquant.quant.transforms import InputTransform
 from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
 
 OFFSET = 128
 """What is added to an integer to store it as an unsigned byte, as oneDNN's kernels take it."""
+
+LEAST_BLOCK = 16
+"""Numbers that are rotated together by the library, at least: WIDTH in ``native.c``."""
 
 
 def dense(x: Tensor) -> Tensor:
@@ -45,12 +50,17 @@ def fake_quantize(x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
     return fake_quantize_activation(x, scheme, kind) if bad else y
 
 
-def quantize(x: Tensor, scheme: ActivationScheme) -> Tensor | None:
+def quantize(
+    x: Tensor, scheme: ActivationScheme, transform: InputTransform | None = None
+) -> Tensor | None:
     """Return the integers of float32 ``x``, plus OFFSET, as uint8; None where it holds NaN.
 
-    The scheme is static.
+    The scheme is static. A ``transform`` comes first, in the same pass.
     """
     assert scheme.scale is not None
+    if transform is not None:
+        found = _quantize_transformed(x, scheme, transform)
+        return quantize(transform.of_input(x), scheme) if found is None else found[0]
     if library() is None or not _fits(scheme):
         if x.isnan().any():
             return None
@@ -61,6 +71,58 @@ def quantize(x: Tensor, scheme: ActivationScheme) -> Tensor | None:
     q = torch.empty_like(x, dtype=torch.uint8)
     bad = call("quantize", x, q, x.numel(), scheme.scale, *bounds(scheme), scheme.zero_point or 0)
     return None if bad else q
+
+
+def _quantize_transformed(
+    x: Tensor, scheme: ActivationScheme, transform: InputTransform
+) -> tuple[Tensor | None] | None:
+    """Return what ``quantize`` does, in one pass; None where it takes several."""
+    if library() is None or not _fits(scheme) or not x.numel():
+        return None
+    assert scheme.scale is not None
+    ends = (*bounds(scheme), scheme.zero_point or 0)
+    if isinstance(transform, Rotation):
+        if transform.block < LEAST_BLOCK:
+            return None
+        x = x.contiguous()
+        q = torch.empty_like(x, dtype=torch.uint8)
+        blocks = x.numel() // transform.block
+        bad = call(
+            "quantize_rotated", x, q, blocks, transform.block, transform.norm, scheme.scale, *ends
+        )
+        return (None if bad else q,)
+    # Factors are powers of two: to divide by both at once rounds no other way.
+    scales = transform.factors * scheme.scale
+    if not 2.0**-126 <= float(scales.min()) <= float(scales.max()) < 2.0**127:
+        return None
+    channels, inner = transform.layout.channels, 1
+    axis = transform.layout.activation_axis
+    if not x.movedim(axis, -1).is_contiguous():
+        x, inner = x.contiguous(), math.prod(x.shape[axis:][1:])
+    q = torch.empty_like(x, dtype=torch.uint8)
+    lying = (t if inner > 1 else t.movedim(axis, -1) for t in (x, q))
+    outer = x.numel() // (channels * inner)
+    bad = call("quantize_smoothed", *lying, scales, outer, channels, inner, *ends)
+    return (None if bad else q,)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Return H·x, up to the rounding of sums: float32 [..., channels] on a CPU, in one pass."""
+    if library() is None or rotation.block < LEAST_BLOCK or not x.numel():
+        return rotation.of_input(x)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    call("rotate", x, y, x.numel() // rotation.block, rotation.block, rotation.norm)
+    return y
+
+
+def limit_bytes(y: Tensor, limit: Tensor, axis: int) -> None:
+    """Make bytes ``y`` no larger than ``limit`` [channels], in place; channels are on ``axis``."""
+    last = y.movedim(axis, -1)
+    if library() is None or not last.is_contiguous():
+        torch.minimum(last, limit, out=last)
+        return
+    call("limit_bytes", last, limit, last.numel() // len(limit), len(limit))
 
 
 def quantize_rows(

@@ -17,13 +17,22 @@ from torch import Tensor
 
 from autoquant.kernels.cpu import instructions
 from autoquant.kernels.cpu.geometry import Geometry
-from autoquant.kernels.cpu.handing import handed_form, within
-from autoquant.kernels.cpu.native import OFFSET, finish_rows, quantize, quantize_rows
+from autoquant.kernels.cpu.handing import handed_form
+from autoquant.kernels.cpu.native import (
+    OFFSET,
+    finish_rows,
+    limit_bytes,
+    quantize,
+    quantize_rows,
+    rotate,
+)
 from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
 from autoquant.kernels.cpu.verification import is_right
 from autoquant.kernels.layout import is_channels_last
-from autoquant.kernels.operation import Clamp, Operation, Product
+from autoquant.kernels.operation import Clamp, Operation, Product, Reader
 from autoquant.kernels.reference import multiply
+from autoquant.quant.rotation import Rotation
+from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
@@ -44,9 +53,15 @@ def missing(device: torch.device) -> str | None:
 
 
 def prepare(
-    operation: Operation, weight: QuantizedWeight, activation: ActivationScheme | None
+    operation: Operation,
+    weight: QuantizedWeight,
+    activation: ActivationScheme | None,
+    transform: InputTransform | None = None,
 ) -> Product | None:
-    """Pack a weight for one activation scheme; None where integers can't give the same numbers."""
+    """Pack a weight for one activation scheme; None where integers can't give the same numbers.
+
+    With a ``transform`` the product takes the activation as it is before that.
+    """
     if activation is None:
         return None
     packed = packed_weight(weight)
@@ -55,8 +70,8 @@ def prepare(
     if not instructions.has_vnni() and 2 * _largest(activation) * packed.largest > PAIR_LIMIT:
         return None
     if operation.kind == "linear":
-        return LinearProduct(packed, activation)
-    return ConvProduct(packed, activation, operation)
+        return LinearProduct(packed, activation, transform)
+    return ConvProduct(packed, activation, operation, transform)
 
 
 def _largest(activation: ActivationScheme) -> int:
@@ -68,11 +83,25 @@ class _Reader(ABC):
     """What both products do with the activation that they read."""
 
     activation: ActivationScheme
+    transform: InputTransform | None
+    reads: Reader | None
+    """What makes the bytes that it takes."""
 
-    @property
-    def reads(self) -> ActivationScheme | None:
-        """The scheme whose bytes it takes."""
-        return None if self.activation.dynamic else self.activation
+    def _take(self, activation: ActivationScheme, transform: InputTransform | None) -> None:
+        """Take an activation of this scheme, after a transform."""
+        self.activation, self.transform = activation, transform
+        self.reads = None
+        if not activation.dynamic and not isinstance(transform, Rotation):
+            self.reads = Reader(activation, transform)
+
+    def _by_rows(self, x: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the integers, scales and zero points of an activation, each token by its own."""
+        if isinstance(self.transform, Rotation):
+            x = rotate(x, self.transform)
+        elif self.transform is not None:
+            x = self.transform.of_input(x)
+        rows = quantize_rows(x, self.activation, kind)
+        return None if rows is None or bool((rows[1] > LARGEST_SCALE).any()) else rows
 
     @abstractmethod
     def takes(self, q: Tensor) -> bool:
@@ -82,7 +111,7 @@ class _Reader(ABC):
         """Return the bytes of a real activation; None as in a call."""
         if self.activation.dynamic or not _takes(x) or not self.takes(x):
             return None
-        return quantize(x, self.activation)
+        return quantize(x, self.activation, self.transform)
 
 
 class LinearProduct(_Reader):
@@ -90,9 +119,14 @@ class LinearProduct(_Reader):
 
     backend = "int8"
 
-    def __init__(self, weight: PackedWeight, activation: ActivationScheme) -> None:
+    def __init__(
+        self,
+        weight: PackedWeight,
+        activation: ActivationScheme,
+        transform: InputTransform | None = None,
+    ) -> None:
         self.weight = weight
-        self.activation = activation
+        self._take(activation, transform)
         if "linear" not in weight.packs:
             weight.packs["linear"] = torch.ops.onednn.qlinear_prepack(weight.q, None)
         self.pack = weight.packs["linear"]
@@ -105,10 +139,10 @@ class LinearProduct(_Reader):
         if not _is_bias(bias, self.weight):
             return None
         if not self.activation.dynamic:
-            q = quantize(x, self.activation)
+            q = quantize(x, self.activation, self.transform)
             return None if q is None else self.real(q, bias, clamp, False)
-        rows = quantize_rows(x, self.activation, "linear")
-        if rows is None or bool((rows[1] > LARGEST_SCALE).any()):
+        rows = self._by_rows(x, "linear")
+        if rows is None:
             return None
         q, scale, zero_points = rows
         y = self._run(q, 1.0, OFFSET, None, _post(None))
@@ -132,20 +166,27 @@ class LinearProduct(_Reader):
         q: Tensor,
         bias: Tensor | None,
         clamp: Clamp | None,
-        reader: ActivationScheme,
+        reader: Reader,
         gelu: str | None = None,
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
         if not _is_bias(bias, self.weight) or (gelu is not None and clamp is not None):
             return None
-        stored = handed_form(self.weight, self.activation, bias, reader)
-        if stored is None:
+        if gelu is not None and reader.smoothing is not None:  # a GELU of what is smoothed already
             return None
-        post = _post(within(clamp, reader)) if gelu is None else ("gelu", [], gelu)
-        y = self._run(q, self.activation.scale, self._zero_point, bias, post, stored)
-        if gelu is not None and reader.bits < 8:
-            grid = FORMATS[reader.bits]
+        form = handed_form(self.weight, self.activation, bias, clamp, reader, "linear")
+        if form is None:
+            return None
+        post = _post(form.clamp) if gelu is None else ("gelu", [], gelu)
+        stored = form.scale, form.zero_point
+        y = self._run(
+            q, self.activation.scale, self._zero_point, form.bias, post, stored, form.weight_scale
+        )
+        if gelu is not None and reader.scheme.bits < 8:
+            grid = FORMATS[reader.scheme.bits]
             y.clamp_(grid.qmin + OFFSET, grid.qmax + OFFSET)
+        if form.limit is not None:
+            limit_bytes(y, form.limit, -1)
         return y
 
     @property
@@ -160,11 +201,16 @@ class LinearProduct(_Reader):
         bias: Tensor | None,
         post: Post,
         stored: tuple[float, int] | None = None,
+        weight_scale: Tensor | None = None,
     ) -> Tensor:
-        """Return the product, as bytes where ``stored``, their scale and zero point, is given."""
+        """Return the product, as bytes where ``stored``, their scale and zero point, is given.
+
+        With ``weight_scale`` [channels] in the place of the weight's own.
+        """
         form = (1.0, 0, torch.float32) if stored is None else (*stored, torch.uint8)
+        scales = self.weight.scale if weight_scale is None else weight_scale
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            q.contiguous(), scale, zero_point, self.pack, self.weight.scale, self.zero,
+            q.contiguous(), scale, zero_point, self.pack, scales, self.zero,
             _dense(bias), *form, *post,
         )  # fmt: skip
         return y
@@ -176,10 +222,14 @@ class ConvProduct(_Reader):
     backend = "int8"
 
     def __init__(
-        self, weight: PackedWeight, activation: ActivationScheme, operation: Operation
+        self,
+        weight: PackedWeight,
+        activation: ActivationScheme,
+        operation: Operation,
+        transform: InputTransform | None = None,
     ) -> None:
         self.weight = weight
-        self.activation = activation
+        self._take(activation, transform)
         self.operation = operation
         self.axes = len(operation.stride)
         self.zero_point = OFFSET if activation.dynamic else (activation.zero_point or 0) + OFFSET
@@ -207,10 +257,10 @@ class ConvProduct(_Reader):
         if not _is_bias(bias, self.weight):
             return None
         if not self.activation.dynamic:
-            q = quantize(x, self.activation)
+            q = quantize(x, self.activation, self.transform)
             return None if q is None else self.real(q, bias, clamp, is_channels_last(x))
-        tokens = quantize_rows(x, self.activation, "conv")
-        if tokens is None or bool((tokens[1] > LARGEST_SCALE).any()):
+        tokens = self._by_rows(x, "conv")
+        if tokens is None:
             return None
         q, scale, zero_points = tokens
         y = self.run(q, 1.0, None, None)
@@ -242,16 +292,20 @@ class ConvProduct(_Reader):
         q: Tensor,
         bias: Tensor | None,
         clamp: Clamp | None,
-        reader: ActivationScheme,
+        reader: Reader,
         gelu: str | None = None,
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
         if not _is_bias(bias, self.weight) or self.axes == 3 or gelu is not None:
             return None
-        stored = handed_form(self.weight, self.activation, bias, reader)
-        if stored is None:
+        form = handed_form(self.weight, self.activation, bias, clamp, reader, "conv")
+        if form is None:
             return None
-        return self.run(q, self.activation.scale, bias, within(clamp, reader), stored)
+        stored = form.scale, form.zero_point
+        y = self.run(q, self.activation.scale, form.bias, form.clamp, stored, form.weight_scale)
+        if form.limit is not None:
+            limit_bytes(y, form.limit, 1)
+        return y
 
     def _edge_sums(self, spatial: torch.Size) -> Tensor:
         """Return what each output sums of its weights, scaled: less where the input is padded.
@@ -291,15 +345,18 @@ class ConvProduct(_Reader):
         bias: Tensor | None,
         clamp: Clamp | None,
         stored: tuple[float, int] | None = None,
+        weight_scale: Tensor | None = None,
     ) -> Tensor:
         """Return the product, as bytes where ``stored``, their scale and zero point, is given.
 
-        Whatever the shape: whoever calls this knows that oneDNN is right for it.
+        Whatever the shape: whoever calls this knows that oneDNN is right for it. With
+        ``weight_scale`` [channels] in the place of the weight's own.
         """
         o = self.operation
+        scales = self.weight.scale if weight_scale is None else weight_scale
         form = (1.0, 0, torch.float32) if stored is None else (*stored, torch.uint8)
         y: Tensor = torch.ops.onednn.qconv_pointwise(
-            _planar(q), scale, self.zero_point, self.pack, self.weight.scale, self.zero,
+            _planar(q), scale, self.zero_point, self.pack, scales, self.zero,
             _dense(bias), _pair(o.stride, 1), _pair(o.padding, 0), _pair(o.dilation, 1), o.groups,
             *form, *_post(clamp if self.axes < 3 else None),
         )  # fmt: skip

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from autoquant.kernels.operation import Operation, Product
+from autoquant.kernels.transformed import transformed
+from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -50,8 +52,18 @@ class TritonBackend:
         weight: QuantizedWeight,
         activation: ActivationScheme | None,
         device: torch.device,
+        transform: InputTransform | None = None,
     ) -> Product | None:
         """Pack a weight [out, in] or [out, in / groups, *kernel]; None where it is not for it."""
+        return transformed(self._prepare(operation, weight, activation, device), transform)
+
+    def _prepare(
+        self,
+        operation: Operation,
+        weight: QuantizedWeight,
+        activation: ActivationScheme | None,
+        device: torch.device,
+    ) -> Product | None:
         if self.missing(device) is not None or weight.channel_axis != 0 or weight.q.numel() == 0:
             return None
         if operation.kind == "linear":

@@ -28,6 +28,10 @@ SIZES = {
     "symmetric": 1,
     "shared": 0,
     "zero_point": 3,
+    "outer": 2,
+    "channels": 3,
+    "inner": 4,
+    "block": 32,
 }
 NAMES = sorted(library._FUNCTIONS)
 
@@ -250,3 +254,9 @@ def test_a_huge_tensor_that_repeats_one_number_is_no_huge_buffer():
         library.call("fake_quantize", x, torch.empty(4), 2**40, 1.0, -8.0, 7.0)
     with pytest.raises(ValueError, match=r"holds 4 numbers, 1099511627776 are needed"):
         library.call("fake_quantize", torch.empty(4), torch.empty(4), 2**40, 1.0, -8.0, 7.0)
+
+
+@pytest.mark.parametrize("name", ["rotate", "quantize_rotated"])
+def test_blocks_are_powers_of_two(name):
+    with pytest.raises(ValueError, match="block is 48"):
+        library.call(name, *(arguments(name) | {"block": 48}).values())

@@ -11,6 +11,9 @@ from autoquant.kernels.cpu import native
 from autoquant.kernels.cpu.gates import gru_gates, lstm_gates
 from autoquant.quant.activation import fake_quantize_activation, token_qparams
 from autoquant.quant.affine import QParams, choose_qparams, fake_quantize, quantize
+from autoquant.quant.input_layout import Layout
+from autoquant.quant.rotation import Rotation, hadamard
+from autoquant.quant.smoothing import Smoothing
 from autoquant.spec.recipe import ActivationScheme
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled library here")
@@ -53,6 +56,75 @@ def test_quantization_by_rows(values, bits, scheme):
     assert torch.equal(q.int() - native.OFFSET, quantize(x, p).int())
     found = native.fake_quantize(x, dynamic, "linear")
     assert torch.equal(found, fake_quantize_activation(x, dynamic, "linear"))
+
+
+def views_of(x):
+    """Return the same numbers, lying in several ways."""
+    found = [x, torch.stack([x, x], -1)[..., 0]]
+    if x.dim() == 4:
+        found.append(x.contiguous(memory_format=torch.channels_last))
+    if x.dim() > 2:
+        found.append(x.transpose(1, 2).contiguous().transpose(1, 2))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("linear", (3, 5, 32)),
+        ("linear", (700, 96)),
+        ("conv1d", (2, 6, 11)),
+        ("conv2d", (2, 6, 7, 5)),
+        ("conv2d", (3, 32, 30, 30)),
+        ("conv3d", (2, 3, 2, 3, 4)),
+    ],
+)
+def test_smoothed_numbers_are_quantized_bit_for_bit(kind, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    axes = int(kind[4]) if kind != "linear" else 0
+    channels = shape[1] if axes else shape[-1]
+    factors = torch.exp2(torch.randint(-12, 14, (channels,)).float())
+    smoothing = Smoothing(factors, Layout(kind, (4, channels, *[1] * axes), 1, 0))
+    for scheme in (
+        ActivationScheme(8, scale=0.03, zero_point=-7),
+        ActivationScheme(4, scale=0.3, zero_point=2),
+        ActivationScheme(8, scale=2.0**-140, zero_point=0),  # no divisor: in several passes
+    ):
+        for view in views_of(x):
+            expected = native.quantize(smoothing.of_input(view), scheme)
+            assert torch.equal(native.quantize(view, scheme, smoothing), expected)
+    x[(-1,) * x.dim()] = math.nan
+    assert native.quantize(x, ActivationScheme(8, scale=0.03, zero_point=0), smoothing) is None
+
+
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 512, 1024])
+def test_rotated_numbers_are_those_of_the_matrix(block):
+    torch.manual_seed(0)
+    x = torch.randn(21, 3, 2 * block)
+    rotation = Rotation(hadamard(block, x), Layout("linear", (4, 2 * block), 1, 0))
+    exact = Rotation(hadamard(block, x.double()), rotation.layout).of_input(x.double())
+    scheme = ActivationScheme(6, scale=0.1, zero_point=-3)
+    for view in views_of(x):
+        assert (native.rotate(view, rotation) - exact).abs().max() < 1e-5
+        q = native.quantize(view, scheme, rotation).double() - native.OFFSET
+        # Nothing is further than half a step away, but for the rounding of float32 itself.
+        assert (q - (exact / 0.1 - 3).clamp(-32, 31)).abs().max() <= 0.5 + 1e-4
+    x[3, 1, 5] = math.nan
+    assert native.quantize(x, scheme, rotation) is None
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 7), (2, 40, 70, 70)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_bytes_are_limited_by_channels(shape, axis):
+    torch.manual_seed(0)
+    y = torch.randint(0, 256, shape, dtype=torch.uint8)
+    axis = axis if len(shape) > 1 else -1
+    limit = torch.randint(0, 256, (y.shape[axis],), dtype=torch.uint8)
+    expected = torch.minimum(y.movedim(axis, -1), limit).movedim(-1, axis)
+    for own in (y.clone(), *views_of(y.clone())[2:]):
+        native.limit_bytes(own, limit, axis)
+        assert torch.equal(own, expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 40_000), (2, 3, 130, 131), (70_001,), (5, 7, 11, 2, 3)])

@@ -13,8 +13,11 @@ from autoquant.kernels.cpu.geometry import Geometry, may_be_tried
 from autoquant.kernels.cpu.instructions import has_amx, has_vnni
 from autoquant.kernels.cpu.verification import is_right
 from autoquant.kernels.layout import is_channels_last
-from autoquant.kernels.operation import LINEAR, Operation, is_chainable
+from autoquant.kernels.operation import LINEAR, Operation, Reader, is_chainable
 from autoquant.kernels.reference import multiply, reference
+from autoquant.quant.input_layout import Layout
+from autoquant.quant.rotation import Rotation, hadamard
+from autoquant.quant.smoothing import Smoothing
 from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme, WeightScheme
 from tests.kernels.cases import MOST_BITS, SCHEMES, calibrated, operations, quantized
@@ -58,14 +61,15 @@ def check(operation, x, w, weights, activations, *, bias=True, clamp=None, toler
     return found
 
 
-def check_handed(product, x, bias, clamp, reader, gelu=None):
+def check_handed(product, x, bias, clamp, reader, gelu=None, smoothing=None):
     """Check the bytes that a product hands on against its own real output."""
     stored = product.stored(x)
     assert stored is not None
     y = product.real(stored, bias, clamp, True)
     y = y if gelu is None else torch.nn.functional.gelu(y, approximate=gelu)
-    q = product.handed(stored, bias, clamp, reader, gelu)
+    q = product.handed(stored, bias, clamp, Reader(reader, smoothing), gelu)
     assert q is not None
+    y = y if smoothing is None else smoothing.of_input(y)
     assert q.dtype == torch.uint8
     assert q.shape == y.shape
     grid, zero_point = FORMATS[reader.bits], reader.zero_point or 0
@@ -179,7 +183,7 @@ def test_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them():
     eight = calibrated(ActivationScheme(8, "per_tensor", "asymmetric"), x)
     product = onednn.prepare(CONV, quantized(w, WIDE), eight)
     assert is_chainable(product)
-    assert product.reads == eight
+    assert product.reads == Reader(eight)
     for scale, zero_point, bits in ((0.02, 0, 8), (6 / 255, -128, 8), (0.5, 7, 5), (1e-6, 0, 8)):
         reader = ActivationScheme(bits, scale=scale, zero_point=zero_point)
         for clamp in (None, (0.0, math.inf), (0.0, 6.0)):
@@ -217,11 +221,61 @@ def test_linear_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them
             continue
         clamp = None if gelu else draw.choice((None, (0.0, math.inf), (0.0, 6.0)))
         check_handed(product, x, bias, clamp, reader, gelu)
-    assert product.handed(product.stored(x), bias, (0.0, 6.0), reader, "none") is None
+    assert product.handed(product.stored(x), bias, (0.0, 6.0), Reader(reader), "none") is None
     assert product.stored(x[..., :0]) is None
     assert not product.takes(torch.zeros(3, columns + 1, dtype=torch.uint8))
     bad = torch.full((channels,), math.nan)
-    assert product.handed(product.stored(x), bad, None, reader, gelu) is None
+    assert product.handed(product.stored(x), bad, None, Reader(reader), gelu) is None
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_outputs_are_handed_on_smoothed_by_the_channel(kind):
+    torch.manual_seed(0)
+    axes = int(kind[4]) if kind != "linear" else 0
+    operation = LINEAR if not axes else Operation(kind, (1,) * axes, (1,) * axes, (1,) * axes, 1)
+    x, w = torch.randn(2, 6, *[9] * axes), torch.randn(8, 6, *[3] * axes)
+    eight = calibrated(ActivationScheme(8, "per_tensor", "asymmetric"), x)
+    product = onednn.prepare(operation, quantized(w, WIDE), eight)
+    following = LINEAR if not axes else Operation(kind, (1,) * axes, (0,) * axes, (1,) * axes, 1)
+    next_weight = quantized(torch.randn(4, 8, *[1] * axes), WIDE)
+    smoothing = Smoothing(
+        torch.exp2(torch.randint(-3, 4, (8,)).float()), Layout(kind, (4, 8, *[1] * axes), 1, 0)
+    )
+    for scale, zero_point, bits in ((0.02, 0, 8), (6 / 255, -128, 8), (0.5, 7, 5), (1e-6, 0, 8)):
+        scheme = ActivationScheme(bits, scale=scale, zero_point=zero_point)
+        after = onednn.prepare(following, next_weight, scheme, smoothing)
+        assert after.reads == Reader(scheme, smoothing) != Reader(scheme)
+        for clamp in (None, (0.0, math.inf), (0.0, 6.0)):
+            for bias in (None, torch.randn(8)):
+                q = check_handed(product, x, bias, clamp, scheme, smoothing=smoothing)
+                y = product.real(product.stored(x), bias, clamp, True)
+                assert (after.stored(y).int() - q.int()).abs().max() <= 1
+                assert (after.stored(y) != q).float().mean() < 0.01
+                # What it takes is what the other order gives: first smoothed, then a plain layer.
+                plain = onednn.prepare(following, next_weight, scheme)
+                assert torch.equal(after(y, None), plain(smoothing.of_input(y), None))
+    stored, scheme = product.stored(x), ActivationScheme(8, scale=0.1, zero_point=0)
+    other = Smoothing(torch.ones(7), smoothing.layout)  # of other channels than those that it has
+    assert product.handed(stored, None, None, Reader(scheme, other)) is None
+    kinds = Smoothing(smoothing.factors, Layout("conv2d" if not axes else "linear", (4, 8), 1, 0))
+    assert product.handed(stored, None, None, Reader(scheme, kinds)) is None
+    assert product.handed(stored, None, (0.5, 6.0), Reader(scheme, smoothing)) is None
+    if not axes:
+        assert product.handed(stored, None, None, Reader(scheme, smoothing), "none") is None
+
+
+def test_rotated_inputs_are_read_from_nobody():
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 64), quantized(torch.randn(3, 64), WIDE)
+    rotation = Rotation(hadamard(32, x), Layout("linear", (3, 64), 1, 0))
+    for scheme in (
+        calibrated(ActivationScheme(8), rotation.of_input(x)),
+        ActivationScheme(8, "per_token"),
+    ):
+        product = onednn.prepare(LINEAR, weight, scheme, rotation)
+        assert product.reads is None
+        expected = reference(LINEAR, rotation.of_input(x), weight, scheme, None)
+        torch.testing.assert_close(product(x, None), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_outputs_whose_bytes_would_be_in_doubt_are_not_handed_on():
@@ -233,11 +287,11 @@ def test_outputs_whose_bytes_would_be_in_doubt_are_not_handed_on():
     for value in (math.nan, math.inf, -math.inf, 1e30):
         bias = torch.randn(8)
         bias[3] = value
-        assert product.handed(stored, bias, None, reader) is None
+        assert product.handed(stored, bias, None, Reader(reader)) is None
     tiny = ActivationScheme(8, scale=1e-30, zero_point=0)
-    assert product.handed(stored, None, None, tiny) is None
+    assert product.handed(stored, None, None, Reader(tiny)) is None
     huge = onednn.prepare(CONV, quantized(w * 1e25, WIDE), eight)
-    assert huge.handed(stored, None, None, reader) is None
+    assert huge.handed(stored, None, None, Reader(reader)) is None
     # All that a clamp leaves lies beyond the reader's range: the byte of its end.
     low = ActivationScheme(4, scale=0.1, zero_point=7)
     assert check_handed(product, x, None, (0.5, 6.0), low).unique().tolist() == [128 + 7]
@@ -257,7 +311,7 @@ def test_large_outputs_saturate_where_they_are_handed_on():
     x = torch.tensor([1e8, -1e8]).view(2, 1, 1, 1).expand(2, 2, 3, 3).contiguous()
     for scale in (1e-3, 1e-15):
         reader = ActivationScheme(8, scale=scale, zero_point=3)
-        q = product.handed(product.stored(x), None, None, reader)
+        q = product.handed(product.stored(x), None, None, Reader(reader))
         assert torch.equal(q[0], torch.full_like(q[0], 255))
         assert torch.equal(q[1], torch.zeros_like(q[1]))
 
@@ -421,7 +475,7 @@ def test_biases_that_are_none_are_the_references(operation):
         ):
             assert product(x, bias) is None
             if not scheme.dynamic:
-                assert product.handed(product.stored(x), bias, None, scheme) is None
+                assert product.handed(product.stored(x), bias, None, Reader(scheme)) is None
 
 
 def test_without_the_compiled_library_the_numbers_are_the_same(monkeypatch):

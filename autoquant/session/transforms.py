@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,22 +31,15 @@ from autoquant.quant.transforms import InputTransform
 from autoquant.sensitivity.profile import local_damage
 from autoquant.session.session import Say, Session
 from autoquant.spec.formats import FLOAT_BITS
+from autoquant.spec.needs import EVERYTHING
 from autoquant.spec.space import SiteSpace
 from autoquant.spec.transforms import UNROTATED, UNSMOOTHED
 from autoquant.spec.uniform import uniform
 
 WORTH = 0.1
 """Sum of the logarithms of two errors, at the widest and the narrowest weights, that has to be
-gained: a transform takes time, and a layer that has one takes no integers from the one before."""
-
-
-@dataclass(frozen=True)
-class _Way:
-    """One way to transform an input, None for not at all, and what calibration saw then."""
-
-    score: float
-    transform: InputTransform | None
-    known: SiteStatistics
+gained: a transform takes some time. A layer whose input is rotated takes no integers from the one
+before."""
 
 
 Make = Callable[[Site], "InputTransform | None"]
@@ -66,31 +59,44 @@ def transform_inputs(
     if not sites or not batches:
         return
     say("transforming inputs")
-    best = {}
+    chosen = _choose(session, sites, spaces, batches)
+    if not chosen:
+        return
+    before, plain = _loss(session, spaces), session.statistics
+    transform(session.prepared, {name: own for name, (own, _) in chosen.items()})
+    session.recalibrate({**plain, **{name: known for name, (_, known) in chosen.items()}})
+    if not _loss(session, spaces) < before:
+        transform(session.prepared, dict.fromkeys(chosen))
+        session.recalibrate(plain)
+
+
+def _choose(
+    session: Session,
+    sites: Sequence[Site],
+    spaces: Mapping[str, SiteSpace],
+    batches: Sequence[Any],
+) -> dict[str, tuple[InputTransform, SiteStatistics]]:
+    """Return the best transform of each site that has one which is worth it, and what it sees."""
+    least: dict[str, float] = {}
     for site in sites:
-        known, space = session.statistics[site.name], spaces[site.name]
+        space = spaces[site.name]
         stays = 0.0 in space.smoothing and 0 in space.rotation
-        score = _score(session, site, known, space) - WORTH if stays else math.inf
-        best[site.name] = _Way(score, None, known)
+        score = _score(session, site, session.statistics[site.name], space)
+        least[site.name] = score - WORTH if stays else math.inf
+    best: dict[str, tuple[InputTransform, SiteStatistics]] = {}
     for make in _ways(session, sites, spaces, batches):
         made = {site.name: found for site in sites if (found := make(site)) is not None}
         transform(session.prepared, made)
-        seen = calibrate(session.prepared, batches, lambda m, x: _run(session, m, x))
+        needs = dict.fromkeys(made, EVERYTHING)
+        known = calibrate(session.prepared, batches, lambda m, x: _run(session, m, x), needs)
         for site in sites:
             if site.name in made:
-                known = seen[site.name]
-                score = _score(session, site, known, spaces[site.name])
-                if score < best[site.name].score:
-                    best[site.name] = _Way(score, made[site.name], known)
+                score = _score(session, site, known[site.name], spaces[site.name])
+                if score < least[site.name]:
+                    least[site.name] = score
+                    best[site.name] = made[site.name], known[site.name]
         transform(session.prepared, dict.fromkeys(made))
-    ours = {name: way.known for name, way in best.items()}
-    plain = session.statistics
-    before = _loss(session, spaces)
-    transform(session.prepared, {name: way.transform for name, way in best.items()})
-    session.recalibrate({name: ours.get(name, s) for name, s in plain.items()})
-    if transforms_of(session.prepared) and not _loss(session, spaces) < before:
-        transform(session.prepared, dict.fromkeys(ours))
-        session.recalibrate(plain)
+    return best
 
 
 def _allows(session: Session, site: Site, space: SiteSpace) -> bool:

@@ -24,7 +24,7 @@ class Fixed:
     def missing(self, device):
         return None
 
-    def prepare(self, operation, weight, activation, device):
+    def prepare(self, operation, weight, activation, device, transform=None):
         return self.name if weight.scheme.bits == self.bits else None
 
 

@@ -156,7 +156,7 @@ def test_an_output_that_stays_integers_comes_back_as_one():
     assert torch.equal(found.held, y.held)
     assert found.held.stride() == y.held.stride()
     assert found.held.data_ptr() != y.held.data_ptr()
-    assert (found.scheme, found.stride(), found.ahead) == (y.scheme, y.stride(), (0.0, 6.0))
+    assert (found.reader, found.stride(), found.ahead) == (y.reader, y.stride(), (0.0, 6.0))
     assert torch.equal(found + 0, y + 0)
     one, two, other = again((y, y, integers()))
     assert one is two is not other

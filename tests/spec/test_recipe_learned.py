@@ -38,7 +38,10 @@ def line_of(caught):
 def test_it_survives_yaml():
     text = dumps(RECIPE)
     assert text.startswith("autoquant_recipe: 2\n")
-    assert "reconstruction: {method: sequential, ridge: 20.0, damping: 0.1, passes: 4}" in text
+    assert (
+        "reconstruction: {method: sequential, ridge: 20.0, damping: 0.1, passes: 4, far: 4.0}"
+        in text
+    )
     again = loads(text)
     assert again == RECIPE
     assert (again.reconstruction, again.learned) == (RECIPE.reconstruction, FILE)

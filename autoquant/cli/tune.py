@@ -38,7 +38,7 @@ from autoquant.cli.output import emit
     type=click.FloatRange(0.0, 1e9),
     multiple=True,
     help="How strongly weights are drawn to the float ones; may be given several times, and the "
-    "best is taken. Default: 200 and 20000.",
+    "best is taken. Default: 200, with inputs that are far off counting less, and as any other.",
 )
 @click.option(
     "--accept-changes", is_flag=True, help="Tune the recipe although it is for another model file."
@@ -73,7 +73,6 @@ def command(
     from autoquant.report.tables import plain_number
     from autoquant.report.verdicts import verdict_line
     from autoquant.session.apply import check_model
-    from autoquant.session.tuning import RIDGES
     from autoquant.study.opening import check_folder
     from autoquant.study.source import Source
 
@@ -85,7 +84,7 @@ def command(
     loaded = source.load(loaded_task)
     check_model(loaded_recipe, loaded, accept=accept_changes)
     found = tune(
-        loaded, loaded_task, loaded_recipe, target, ridges=ridges or RIDGES, device=device,
+        loaded, loaded_task, loaded_recipe, target, ridges=ridges, device=device,
         backend=backend, say=(lambda _: None) if as_json else click.echo,
     )  # fmt: skip
     if as_json:

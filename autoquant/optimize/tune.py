@@ -19,7 +19,7 @@ from autoquant.models.usercode import interruptible
 from autoquant.optimize.evaluate import margin_of
 from autoquant.selection.confirmation import confirm_one
 from autoquant.session.session import Session, choose_device, open_session
-from autoquant.session.tuning import RIDGES, fit_layers, techniques, why_not
+from autoquant.session.tuning import fit_layers, techniques, why_not
 from autoquant.spec.goal import Goal
 from autoquant.spec.outputs import check_target, is_signed
 from autoquant.spec.recipe import Recipe, SiteRecipe
@@ -84,16 +84,17 @@ def tune(
     recipe: Recipe,
     out: str | os.PathLike[str],
     *,
-    ridges: Sequence[float] = RIDGES,
+    ridges: Sequence[float] = (),
     device: str = "auto",
     backend: str = "auto",
     say: Callable[[str], None] = lambda _: None,
 ) -> Tuned:
     """Fit the layers of ``recipe`` to each other and write the best recipe to ``out``.
 
-    What was learned goes beside it, as NAME.learned.safetensors. Each of ``ridges`` is tried; the
-    recipe itself is what is written where none makes the loss on the search split less. Raises
-    UserError where the task gives no calibration data, or the user's code fails.
+    What was learned goes beside it, as NAME.learned.safetensors. Each of ``ridges`` is tried,
+    without any the ways that a search tries; the recipe itself is what is written where none makes
+    the loss on the search split less. Raises UserError where the task gives no calibration data, or
+    the user's code fails.
     """
     path = Path(os.path.abspath(out))
     check_tuned(path, recipe)

@@ -11,19 +11,19 @@ from torch import nn
 from autoquant.errors import TrialError
 from autoquant.measure.evaluator import OUT_OF_MEMORY, out_of_memory
 from autoquant.methods.reconstruct import KINDS, Around, reconstruct
-from autoquant.methods.reconstruction.sequential import Sequential
+from autoquant.methods.reconstruction.sequential import EVERY_ROW, Sequential
 from autoquant.models.usercode import guarded
 from autoquant.session.session import Say, Session
 from autoquant.spec.recipe import FLOAT_SITE, SiteRecipe
 
-RIDGES = (200.0, 20000.0)
-"""How strongly weights are drawn to the float ones: which is best differs by model. Convolutions
-and transformers gain most by little, recurrent layers lose by it."""
+WAYS = (Sequential(), Sequential(far=EVERY_ROW))
+"""The ways to fit layers that are tried: which is best differs by model. Rows that are far off
+rule the fit of most, above all of recurrent ones; some gain by what they say."""
 
 
-def techniques(ridges: Sequence[float] = RIDGES) -> tuple[Sequential, ...]:
-    """Return the ways to fit layers that are tried, one for each ridge."""
-    return tuple(Sequential(ridge) for ridge in ridges)
+def techniques(ridges: Sequence[float] = ()) -> tuple[Sequential, ...]:
+    """Return the ways to fit layers that are tried, one for each ridge if any is given."""
+    return tuple(Sequential(ridge) for ridge in ridges) or WAYS
 
 
 def why_not(session: Session, sites: Mapping[str, SiteRecipe]) -> str | None:

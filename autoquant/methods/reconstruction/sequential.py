@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from autoquant.spec.recipe import WeightScheme
 
 
+EVERY_ROW = 1e9
+"""``far`` with which all rows count the same."""
+
+
 @RECONSTRUCTIONS.register("sequential")
 @dataclass(frozen=True)
 class Sequential(Reconstruction):
@@ -43,7 +47,7 @@ class Sequential(Reconstruction):
     ridge: float = option(200.0, 0.0, 1e9)
     damping: float = option(0.05, 1e-6, 10.0)
     passes: int = option(2, 1, 100)
-    far: float = option(4.0, 1.0, 1e9)
+    far: float = option(4.0, 1.0, EVERY_ROW)
 
     def fit(
         self,

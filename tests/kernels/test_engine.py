@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from autoquant.errors import UserError
-from autoquant.kernels.cpu import instructions, native, onednn
+from autoquant.kernels.cpu import instructions, int16, native, onednn
 from autoquant.kernels.engine import Engine, make_engine
 from autoquant.kernels.operation import LINEAR
 from autoquant.spec.recipe import ActivationScheme, WeightScheme
@@ -62,7 +62,10 @@ def test_the_reference_is_chosen_by_name_or_for_a_while():
 
 def test_what_makes_it_slower_is_said(monkeypatch):
     monkeypatch.setattr(instructions, "has_vnni", lambda: False)
+    if int16.missing() is None:
+        assert [note.split("computed ")[1] for note in make_engine(CPU).notes] == ["in 16 bits"]
     monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(int16, "library", lambda: None)
     assert [note.split(":")[0] for note in make_engine(CPU).notes] == [
         "oneDNN uses no VNNI here",
         "the compiled quantizer is missing (no C compiler when autoquant was installed)",

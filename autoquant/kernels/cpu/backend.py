@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autoquant.kernels.cpu import instructions, native, onednn
+from autoquant.kernels.cpu import instructions, int16, native, onednn
 from autoquant.kernels.operation import Operation, Product
 from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
@@ -12,7 +12,10 @@ from autoquant.spec.recipe import ActivationScheme
 
 
 class CpuBackend:
-    """Products of 8-bit integers through oneDNN, on activations quantized in one pass."""
+    """Products of integers on activations quantized in one pass.
+
+    Through oneDNN where it is exact for 8-bit ones, which is fastest; else in 16 bits.
+    """
 
     name = "int8"
 
@@ -31,15 +34,20 @@ class CpuBackend:
         """Pack a weight; None where integers can't give the reference's numbers."""
         if device.type != "cpu":
             return None
-        return onednn.prepare(operation, weight, activation, transform)
+        product = onednn.prepare(operation, weight, activation, transform)
+        if product is None:
+            product = int16.prepare(operation, weight, activation, transform)
+        return product
 
     def notes(self) -> tuple[str, ...]:
-        """Return what makes this backend slower than it could be, a line each."""
+        """Return what makes it slower than it could be, a line each."""
         found = []
+        lacks = int16.missing()
         if not instructions.has_vnni():
+            how = "in 16 bits" if lacks is None else f"in float ({lacks})"
             found.append(
                 "oneDNN uses no VNNI here: products of integers are slower, and those of two "
-                "8-bit operands are computed in float"
+                f"8-bit operands are computed {how}"
             )
         if native.library() is None:
             found.append(

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autoquant.kernels.cpu.library import PART, SPAN, call, is_dense, library
+from autoquant.kernels.cpu.library import call, is_dense, library
+from autoquant.kernels.cpu.signatures import PART, SPAN
 from autoquant.quant.activation import fake_quantize_activation, token_qparams
 from autoquant.quant.affine import QParams
 from autoquant.quant.affine import quantize as quantize_eagerly

@@ -9,7 +9,6 @@ slower.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -23,22 +22,18 @@ from autoquant.kernels.cpu.native import (
     finish_rows,
     limit_bytes,
     quantize,
-    quantize_rows,
-    rotate,
 )
 from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
+from autoquant.kernels.cpu.reading import Reading, is_bias, is_taken
 from autoquant.kernels.cpu.verification import is_right
 from autoquant.kernels.layout import is_channels_last
 from autoquant.kernels.operation import Clamp, Operation, Product, Reader
 from autoquant.kernels.reference import multiply
-from autoquant.quant.rotation import Rotation
 from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
 
-LARGEST_SCALE = 2.0**64
-"""Largest scale of a token: beyond it (one that holds ∞), the order of products matters."""
 Post = tuple[str, list[float], str]
 """What oneDNN does with an output in the same pass: a name, numbers and an algorithm."""
 PAIR_LIMIT = 2**15 - 1
@@ -65,7 +60,7 @@ def prepare(
     if activation is None:
         return None
     packed = packed_weight(weight)
-    if packed is None:
+    if packed is None or packed.q.dtype != torch.int8:
         return None
     if not instructions.has_vnni() and 2 * _largest(activation) * packed.largest > PAIR_LIMIT:
         return None
@@ -79,42 +74,7 @@ def _largest(activation: ActivationScheme) -> int:
     return FORMATS[activation.bits].qmax + OFFSET
 
 
-class _Reader(ABC):
-    """What both products do with the activation that they read."""
-
-    activation: ActivationScheme
-    transform: InputTransform | None
-    reads: Reader | None
-    """What makes the bytes that it takes."""
-
-    def _take(self, activation: ActivationScheme, transform: InputTransform | None) -> None:
-        """Take an activation of this scheme, after a transform."""
-        self.activation, self.transform = activation, transform
-        self.reads = None
-        if not activation.dynamic and not isinstance(transform, Rotation):
-            self.reads = Reader(activation, transform)
-
-    def _by_rows(self, x: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return the integers, scales and zero points of an activation, each token by its own."""
-        if isinstance(self.transform, Rotation):
-            x = rotate(x, self.transform)
-        elif self.transform is not None:
-            x = self.transform.of_input(x)
-        rows = quantize_rows(x, self.activation, kind)
-        return None if rows is None or bool((rows[1] > LARGEST_SCALE).any()) else rows
-
-    @abstractmethod
-    def takes(self, q: Tensor) -> bool:
-        """Return whether it can compute with bytes of this shape."""
-
-    def stored(self, x: Tensor) -> Tensor | None:
-        """Return the bytes of a real activation; None as in a call."""
-        if self.activation.dynamic or not _takes(x) or not self.takes(x):
-            return None
-        return quantize(x, self.activation, self.transform)
-
-
-class LinearProduct(_Reader):
+class LinearProduct(Reading):
     """x [..., in] by a weight [out, in]."""
 
     backend = "int8"
@@ -126,7 +86,7 @@ class LinearProduct(_Reader):
         transform: InputTransform | None = None,
     ) -> None:
         self.weight = weight
-        self._take(activation, transform)
+        self.read(activation, transform)
         if "linear" not in weight.packs:
             weight.packs["linear"] = torch.ops.onednn.qlinear_prepack(weight.q, None)
         self.pack = weight.packs["linear"]
@@ -134,14 +94,14 @@ class LinearProduct(_Reader):
 
     def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
         """Return [..., out]; None for NaN, no rows, or another dtype than float32."""
-        if not _takes(x) or x.dim() < 1 or x.shape[-1] != self.weight.q.shape[1]:
+        if not is_taken(x) or x.dim() < 1 or x.shape[-1] != self.weight.q.shape[1]:
             return None
-        if not _is_bias(bias, self.weight):
+        if not is_bias(bias, self.weight.scale):
             return None
         if not self.activation.dynamic:
             q = quantize(x, self.activation, self.transform)
             return None if q is None else self.real(q, bias, clamp, False)
-        rows = self._by_rows(x, "linear")
+        rows = self.by_rows(x, "linear")
         if rows is None:
             return None
         q, scale, zero_points = rows
@@ -170,7 +130,7 @@ class LinearProduct(_Reader):
         gelu: str | None = None,
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
-        if not _is_bias(bias, self.weight) or (gelu is not None and clamp is not None):
+        if not is_bias(bias, self.weight.scale) or (gelu is not None and clamp is not None):
             return None
         if gelu is not None and reader.smoothing is not None:  # a GELU of what is smoothed already
             return None
@@ -216,7 +176,7 @@ class LinearProduct(_Reader):
         return y
 
 
-class ConvProduct(_Reader):
+class ConvProduct(Reading):
     """x [batch, in, *spatial] by a weight [out, in / groups, *kernel], padded with zeros."""
 
     backend = "int8"
@@ -229,7 +189,7 @@ class ConvProduct(_Reader):
         transform: InputTransform | None = None,
     ) -> None:
         self.weight = weight
-        self._take(activation, transform)
+        self.read(activation, transform)
         self.operation = operation
         self.axes = len(operation.stride)
         self.zero_point = OFFSET if activation.dynamic else (activation.zero_point or 0) + OFFSET
@@ -252,14 +212,14 @@ class ConvProduct(_Reader):
 
     def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
         """Return [batch, out, *spatial]; None for NaN, no numbers, or other dtypes or shapes."""
-        if not _takes(x) or x.dim() != self.axes + 2 or not self._fits(x):
+        if not is_taken(x) or x.dim() != self.axes + 2 or not self._fits(x):
             return None
-        if not _is_bias(bias, self.weight):
+        if not is_bias(bias, self.weight.scale):
             return None
         if not self.activation.dynamic:
             q = quantize(x, self.activation, self.transform)
             return None if q is None else self.real(q, bias, clamp, is_channels_last(x))
-        tokens = self._by_rows(x, "conv")
+        tokens = self.by_rows(x, "conv")
         if tokens is None:
             return None
         q, scale, zero_points = tokens
@@ -296,7 +256,7 @@ class ConvProduct(_Reader):
         gelu: str | None = None,
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
-        if not _is_bias(bias, self.weight) or self.axes == 3 or gelu is not None:
+        if not is_bias(bias, self.weight.scale) or self.axes == 3 or gelu is not None:
             return None
         form = handed_form(self.weight, self.activation, bias, clamp, reader, "conv")
         if form is None:
@@ -370,17 +330,6 @@ def _post(clamp: Clamp | None) -> Post:
     if clamp is None:
         return "none", [], ""
     return ("relu", [], "") if clamp == (0.0, math.inf) else ("hardtanh", list(clamp), "")
-
-
-def _takes(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() > 0 and x.device.type == "cpu"
-
-
-def _is_bias(bias: Tensor | None, weight: PackedWeight) -> bool:
-    """Return whether oneDNN's operators take a bias: they do not ask what it is."""
-    if bias is None:
-        return True
-    return bias.dtype == torch.float32 and bias.is_cpu and bias.shape == weight.scale.shape
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:

@@ -7,9 +7,9 @@ process where the C code reads or writes beyond a buffer, or does what C leaves 
 import os
 from pathlib import Path
 
-from autoquant.kernels.cpu import gates, library, native
+from autoquant.kernels.cpu import gates, int16, library, native
 
 LOADED = library.load(Path(os.environ["AUTOQUANT_SANITIZED"]))
 
-for module in (library, native, gates):
+for module in (library, native, gates, int16):
     module.library = lambda: LOADED

@@ -41,12 +41,19 @@ def run(tmp_path, **settings):
 
 
 @pytest.mark.parametrize("level", WITHOUT_VNNI)
-def test_without_vnni_products_of_two_8_bit_operands_are_refused(tmp_path, level):
+def test_without_vnni_products_of_two_8_bit_operands_are_computed_in_16_bits(tmp_path, level):
     found = run(tmp_path, ONEDNN_MAX_CPU_ISA=level)
     assert not found["vnni"]
     assert not found["amx"]
-    assert found["eight_by_eight"] == 0
+    assert (found["eight_by_eight"] > 0) == found["int16"]
+    assert (found["in_16_bits"] > 0) == found["int16"]
     assert found["plain_refused"] == []
+
+
+def test_without_vnni_and_avx2_they_are_refused(tmp_path):
+    found = run(tmp_path, ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="default")
+    assert not found["int16"]
+    assert found["eight_by_eight"] == found["in_16_bits"] == 0
 
 
 @pytest.mark.parametrize("level", WITH_VNNI)
@@ -54,7 +61,8 @@ def test_with_vnni_and_without_amx_common_layers_are_taken(tmp_path, level):
     """A processor that lacks the level keeps to the next one below that it has."""
     found = run(tmp_path, ONEDNN_MAX_CPU_ISA=level)
     assert not found["amx"]
-    assert (found["eight_by_eight"] > 0) == found["vnni"]
+    assert (found["eight_by_eight"] > 0) == (found["vnni"] or found["int16"])
+    assert found["vnni"] or found["in_16_bits"] or not found["int16"]
     assert found["plain_refused"] == []
     if level == "AVX10_1_512":
         assert found["vnni"] == torch.cpu._is_vnni_supported()

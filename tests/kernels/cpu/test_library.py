@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoquant.kernels.cpu import library, native
+from autoquant.kernels.cpu import library, native, signatures
 from autoquant.quant.activation import fake_quantize_activation
 from autoquant.quant.affine import QParams
 from autoquant.spec.recipe import ActivationScheme
@@ -29,22 +29,37 @@ SIZES = {
     "shared": 0,
     "zero_point": 3,
     "outer": 2,
-    "channels": 3,
     "inner": 4,
     "block": 32,
+    "batch": 2,
+    "height": 5,
+    "width": 4,
+    "channels": 18,
+    "kernel_h": 3,
+    "kernel_w": 2,
+    "stride_h": 2,
+    "stride_w": 1,
+    "pad_h": 1,
+    "pad_w": 0,
+    "dilation_h": 1,
+    "dilation_w": 2,
+    "out": 5,
+    "wide": 1,
+    "gelu": 1,
+    "byte": 128,
 }
-NAMES = sorted(library._FUNCTIONS)
+NAMES = sorted(signatures.FUNCTIONS)
 
 
 def arguments(name):
     """Return what a function takes, all right, by name."""
     torch.manual_seed(0)
     given = {}
-    for key, parameter in library._FUNCTIONS[name].items():
-        if isinstance(parameter, library._Array):
+    for key, parameter in signatures.FUNCTIONS[name].items():
+        if isinstance(parameter, signatures.Array):
             count = parameter.count(SIZES)
             given[key] = torch.rand(count, dtype=torch.float64).to(parameter.dtype)
-        elif isinstance(parameter, library._Integer):
+        elif isinstance(parameter, signatures.Integer):
             given[key] = SIZES[key]
         else:
             given[key] = 0.5
@@ -52,7 +67,7 @@ def arguments(name):
 
 
 def arrays(name):
-    return [k for k, p in library._FUNCTIONS[name].items() if isinstance(p, library._Array)]
+    return [k for k, p in signatures.FUNCTIONS[name].items() if isinstance(p, signatures.Array)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +104,7 @@ def test_a_wrong_buffer_raises(name, how):
     spoil, error, message = WRONG[how]
     for key in arrays(name):
         given = arguments(name)
-        if how == "gaps" and (library._FUNCTIONS[name][key].strided or len(given[key]) == 1):
+        if how == "gaps" and (signatures.FUNCTIONS[name][key].strided or len(given[key]) == 1):
             continue
         given[key] = spoil(given[key])
         with pytest.raises(error, match=rf"native\.{name}: {key} .*({message})"):
@@ -105,9 +120,9 @@ def test_unaligned_and_shared_memory_raise(name):
             with pytest.raises(ValueError, match="not aligned"):
                 library.call(name, *given.values())
         given = arguments(name)
-        own = library._FUNCTIONS[name][key]
+        own = signatures.FUNCTIONS[name][key]
         for other in arrays(name):
-            parameter = library._FUNCTIONS[name][other]
+            parameter = signatures.FUNCTIONS[name][other]
             if other == key or not (own.written or parameter.written):
                 continue
             most = max(given[key].numel() * 8, given[other].numel() * 8)
@@ -120,11 +135,11 @@ def test_unaligned_and_shared_memory_raise(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_out_of_range_raise(name):
-    for key, parameter in library._FUNCTIONS[name].items():
+    for key, parameter in signatures.FUNCTIONS[name].items():
         given = arguments(name)
-        if isinstance(parameter, library._Array):
+        if isinstance(parameter, signatures.Array):
             continue
-        wrong = [2**63, -(2**31)] if isinstance(parameter, library._Integer) else []
+        wrong = [2**63, -(2**31)] if isinstance(parameter, signatures.Integer) else []
         wrong += [math.nan, math.inf, "1"]
         for value in wrong:
             with pytest.raises((TypeError, ValueError), match=rf"native\.{name}: "):

@@ -11,8 +11,8 @@ import pytest
 from autoquant.kernels.cpu import library
 
 ROOT = Path(__file__).parents[3]
-SOURCE = Path(library.__file__).with_name("native.c")
-TESTS = ("test_native.py", "test_library.py")
+SOURCES = [Path(library.__file__).with_name(name) for name in ("native.c", "products.c")]
+TESTS = ("test_native.py", "test_library.py", "test_int16.py")
 FLAGS = (
     *("-shared", "-fPIC", "-g", "-O1", "-std=c11", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
@@ -45,7 +45,7 @@ def watched(tmp_path_factory):
     if not preloaded:
         pytest.skip("NOT RUN: the sanitizers need gcc with its libasan, and there is none here")
     built = tmp_path_factory.mktemp("sanitized") / "native.so"
-    subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True)
+    subprocess.run([compiler, *FLAGS, *map(str, SOURCES), "-o", str(built)], check=True)
     return os.environ | {
         "AUTOQUANT_SANITIZED": str(built),
         "LD_PRELOAD": preloaded,

@@ -1,0 +1,315 @@
+"""Integer products on a CPU by the kernels of ``products.c``, which multiply in 16 bits.
+
+Pairs of products are added in 32 bits. So they are exact for every byte without VNNI, where oneDNN
+adds pairs in 16 bits, and for weights that need more than 8 bits, as 8-bit ones do less their zero
+point.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoquant.kernels.cpu.handing import handed_form
+from autoquant.kernels.cpu.library import call, library
+from autoquant.kernels.cpu.native import OFFSET, limit_bytes, quantize
+from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
+from autoquant.kernels.cpu.reading import Reading, is_bias, is_taken
+from autoquant.kernels.cpu.signatures import LARGEST, PANEL
+from autoquant.kernels.layout import is_channels_last
+from autoquant.kernels.operation import Clamp, Operation, Product, Reader
+from autoquant.quant.transforms import InputTransform
+from autoquant.quant.weight import QuantizedWeight
+from autoquant.spec.formats import FORMATS
+from autoquant.spec.recipe import ActivationScheme
+
+GELU = {"none": 1, "tanh": 2}
+"""What ``products.c`` calls each approximation."""
+MOST = 2**15
+"""Largest kernel, stride, padding or dilation."""
+
+
+def missing() -> str | None:
+    """Return why these kernels compute nothing here, in one line; None where they do."""
+    if library() is None:
+        return "the compiled library is missing (no C compiler when autoquant was installed)"
+    if width() == 0:
+        return "products of 16-bit integers need AVX2"
+    return None
+
+
+@functools.cache
+def width() -> int:
+    """Return how many channels are multiplied at a time: 16, 8, or 0 where they can't be.
+
+    What ``ATEN_CPU_CAPABILITY`` keeps torch from is not used here either.
+    """
+    if library() is None:
+        return 0
+    allowed = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 0)
+    found = torch.zeros(1, dtype=torch.int32)
+    call("product_width", found)
+    return min(int(found), allowed)
+
+
+def prepare(
+    operation: Operation,
+    weight: QuantizedWeight,
+    activation: ActivationScheme | None,
+    transform: InputTransform | None = None,
+) -> Product | None:
+    """Pack a weight for one activation scheme; None where these kernels are not for it.
+
+    With a ``transform`` the product takes the activation as it is before that.
+    """
+    if activation is None or missing() is not None or operation.kind == "conv3d":
+        return None
+    if max((*operation.stride, *operation.padding, *operation.dilation), default=0) > MOST:
+        return None
+    packed = packed_weight(weight)
+    if packed is None or not packed.q.numel() or max(packed.q.shape[2:], default=1) > MOST:
+        return None
+    return Int16Product(packed, activation, operation, transform)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrangement:
+    """How channels lie: ``groups`` of ``out`` channels each, padded to whole panels.
+
+    ``together`` of the layer's own groups are one, with zeros for what others of it read.
+    A run of a row reads ``taps``. ``channelwise`` ones are not padded: each channel has taps of its
+    own alone.
+    """
+
+    groups: int
+    together: int
+    out: int
+    taps: int
+    channelwise: bool
+
+
+class Int16Product(Reading):
+    """x [..., in] by a weight [out, in], or [batch, in, *spatial] by [out, in/groups, *kernel]."""
+
+    backend = "int16"
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        activation: ActivationScheme,
+        operation: Operation,
+        transform: InputTransform | None = None,
+    ) -> None:
+        self.weight, self.operation = weight, operation
+        self.read(activation, transform)
+        self.axes = len(operation.stride)
+        self.channels = weight.q.shape[1] * operation.groups
+        self.arrangement = _arrangement(weight.q.shape, operation)
+        key = ("int16", self.arrangement)
+        if key not in weight.packs:
+            weight.packs[key] = _arranged(weight.q, self.arrangement)
+        self.pack = weight.packs[key]
+        self.sums = weight.q.sum(list(range(1, weight.q.dim())), dtype=torch.int32)
+        self.scale = self._padded(weight.scale)
+        self.no_bias = torch.zeros_like(self.scale)
+        self.wide = int(width() == 16)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
+        """Return the layer's output; None for NaN, no numbers, or other dtypes or shapes."""
+        if not is_taken(x) or not self.takes(x) or not is_bias(bias, self.weight.scale):
+            return None
+        last = is_channels_last(x)
+        if not self.activation.dynamic:
+            q = quantize(x, self.activation, self.transform)
+            return None if q is None else self.real(q, bias, clamp, last)
+        rows = self.by_rows(x, self.operation.kind)
+        if rows is None:
+            return None
+        q, scale, zero_points = rows
+        return self._real(q, scale, zero_points.to(torch.int32) + OFFSET, bias, clamp, last)
+
+    def takes(self, q: Tensor) -> bool:
+        """Return whether it can compute with bytes of this shape."""
+        if not self.axes:
+            return q.dim() >= 1 and q.shape[-1] == self.channels
+        if q.dim() != self.axes + 2 or q.shape[1] != self.channels:
+            return False
+        return min(self._outputs(q.shape[2:])) > 0
+
+    def real(
+        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
+    ) -> Tensor:
+        """Return the layer's output on an activation's bytes."""
+        assert self.activation.scale is not None
+        samples = q.shape[0] if self.axes else 1
+        scale = torch.full((samples,), self.activation.scale, dtype=torch.float32)
+        zero = torch.full((samples,), self._zero_point, dtype=torch.int32)
+        return self._real(q, scale, zero, bias, clamp, channels_last)
+
+    def handed(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+        reader: Reader,
+        gelu: str | None = None,
+    ) -> Tensor | None:
+        """Return it as the bytes that ``reader`` makes of it, in the same pass."""
+        if not is_bias(bias, self.weight.scale) or (gelu is not None and clamp is not None):
+            return None
+        if gelu is not None and reader.smoothing is not None:  # a GELU of what is smoothed already
+            return None
+        kind = "conv" if self.axes else "linear"
+        form = handed_form(self.weight, self.activation, bias, clamp, reader, kind)
+        if form is None:
+            return None
+        assert self.activation.scale is not None
+        samples = q.shape[0] if self.axes else 1
+        y = self._run(
+            q,
+            torch.full((samples,), self.activation.scale, dtype=torch.float32),
+            torch.full((samples,), self._zero_point, dtype=torch.int32),
+            self.scale if form.weight_scale is None else self._padded(form.weight_scale),
+            form.bias,
+            form.clamp,
+            (GELU[gelu] if gelu is not None else 0, 1.0 / form.scale, form.zero_point),
+        )
+        if gelu is not None and reader.scheme.bits < 8:
+            grid = FORMATS[reader.scheme.bits]
+            y.clamp_(grid.qmin + OFFSET, grid.qmax + OFFSET)
+        if form.limit is not None:
+            limit_bytes(y, form.limit, 1 if self.axes else -1)
+        return y
+
+    @property
+    def _zero_point(self) -> int:
+        return (self.activation.zero_point or 0) + OFFSET
+
+    def _real(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+        channels_last: bool,
+    ) -> Tensor:
+        y = self._run(q, scale, zero, self.scale, bias, clamp, None)
+        return y if channels_last or not self.axes else y.contiguous()
+
+    def _run(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+        stored: tuple[int, float, int] | None,
+    ) -> Tensor:
+        """Return the product: real numbers, or bytes by ``stored`` (GELU, inverse scale, zero)."""
+        o, arranged = self.operation, self.arrangement
+        dtype = torch.float32 if stored is None else torch.uint8
+        if self.axes:
+            x = (q.unsqueeze(-2) if self.axes == 1 else q).contiguous(
+                memory_format=torch.channels_last
+            )
+            batch, channels, height, across = x.shape
+            sides = self._outputs(x.shape[2:])
+            y = torch.empty(
+                (batch, len(self.weight.scale), *sides),
+                dtype=dtype,
+                memory_format=torch.channels_last,
+            )
+            kernel = self.weight.q.shape[2:]
+            steps = (kernel, o.stride, o.padding, o.dilation)
+            form = [
+                n
+                for pair, filler in zip(steps, (1, 1, 0, 1), strict=True)
+                for n in ((filler, *pair) if self.axes == 1 else pair)
+            ]
+        else:
+            x = q.contiguous()
+            y = torch.empty((*x.shape[:-1], len(self.weight.scale)), dtype=dtype)
+            batch, channels = len(scale), self.channels
+            height, across = 1, x.numel() // (channels * batch)
+            form = [1, 1, 1, 1, 0, 0, 1, 1]
+        ends = (-LARGEST, LARGEST) if clamp is None else clamp
+        shared = (batch, height, across, channels, *form, *(_finite(end) for end in ends))
+        padded = self.no_bias if bias is None else self._padded(bias)
+        name, own, rest = "convolve_channels", [self.sums], []
+        if not arranged.channelwise:
+            name, own, rest = "convolve", [], [arranged.out, arranged.groups, self.wide]
+        failed = call(
+            name if stored is None else f"{name}_bytes",
+            x, zero, scale, self.pack, *own, weight_scale, padded, y, *shared, *rest,
+            *(stored or ()),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"native.{name}: no memory for {self.operation}")
+        return y.squeeze(-2) if self.axes == 1 else y
+
+    def _outputs(self, spatial: torch.Size) -> list[int]:
+        """Return how many outputs there are on each axis; 0 or less where there are none."""
+        o, kernel = self.operation, self.weight.q.shape[2:]
+        if len(spatial) > self.axes:  # a line as a plane
+            return [1, *self._outputs(spatial[1:])]
+        return [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, p, d, k, s in zip(
+                spatial, o.padding, o.dilation, kernel, o.stride, strict=True
+            )
+        ]
+
+    def _padded(self, numbers: Tensor) -> Tensor:
+        """Return float32 numbers of channels as the kernels take them, float32."""
+        out, groups = self.arrangement.out, self.arrangement.groups
+        if self.arrangement.channelwise or out % PANEL == 0:
+            return numbers.detach().contiguous()
+        y = numbers.new_zeros(groups, -(-out // PANEL) * PANEL)
+        y[:, :out] = numbers.detach().view(groups, out)
+        return y
+
+
+def _finite(end: float) -> float:
+    return math.copysign(LARGEST, end) if math.isinf(end) else end
+
+
+def _arrangement(shape: torch.Size, operation: Operation) -> _Arrangement:
+    """Return how the channels of a weight [out, in / groups, *kernel] lie."""
+    groups = operation.groups
+    if shape[1] == 1 and groups == shape[0] >= PANEL:
+        return _Arrangement(groups, 1, 1, 1, True)
+    out = shape[0] // groups
+    shared = [n for n in range(1, groups + 1) if groups % n == 0 and n * out <= PANEL]
+    together = max(shared, default=1)
+    taps = shape[-1] if len(shape) > 2 and operation.dilation[-1] == 1 else 1
+    return _Arrangement(groups // together, together, together * out, taps, False)
+
+
+def _arranged(q: Tensor, a: _Arrangement) -> Tensor:
+    """Return a weight [out, in / groups, *kernel] as the kernels take it, int16.
+
+    That is [groups, panels, runs, pairs, PANEL, 2], or [pairs of taps, channels, 2] where
+    channelwise.
+    """
+    channels = q.shape[1]
+    w = q.reshape(len(q), channels, -1).to(torch.int16)
+    taps = w.shape[2]
+    if a.channelwise:
+        pairs = F.pad(w[:, 0], (0, taps % 2)).view(len(q), -1, 2)
+        return pairs.transpose(0, 1).contiguous()
+    out = a.out // a.together
+    w = w.view(a.groups, a.together, out, channels, taps)
+    dense = w.new_zeros(a.groups, a.together, out, taps, a.together, channels)
+    for n in range(a.together):
+        dense[:, n, :, :, n] = w[:, n].transpose(-1, -2)
+    runs = dense.view(a.groups, a.out, taps // a.taps, a.taps * a.together * channels)
+    runs = F.pad(runs, (0, runs.shape[3] % 2, 0, 0, 0, -a.out % PANEL))
+    panels = runs.view(a.groups, -1, PANEL, *runs.shape[2:3], runs.shape[3] // 2, 2)
+    return panels.permute(0, 1, 3, 4, 2, 5).contiguous()

@@ -1,0 +1,696 @@
+/* Products of integers that are exact for every byte, where oneDNN's are not or have no kernel.
+ *
+ * Bytes of an activation, less their zero point, and weights are multiplied as 16-bit integers,
+ * two products at a time added in 32 bits (vpmaddwd). So a weight may be anything from −255 to 255.
+ * On processors without VNNI this is as fast as bytes whose pairs are added in 16 bits.
+ *
+ * The activation is [batch, height, width, channels]; a linear layer is a convolution of 1 × 1.
+ * Plain C, called through ctypes; see native.c.
+ */
+
+#include <float.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define SUPPORTED 1
+#include <immintrin.h>
+#else
+#define SUPPORTED 0
+#endif
+
+/* Channels that this processor multiplies at a time, 16 or 8; 0 where it can't. */
+static int channels_at_a_time(void) {
+#if SUPPORTED
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    return __builtin_cpu_supports("avx512bw") ? 16 : 8;
+#else
+    return 0;
+#endif
+}
+
+EXPORT int product_width(int32_t *width) {
+    *width = channels_at_a_time();
+    return 0;
+}
+
+#define PANEL 16    /* output channels whose weights lie together */
+#define ROWS 6      /* outputs, of all channels of a panel, that registers hold at a time */
+#define CACHED 98304 /* bytes of widened activations that one thread works on at a time */
+#define SERIAL 65536 /* products that are not worth waking other threads for */
+
+/* What is done with a sum of products. */
+typedef struct {
+    const float *scale, *bias; /* of each channel */
+    float lo, hi;              /* ends of the output */
+    int gelu;                  /* 0, or the one by the error function, or 2: by the hyperbolic tangent */
+    float inverse, zero;       /* of the bytes that are made of it */
+    float *real;               /* one of these two is written */
+    uint8_t *bytes;
+} Finish;
+
+#if SUPPORTED
+
+#define AVX2 __attribute__((target("avx2")))
+#define FMA __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512bw,fma")))
+
+static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+
+/* e^x for x from −87 to 0, as in native.c. */
+static inline __attribute__((always_inline)) float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    const float n = rintf(x * 1.44269504f);
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    union {
+        int32_t i;
+        float f;
+    } power = {((int32_t)n + 127) << 23};
+    return p * power.f;
+}
+
+/* x·Φ(x), with the error function by Abramowitz & Stegun 7.1.26 (within 1.5e-7). */
+static inline __attribute__((always_inline)) float gelu_erf(float x) {
+    const float size = fabsf(x) * 0.707106781f;
+    const float t = 1.0f / (1.0f + 0.3275911f * size);
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const float tail = 0.5f * p * t * exponential(-size * size); /* Φ(−|x|) */
+    return x * (x < 0 ? tail : 1.0f - tail);
+}
+
+/* x/2 · (1 + tanh(√(2/π) · (x + .044715 x³))), Hendrycks & Gimpel 2016. */
+static inline __attribute__((always_inline)) float gelu_tanh(float x) {
+    const float inner = 0.797884561f * (x + 0.044715f * x * x * x), size = fabsf(inner);
+    const float e = exponential(-2.0f * size), tail = e / (1.0f + e);
+    return x * (inner < 0 ? tail : 1.0f - tail);
+}
+
+/* How sums of one panel become outputs: sum · scale of the sample · slope + start, its GELU, its
+ * ends. Where there is no GELU, all is in units of the bytes that are made of it. */
+typedef struct {
+    float slope[PANEL], start[PANEL];
+    float lo, hi, inverse, zero;
+    int gelu;
+} Line;
+
+AVX2 static inline __attribute__((always_inline)) Line line_of(const Finish *f, ptrdiff_t from) {
+    Line line = {.lo = f->lo, .hi = f->hi, .inverse = f->inverse, .zero = f->zero, .gelu = f->gelu};
+    const int direct = f->bytes != NULL && !f->gelu;
+    const float unit = direct ? f->inverse : 1.0f, zero = direct ? f->zero : 0.0f;
+    for (int j = 0; j < PANEL; ++j) {
+        line.slope[j] = f->scale[from + j] * unit;
+        line.start[j] = f->bias[from + j] * unit + zero;
+    }
+    if (direct) {
+        line.lo = line.lo * unit + zero;
+        line.hi = line.hi * unit + zero;
+        line.lo = line.lo > 0.0f ? line.lo : 0.0f;
+        line.hi = line.hi < 255.0f ? line.hi : 255.0f;
+    }
+    return line;
+}
+
+/* Eight sums as outputs, all but their ends. */
+FMA static inline __attribute__((always_inline)) __m256 sloped(__m256i c, float scale,
+                                                               const Line *line, int at) {
+    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(c), _mm256_set1_ps(scale)),
+                           _mm256_loadu_ps(line->slope + at), _mm256_loadu_ps(line->start + at));
+}
+
+/* Eight numbers within two ends; NaN, which is the second operand then, stays. */
+AVX2 static inline __attribute__((always_inline)) __m256 within(__m256 v, float lo, float hi) {
+    return _mm256_min_ps(_mm256_set1_ps(hi), _mm256_max_ps(_mm256_set1_ps(lo), v));
+}
+
+/* Eight numbers, the GELU of an output each, in units of bytes. */
+FMA static inline __attribute__((always_inline)) __m256 gelu_bytes(__m256 v, const Line *line) {
+    float x[8];
+    _mm256_storeu_ps(x, v);
+    if (line->gelu == 1)
+        for (int j = 0; j < 8; ++j) x[j] = gelu_erf(x[j]);
+    else
+        for (int j = 0; j < 8; ++j) x[j] = gelu_tanh(x[j]);
+    return within(_mm256_fmadd_ps(_mm256_loadu_ps(x), _mm256_set1_ps(line->inverse),
+                                  _mm256_set1_ps(line->zero)),
+                  0.0f, 255.0f);
+}
+
+/* Sums of n ≤ PANEL channels become outputs at y, or at q, where that is not NULL. */
+FMA static inline __attribute__((always_inline)) void finish(__m256i c0, __m256i c1,
+                                                             float scale, const Line *line,
+                                                             ptrdiff_t n, float *y, uint8_t *q) {
+    __m256 low = sloped(c0, scale, line, 0), high = sloped(c1, scale, line, 8);
+    if (q == NULL) {
+        float v[PANEL], *to = n == PANEL ? y : v;
+        _mm256_storeu_ps(to, within(low, line->lo, line->hi));
+        _mm256_storeu_ps(to + 8, within(high, line->lo, line->hi));
+        if (n < PANEL) memcpy(y, v, (size_t)n * sizeof *v);
+        return;
+    }
+    if (line->gelu) {
+        low = gelu_bytes(low, line);
+        high = gelu_bytes(high, line);
+    } else {
+        low = within(low, line->lo, line->hi);
+        high = within(high, line->lo, line->hi);
+    }
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
+    /* Lanes hold channels 0 … 3, 8 … 11, and 4 … 7, 12 … 15. */
+    const __m128i mixed = _mm_packus_epi16(_mm256_castsi256_si128(words),
+                                           _mm256_extracti128_si256(words, 1));
+    const __m128i bytes = _mm_shuffle_epi32(mixed, _MM_SHUFFLE(3, 1, 2, 0));
+    uint8_t v[PANEL], *to = n == PANEL ? q : v;
+    _mm_storeu_si128((__m128i *)to, bytes);
+    if (n < PANEL) memcpy(q, v, (size_t)n);
+}
+
+/* Where outputs of a panel go: n channels of it, rows ``step`` apart, as real numbers or bytes.
+ * ``scale`` has one of each row, that of its sample. */
+typedef struct {
+    const Line *line;
+    const float *scale;
+    ptrdiff_t n, step;
+    float *real;
+    uint8_t *bytes;
+} Place;
+
+/* Sums of one row of a panel become outputs. */
+FMA static inline __attribute__((always_inline)) void put(__m256i c0, __m256i c1, const Place *to,
+                                                          ptrdiff_t row) {
+    finish(c0, c1, to->scale[row], to->line, to->n, to->real ? to->real + row * to->step : NULL,
+           to->bytes ? to->bytes + row * to->step : NULL);
+}
+
+/* Loops over registers: one that isn't unrolled keeps them in memory. */
+#define UNROLL _Pragma("GCC unroll 6")
+
+/* What rows read, ``step`` numbers apart: ``count`` runs of pairs, each at its place. */
+typedef struct {
+    ptrdiff_t step, count, pairs;
+    const ptrdiff_t *at;
+} Runs;
+
+/* Sums of R rows of runs and of pairs of weights [runs, pairs, PANEL, 2] become outputs. In
+ * assembly, because compilers spill one of the 16 registers, and lose a half. */
+#define MULTIPLY_AVX2(R)                                                                           \
+    FMA static void multiply_##R(const int16_t *x, const Runs *runs, const int16_t *b,             \
+                                 const Place *to) {                                                \
+        const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
+        __m256i s[R][2];                                                                           \
+        UNROLL for (int i = 0; i < R; ++i) s[i][0] = s[i][1] = _mm256_setzero_si256();             \
+        for (ptrdiff_t run = 0; run < runs->count; ++run) {                                        \
+            const int16_t *a = x + runs->at[run];                                                  \
+            for (ptrdiff_t k = 0; k < pairs; ++k, a += 2, b += 2 * PANEL) {                        \
+                const __m256i b0 = _mm256_loadu_si256((const __m256i *)b);                         \
+                const __m256i b1 = _mm256_loadu_si256((const __m256i *)(b + PANEL));               \
+                UNROLL for (int i = 0; i < R; ++i) {                                               \
+                    __m256i v, t;                                                                  \
+                    __asm__("vpbroadcastd %4, %0\n\tvpmaddwd %5, %0, %1\n\t"                       \
+                            "vpmaddwd %6, %0, %0\n\tvpaddd %1, %2, %2\n\tvpaddd %0, %3, %3"        \
+                            : "=&x"(v), "=&x"(t), "+x"(s[i][0]), "+x"(s[i][1])                     \
+                            : "m"(*(const int16_t(*)[2])(a + i * lda)), "x"(b0), "x"(b1));         \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+        UNROLL for (int i = 0; i < R; ++i) put(s[i][0], s[i][1], to, i);                           \
+    }
+
+/* The same of the first 8 channels of a panel. */
+#define MULTIPLY_HALF(R)                                                                           \
+    FMA static void multiply_half_##R(const int16_t *x, const Runs *runs, const int16_t *b,        \
+                                      const Place *to) {                                           \
+        const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
+        __m256i s[R];                                                                              \
+        UNROLL for (int i = 0; i < R; ++i) s[i] = _mm256_setzero_si256();                          \
+        for (ptrdiff_t run = 0; run < runs->count; ++run) {                                        \
+            const int16_t *a = x + runs->at[run];                                                  \
+            for (ptrdiff_t k = 0; k < pairs; ++k, a += 2, b += 2 * PANEL) {                        \
+                const __m256i b0 = _mm256_loadu_si256((const __m256i *)b);                         \
+                UNROLL for (int i = 0; i < R; ++i) {                                               \
+                    int32_t v;                                                                     \
+                    memcpy(&v, a + i * lda, sizeof v);                                             \
+                    s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(_mm256_set1_epi32(v), b0));    \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+        UNROLL for (int i = 0; i < R; ++i) put(s[i], _mm256_setzero_si256(), to, i);               \
+    }
+
+/* The same by registers of 16 sums, for P panels that follow each other, each to its own place. */
+#define MULTIPLY_AVX512(R, P)                                                                      \
+    AVX512 static void multiply_wide_##R##_##P(const int16_t *x, const Runs *runs,                 \
+                                               const int16_t *b, const Place *to) {                \
+        const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
+        const ptrdiff_t panel = runs->count * pairs * 2 * PANEL;                                   \
+        __m512i s[R][P];                                                                           \
+        UNROLL for (int i = 0; i < R; ++i) {                                                       \
+            UNROLL for (int p = 0; p < P; ++p) s[i][p] = _mm512_setzero_si512();                   \
+        }                                                                                          \
+        for (ptrdiff_t run = 0; run < runs->count; ++run) {                                        \
+            const int16_t *a = x + runs->at[run];                                                  \
+            for (ptrdiff_t k = 0; k < pairs; ++k, a += 2, b += 2 * PANEL) {                        \
+                __m512i w[P];                                                                      \
+                UNROLL for (int p = 0; p < P; ++p) w[p] = _mm512_loadu_si512(b + p * panel);       \
+                UNROLL for (int i = 0; i < R; ++i) {                                               \
+                    int32_t v;                                                                     \
+                    memcpy(&v, a + i * lda, sizeof v);                                             \
+                    UNROLL for (int p = 0; p < P; ++p) s[i][p] = _mm512_add_epi32(                 \
+                        s[i][p], _mm512_madd_epi16(_mm512_set1_epi32(v), w[p]));                   \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+        UNROLL for (int i = 0; i < R; ++i) {                                                       \
+            UNROLL for (int p = 0; p < P; ++p)                                                     \
+                put(_mm512_castsi512_si256(s[i][p]), _mm512_extracti64x4_epi64(s[i][p], 1),        \
+                    to + p, i);                                                                    \
+        }                                                                                          \
+    }
+
+#define EACH(DEFINE) DEFINE(1) DEFINE(2) DEFINE(3) DEFINE(4) DEFINE(5) DEFINE(6)
+#define EACH_OF(DEFINE, P)                                                                         \
+    DEFINE(1, P) DEFINE(2, P) DEFINE(3, P) DEFINE(4, P) DEFINE(5, P) DEFINE(6, P)
+EACH(MULTIPLY_AVX2)
+EACH(MULTIPLY_HALF)
+EACH_OF(MULTIPLY_AVX512, 1)
+EACH_OF(MULTIPLY_AVX512, 2)
+
+typedef void Multiply(const int16_t *, const Runs *, const int16_t *, const Place *);
+#define NAMES(name) {name##1, name##2, name##3, name##4, name##5, name##6}
+static Multiply *const MULTIPLY[ROWS] = NAMES(multiply_);
+static Multiply *const MULTIPLY_8[ROWS] = NAMES(multiply_half_);
+static Multiply *const WIDE_1[ROWS] = {multiply_wide_1_1, multiply_wide_2_1, multiply_wide_3_1,
+                                       multiply_wide_4_1, multiply_wide_5_1, multiply_wide_6_1};
+static Multiply *const WIDE_2[ROWS] = {multiply_wide_1_2, multiply_wide_2_2, multiply_wide_3_2,
+                                       multiply_wide_4_2, multiply_wide_5_2, multiply_wide_6_2};
+
+AVX2 static inline void widen(const uint8_t *restrict x, int16_t *restrict a, ptrdiff_t n,
+                              int32_t zero) {
+    const __m256i z = _mm256_set1_epi16((short)zero);
+    ptrdiff_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256(
+            (__m256i *)(a + i),
+            _mm256_sub_epi16(
+                _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(x + i))), z));
+    if (i + 8 <= n) {
+        _mm_storeu_si128((__m128i *)(a + i),
+                         _mm_sub_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)(x + i))),
+                                       _mm256_castsi256_si128(z)));
+        i += 8;
+    }
+    for (; i < n; ++i) a[i] = (int16_t)(x[i] - zero);
+}
+
+/* The form of a convolution. */
+typedef struct {
+    ptrdiff_t batch, height, width, channels, groups, kernel_h, kernel_w, stride_h, stride_w, pad_h,
+        pad_w, dilation_h, dilation_w, out_h, out_w;
+} Form;
+
+/* One group's weights and outputs: panels from … to of its ``out`` channels, of ``all``. */
+typedef struct {
+    const int16_t *weight;
+    const Finish *finish;
+    ptrdiff_t group, from, to, out, all;
+    int wide;
+} Part;
+
+/* Rows of one panel, or of two where ``wide``: what is read at a + row · step, outputs from row
+ * ``first`` on, ``count`` of them; scale has one of each. */
+FMA static void multiply_rows(const int16_t *a, const Runs *runs, const Part *part, ptrdiff_t p,
+                              int two, const Line *lines, const float *scale, ptrdiff_t first,
+                              ptrdiff_t count) {
+    const Finish *f = part->finish;
+    const ptrdiff_t panels = (part->out + PANEL - 1) / PANEL, left = part->out - p * PANEL;
+    const int16_t *b = part->weight +
+                       (part->group * panels + p) * runs->count * runs->pairs * 2 * PANEL;
+    Multiply *const *table =
+        part->wide ? (two ? WIDE_2 : WIDE_1) : left <= PANEL / 2 ? MULTIPLY_8 : MULTIPLY;
+    /* As many rows at a time as leave no small rest. */
+    const ptrdiff_t times = (count + ROWS - 1) / ROWS, most = (count + times - 1) / times;
+    for (ptrdiff_t i = 0, rows; i < count; i += rows) {
+        const ptrdiff_t at = (first + i) * part->all + part->group * part->out + p * PANEL;
+        Place places[2];
+        rows = smaller(most, count - i);
+        for (int t = 0; t <= two; ++t)
+            places[t] = (Place){lines + t, scale + i, smaller(PANEL, left - t * PANEL), part->all,
+                                f->real ? f->real + at + t * PANEL : NULL,
+                                f->bytes ? f->bytes + at + t * PANEL : NULL};
+        table[rows - 1](a + i * runs->step, runs, b, places);
+    }
+}
+
+/* Lines of outputs, ``width`` each, the first at row ``first`` and what it reads at a; what the
+ * next one reads is ``step`` numbers further on. scale has one of each row of a line, that of all. */
+FMA static void multiply_lines(const int16_t *a, ptrdiff_t step, const Runs *runs, const Part *part,
+                               const float *scale, ptrdiff_t first, ptrdiff_t lines,
+                               ptrdiff_t width) {
+    const ptrdiff_t panels = (part->out + PANEL - 1) / PANEL;
+    for (ptrdiff_t p = part->from; p < part->to;) {
+        const int two = part->wide && p + 1 < part->to;
+        Line made[2];
+        for (int t = 0; t <= two; ++t)
+            made[t] = line_of(part->finish, (part->group * panels + p + t) * PANEL);
+        for (ptrdiff_t line = 0; line < lines; ++line)
+            multiply_rows(a + line * step, runs, part, p, two, made, scale, first + line * width,
+                          width);
+        p += 1 + two;
+    }
+}
+
+/* The input's rows from iy on, ``count`` of them, of one group's channels → a [count, padded,
+ * channels], widened, with zeros for what lies outside. */
+AVX2 static void widen_rows(const uint8_t *x, int16_t *a, const Form *f, ptrdiff_t iy,
+                            ptrdiff_t count, ptrdiff_t first, ptrdiff_t channels, int32_t zero) {
+    const ptrdiff_t edge = f->pad_w * channels, inner = f->width * channels;
+    for (ptrdiff_t r = 0; r < count; ++r, ++iy, a += inner + 2 * edge) {
+        if (iy < 0 || iy >= f->height) {
+            memset(a, 0, (size_t)(inner + 2 * edge) * sizeof *a);
+            continue;
+        }
+        const uint8_t *row = x + iy * f->width * f->channels + first;
+        memset(a, 0, (size_t)edge * sizeof *a);
+        if (channels == f->channels)
+            widen(row, a + edge, inner, zero);
+        else
+            for (ptrdiff_t ix = 0; ix < f->width; ++ix)
+                widen(row + ix * f->channels, a + edge + ix * channels, channels, zero);
+        memset(a + edge + inner, 0, (size_t)edge * sizeof *a);
+    }
+}
+
+#define TASKS 8 /* pieces of work, at least, where there are as many: for threads to share */
+
+/* How much one thread does at a time: lines of outputs, and a share of the panels. */
+typedef struct {
+    ptrdiff_t lines, blocks, splits, share;
+} Work;
+
+static Work divide(ptrdiff_t lines, ptrdiff_t most, ptrdiff_t samples, ptrdiff_t groups,
+                   ptrdiff_t panels) {
+    Work w;
+    w.lines = larger(1, smaller(most, lines));
+    w.blocks = (lines + w.lines - 1) / w.lines;
+    const ptrdiff_t tasks = larger(1, samples * w.blocks * groups);
+    w.splits = larger(1, smaller((panels + 1) / 2, TASKS / tasks));
+    w.share = (panels + w.splits - 1) / w.splits;
+    return w;
+}
+
+/* Every row of the input [rows, channels] by itself: linear layers, convolutions of 1 × 1. */
+FMA static int multiply_each(const uint8_t *x, const int32_t *zero, const float *scale, Part whole,
+                             const Form *form) {
+    const ptrdiff_t channels = form->channels / form->groups, lda = (channels + 1) / 2 * 2;
+    const ptrdiff_t pixels = form->height * form->width, rows = form->batch * pixels;
+    const ptrdiff_t most = larger(ROWS, smaller(CACHED / (lda * 2) / ROWS * ROWS, 96));
+    const Work work = divide(rows, most, 1, form->groups, (whole.out + PANEL - 1) / PANEL);
+    const ptrdiff_t start = 0, tasks = work.blocks * form->groups * work.splits;
+    const Runs runs = {lda, 1, lda / 2, &start};
+    int failed = 0;
+#pragma omp parallel reduction(| : failed) if (rows * form->channels * whole.out > SERIAL)
+    {
+        int16_t *a = malloc((size_t)(work.lines * lda) * sizeof *a);
+        float *of_row = malloc((size_t)work.lines * sizeof *of_row);
+        failed = a == NULL || of_row == NULL;
+#pragma omp for schedule(dynamic)
+        for (ptrdiff_t task = 0; task < tasks; ++task) {
+            if (failed) continue;
+            Part part = whole;
+            part.from = task % work.splits * work.share;
+            part.to = smaller((whole.out + PANEL - 1) / PANEL, part.from + work.share);
+            part.group = task / work.splits % form->groups;
+            const ptrdiff_t m = task / work.splits / form->groups * work.lines;
+            const ptrdiff_t count = smaller(work.lines, rows - m);
+            ptrdiff_t b = m / pixels, rest = pixels - m % pixels; /* rows of it that follow */
+            for (ptrdiff_t i = 0; i < count; ++i) {
+                int16_t *row = a + i * lda;
+                widen(x + (m + i) * form->channels + part.group * channels, row, channels, zero[b]);
+                if (channels < lda) row[channels] = 0;
+                of_row[i] = scale[b];
+                if (--rest == 0) {
+                    ++b;
+                    rest = pixels;
+                }
+            }
+            multiply_lines(a, 0, &runs, &part, of_row, m, 1, count);
+        }
+        free(a);
+        free(of_row);
+    }
+    return failed;
+}
+
+/* Convolutions: the input's rows are widened once for some lines of outputs, which read them where
+ * they lie. */
+FMA static int multiply_windows(const uint8_t *x, const int32_t *zero, const float *scale,
+                                Part whole, const Form *form) {
+    const ptrdiff_t channels = form->channels / form->groups;
+    const ptrdiff_t padded = (form->width + 2 * form->pad_w) * channels;
+    const int merged = form->dilation_w == 1; /* taps of a row lie side by side */
+    const ptrdiff_t count = form->kernel_h * (merged ? 1 : form->kernel_w);
+    const ptrdiff_t run = (merged ? form->kernel_w : 1) * channels;
+    const ptrdiff_t reach = form->dilation_h * (form->kernel_h - 1) + 1;
+    /* Lines at a time: so that weights are used for many rows, and their input stays in a cache. */
+    const ptrdiff_t fit = (2 * CACHED / (padded * 2) - reach) / form->stride_h + 1;
+    const ptrdiff_t most = larger(1, smaller(fit, (47 + form->out_w) / form->out_w));
+    const ptrdiff_t panels = (whole.out + PANEL - 1) / PANEL;
+    const Work work = divide(form->out_h, most, form->batch, form->groups, panels);
+    const ptrdiff_t tasks = form->batch * work.blocks * form->groups * work.splits;
+    const ptrdiff_t held = ((work.lines - 1) * form->stride_h + reach) * padded;
+    const ptrdiff_t products =
+        form->batch * form->out_h * form->out_w * count * run * whole.all;
+    int failed = 0;
+#pragma omp parallel reduction(| : failed) if (products > SERIAL)
+    {
+        int16_t *a = malloc((size_t)(held + 1) * sizeof *a); /* an odd run ends with another's */
+        ptrdiff_t *at = malloc((size_t)count * sizeof *at);
+        float *of_row = malloc((size_t)form->out_w * sizeof *of_row);
+        failed = a == NULL || at == NULL || of_row == NULL;
+        for (ptrdiff_t r = 0; r < count && !failed; ++r) {
+            const ptrdiff_t ky = merged ? r : r / form->kernel_w;
+            const ptrdiff_t kx = merged ? 0 : r % form->kernel_w;
+            at[r] = ky * form->dilation_h * padded + kx * form->dilation_w * channels;
+        }
+        if (!failed) a[held] = 0;
+        const Runs runs = {form->stride_w * channels, count, (run + 1) / 2, at};
+#pragma omp for schedule(dynamic)
+        for (ptrdiff_t task = 0; task < tasks; ++task) {
+            if (failed) continue;
+            Part part = whole;
+            part.from = task % work.splits * work.share;
+            part.to = smaller(panels, part.from + work.share);
+            part.group = task / work.splits % form->groups;
+            const ptrdiff_t block = task / work.splits / form->groups;
+            const ptrdiff_t b = block / work.blocks, oy = block % work.blocks * work.lines;
+            const ptrdiff_t lines = smaller(work.lines, form->out_h - oy);
+            widen_rows(x + b * form->height * form->width * form->channels, a, form,
+                       oy * form->stride_h - form->pad_h, (lines - 1) * form->stride_h + reach,
+                       part.group * channels, channels, zero[b]);
+            for (ptrdiff_t ox = 0; ox < form->out_w; ++ox) of_row[ox] = scale[b];
+            multiply_lines(a, form->stride_h * padded, &runs, &part, of_row,
+                           (b * form->out_h + oy) * form->out_w, lines, form->out_w);
+        }
+        free(a);
+        free(at);
+        free(of_row);
+    }
+    return failed;
+}
+
+static int multiply_all(const uint8_t *x, const int32_t *zero, const float *scale,
+                        const int16_t *weight, const Finish *f, const Form *form, ptrdiff_t out,
+                        int wide) {
+    const Part whole = {weight, f, 0, 0, 0, out, out * form->groups, wide};
+    const int each = form->kernel_h == 1 && form->kernel_w == 1 && form->stride_h == 1 &&
+                     form->stride_w == 1 && form->pad_h == 0 && form->pad_w == 0;
+    return each ? multiply_each(x, zero, scale, whole, form)
+                : multiply_windows(x, zero, scale, whole, form);
+}
+
+/* One line of outputs of 16 channels, each over its own taps, at x + at[tap], ``step`` further on
+ * for the next. Pairs of bytes are laid side by side, with the weights of both. */
+FMA static inline __attribute__((always_inline)) void multiply_line(
+    const uint8_t *x, const ptrdiff_t *at, ptrdiff_t step, const int16_t *weight,
+    const int32_t *sums, ptrdiff_t pairs, ptrdiff_t channels, const Form *form, const Finish *f,
+    int32_t zero, float scale, ptrdiff_t o, ptrdiff_t to) {
+    const Line line = line_of(f, o);
+    float *const real = f->real;
+    uint8_t *const bytes = f->bytes;
+    const __m256i z = _mm256_set1_epi32(-zero);
+    const __m256i z0 = _mm256_mullo_epi32(z, _mm256_loadu_si256((const __m256i *)(sums + o)));
+    const __m256i z1 = _mm256_mullo_epi32(z, _mm256_loadu_si256((const __m256i *)(sums + o + 8)));
+    for (ptrdiff_t ox = 0; ox < form->out_w; ++ox, x += step, to += channels) {
+        __m256i s0 = z0, s1 = z1;
+#pragma GCC unroll 13
+        for (ptrdiff_t p = 0; p < pairs; ++p) {
+            const int16_t *w = weight + (p * channels + o) * 2;
+            const __m128i a = _mm_loadu_si128((const __m128i *)(x + at[2 * p]));
+            const __m128i b = _mm_loadu_si128((const __m128i *)(x + at[2 * p + 1]));
+            const __m256i lo = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a, b));
+            const __m256i hi = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a, b));
+            s0 = _mm256_add_epi32(
+                s0, _mm256_madd_epi16(lo, _mm256_loadu_si256((const __m256i *)w)));
+            s1 = _mm256_add_epi32(
+                s1, _mm256_madd_epi16(hi, _mm256_loadu_si256((const __m256i *)(w + 16))));
+        }
+        finish(s0, s1, scale, &line, PANEL, real ? real + to : NULL, bytes ? bytes + to : NULL);
+    }
+}
+
+FMA static int multiply_depthwise(const uint8_t *x, const int32_t *zero, const float *scale,
+                                  const int16_t *weight, const int32_t *sums, const Finish *f,
+                                  const Form *form) {
+    const ptrdiff_t channels = form->channels, taps = form->kernel_h * form->kernel_w;
+    const ptrdiff_t pairs = (taps + 1) / 2, lines = form->batch * form->out_h;
+    const ptrdiff_t row = form->width * channels, edge = form->pad_w * channels;
+    const ptrdiff_t padded = row + 2 * edge, step = form->stride_w * channels;
+    int failed = 0;
+#pragma omp parallel reduction(| : failed) if (lines * form->out_w * channels * taps > SERIAL)
+    {
+        ptrdiff_t *at = malloc((size_t)(2 * pairs) * sizeof *at);
+        uint8_t *read = malloc((size_t)(form->kernel_h * padded)); /* what a line reads, padded */
+        failed = at == NULL || read == NULL;
+        for (ptrdiff_t t = 0; t < 2 * pairs && !failed; ++t) {
+            const ptrdiff_t tap = smaller(t, taps - 1); /* the weight of one too many is 0 */
+            at[t] = tap / form->kernel_w * padded +
+                    tap % form->kernel_w * form->dilation_w * channels;
+        }
+#pragma omp for schedule(dynamic)
+        for (ptrdiff_t line = 0; line < lines; ++line) {
+            if (failed) continue;
+            const ptrdiff_t b = line / form->out_h, oy = line % form->out_h;
+            for (ptrdiff_t ky = 0; ky < form->kernel_h; ++ky) {
+                const ptrdiff_t iy = oy * form->stride_h - form->pad_h + ky * form->dilation_h;
+                uint8_t *to = read + ky * padded;
+                if (iy < 0 || iy >= form->height) {
+                    memset(to, zero[b], (size_t)padded);
+                    continue;
+                }
+                memset(to, zero[b], (size_t)edge);
+                memcpy(to + edge, x + (b * form->height + iy) * row, (size_t)row);
+                memset(to + edge + row, zero[b], (size_t)edge);
+            }
+            const ptrdiff_t first = line * form->out_w * channels;
+            for (ptrdiff_t block = 0; block < channels; block += PANEL) {
+                /* The last channels are computed with some before them, once more. */
+                const ptrdiff_t o = smaller(block, channels - PANEL);
+                if (pairs == 5) /* 3 × 3 */
+                    multiply_line(read + o, at, step, weight, sums, 5, channels, form, f, zero[b],
+                                  scale[b], o, first + o);
+                else if (pairs == 13) /* 5 × 5 */
+                    multiply_line(read + o, at, step, weight, sums, 13, channels, form, f,
+                                  zero[b], scale[b], o, first + o);
+                else
+                    multiply_line(read + o, at, step, weight, sums, pairs, channels, form, f,
+                                  zero[b], scale[b], o, first + o);
+            }
+        }
+        free(at);
+        free(read);
+    }
+    return failed;
+}
+
+#endif
+
+/* A convolution's form, as every function below takes it. */
+#define FORM                                                                                       \
+    ptrdiff_t batch, ptrdiff_t height, ptrdiff_t width, ptrdiff_t channels, ptrdiff_t kernel_h,    \
+        ptrdiff_t kernel_w, ptrdiff_t stride_h, ptrdiff_t stride_w, ptrdiff_t pad_h,               \
+        ptrdiff_t pad_w, ptrdiff_t dilation_h, ptrdiff_t dilation_w, float lo, float hi
+#define SIDE(size, axis)                                                                           \
+    ((size + 2 * pad_##axis - dilation_##axis * (kernel_##axis - 1) - 1) / stride_##axis + 1)
+#define GIVEN(groups)                                                                              \
+    {batch,    height,   width, channels, groups,     kernel_h,   kernel_w,        stride_h,       \
+     stride_w, pad_h,    pad_w, dilation_h, dilation_w, SIDE(height, h), SIDE(width, w)}
+#define LOWEST (lo <= -FLT_MAX ? -INFINITY : lo)
+#define HIGHEST (hi >= FLT_MAX ? INFINITY : hi)
+#define LACKS_MEMORY 1
+#define LACKS_INSTRUCTIONS 2
+
+/* x [batch, height, width, channels] by weight [groups, panels, runs, pairs,
+ * PANEL, 2] → y [batch, out_h, out_w, groups · out]: sum · scale of the sample · scale of the channel + bias,
+ * within its ends. A run is what a row of taps reads, or one tap where they are dilated, its pairs
+ * filled up with 0. zero and sample_scale are [batch]; scale and bias [groups, panels, PANEL]. */
+EXPORT int convolve(const uint8_t *x, const int32_t *zero, const float *sample_scale,
+                    const int16_t *weight, const float *scale, const float *bias, float *y, FORM,
+                    ptrdiff_t out, ptrdiff_t groups, int wide) {
+#if SUPPORTED
+    const int at_a_time = channels_at_a_time();
+    if (!at_a_time) return LACKS_INSTRUCTIONS;
+    const Form form = GIVEN(groups);
+    const Finish f = {scale, bias, LOWEST, HIGHEST, 0, 0, 0, y, NULL};
+    return multiply_all(x, zero, sample_scale, weight, &f, &form, out, wide && at_a_time == 16);
+#else
+    return LACKS_INSTRUCTIONS;
+#endif
+}
+
+/* The same as bytes: round(y · inverse + byte), of y's GELU where that is 1 (by the error
+ * function) or 2 (by the hyperbolic tangent). */
+EXPORT int convolve_bytes(const uint8_t *x, const int32_t *zero, const float *sample_scale,
+                          const int16_t *weight, const float *scale, const float *bias, uint8_t *y,
+                          FORM, ptrdiff_t out, ptrdiff_t groups, int wide, int gelu, float inverse,
+                          int byte) {
+#if SUPPORTED
+    const int at_a_time = channels_at_a_time();
+    if (!at_a_time) return LACKS_INSTRUCTIONS;
+    const Form form = GIVEN(groups);
+    const Finish f = {scale, bias, LOWEST, HIGHEST, gelu, inverse, (float)byte, NULL, y};
+    return multiply_all(x, zero, sample_scale, weight, &f, &form, out, wide && at_a_time == 16);
+#else
+    return LACKS_INSTRUCTIONS;
+#endif
+}
+
+/* Every channel, of 16 or more, by its own taps: weight [pairs of taps, channels, 2], sums of it,
+ * scale and bias [channels] → y [batch, out_h, out_w, channels]. */
+EXPORT int convolve_channels(const uint8_t *x, const int32_t *zero, const float *sample_scale,
+                             const int16_t *weight, const int32_t *sums, const float *scale,
+                             const float *bias, float *y, FORM) {
+#if SUPPORTED
+    if (!channels_at_a_time() || channels < PANEL) return LACKS_INSTRUCTIONS;
+    const Form form = GIVEN(channels);
+    const Finish f = {scale, bias, LOWEST, HIGHEST, 0, 0, 0, y, NULL};
+    return multiply_depthwise(x, zero, sample_scale, weight, sums, &f, &form);
+#else
+    return LACKS_INSTRUCTIONS;
+#endif
+}
+
+/* The same as bytes. */
+EXPORT int convolve_channels_bytes(const uint8_t *x, const int32_t *zero,
+                                   const float *sample_scale, const int16_t *weight,
+                                   const int32_t *sums, const float *scale, const float *bias,
+                                   uint8_t *y, FORM, int gelu, float inverse, int byte) {
+#if SUPPORTED
+    if (!channels_at_a_time() || channels < PANEL) return LACKS_INSTRUCTIONS;
+    const Form form = GIVEN(channels);
+    const Finish f = {scale, bias, LOWEST, HIGHEST, gelu, inverse, (float)byte, NULL, y};
+    return multiply_depthwise(x, zero, sample_scale, weight, sums, &f, &form);
+#else
+    return LACKS_INSTRUCTIONS;
+#endif
+}

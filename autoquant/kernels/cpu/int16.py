@@ -74,6 +74,8 @@ def prepare(
     packed = packed_weight(weight)
     if packed is None or not packed.q.numel() or max(packed.q.shape[2:], default=1) > MOST:
         return None
+    if packed.of_groups is not None and operation.kind != "linear":
+        return None
     return Int16Product(packed, activation, operation, transform)
 
 
@@ -82,14 +84,14 @@ class _Arrangement:
     """How channels lie: ``groups`` of ``out`` channels each, padded to whole panels.
 
     ``together`` of the layer's own groups are one, with zeros for what others of it read.
-    A run of a row reads ``taps``. ``channelwise`` ones are not padded: each channel has taps of its
-    own alone.
+    What a channel reads is ``runs`` that lie without gaps. ``channelwise`` ones are not padded:
+    each channel has taps of its own alone.
     """
 
     groups: int
     together: int
     out: int
-    taps: int
+    runs: int
     channelwise: bool
 
 
@@ -109,11 +111,13 @@ class Int16Product(Reading):
         self.read(activation, transform)
         self.axes = len(operation.stride)
         self.channels = weight.q.shape[1] * operation.groups
-        self.arrangement = _arrangement(weight.q.shape, operation)
+        self.arrangement = _arrangement(weight, operation)
         key = ("int16", self.arrangement)
         if key not in weight.packs:
             weight.packs[key] = _arranged(weight.q, self.arrangement)
-        self.pack = weight.packs[key]
+        self.pack, self.of_groups = weight.packs[key], None
+        if weight.of_groups is not None:
+            self.of_groups = _by_panels(weight.of_groups)
         self.sums = weight.q.sum(list(range(1, weight.q.dim())), dtype=torch.int32)
         self.scale = self._padded(weight.scale)
         self.no_bias = torch.zeros_like(self.scale)
@@ -239,16 +243,21 @@ class Int16Product(Reading):
             batch, channels = len(scale), self.channels
             height, across = 1, x.numel() // (channels * batch)
             form = [1, 1, 1, 1, 0, 0, 1, 1]
-        ends = (-LARGEST, LARGEST) if clamp is None else clamp
-        shared = (batch, height, across, channels, *form, *(_finite(end) for end in ends))
+        ends = [_finite(end) for end in ((-math.inf, math.inf) if clamp is None else clamp)]
         padded = self.no_bias if bias is None else self._padded(bias)
-        name, own, rest = "convolve_channels", [self.sums], []
-        if not arranged.channelwise:
-            name, own, rest = "convolve", [], [arranged.out, arranged.groups, self.wide]
+        if self.of_groups is not None:
+            name, own = "multiply_groups", [self.of_groups]
+            rest = [batch, across, channels, arranged.out, arranged.runs, self.wide, *ends]
+        elif arranged.channelwise:
+            name, own = "convolve_channels", [self.sums]
+            rest = [batch, height, across, channels, *form, *ends]
+        else:
+            name, own = "convolve", []
+            rest = [batch, height, across, channels, *form, *ends]
+            rest += [arranged.out, arranged.groups, self.wide]
         failed = call(
             name if stored is None else f"{name}_bytes",
-            x, zero, scale, self.pack, *own, weight_scale, padded, y, *shared, *rest,
-            *(stored or ()),
+            x, zero, scale, self.pack, *own, weight_scale, padded, y, *rest, *(stored or ()),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"native.{name}: no memory for {self.operation}")
@@ -280,16 +289,19 @@ def _finite(end: float) -> float:
     return math.copysign(LARGEST, end) if math.isinf(end) else end
 
 
-def _arrangement(shape: torch.Size, operation: Operation) -> _Arrangement:
+def _arrangement(weight: PackedWeight, operation: Operation) -> _Arrangement:
     """Return how the channels of a weight [out, in / groups, *kernel] lie."""
-    groups = operation.groups
+    shape, groups = weight.q.shape, operation.groups
+    if weight.of_groups is not None:
+        return _Arrangement(1, 1, shape[0], weight.of_groups.shape[1], False)
     if shape[1] == 1 and groups == shape[0] >= PANEL:
         return _Arrangement(groups, 1, 1, 1, True)
     out = shape[0] // groups
     shared = [n for n in range(1, groups + 1) if groups % n == 0 and n * out <= PANEL]
     together = max(shared, default=1)
-    taps = shape[-1] if len(shape) > 2 and operation.dilation[-1] == 1 else 1
-    return _Arrangement(groups // together, together, together * out, taps, False)
+    # Taps of a row lie side by side where they are not dilated.
+    rows = shape[2:-1] if operation.dilation[-1:] == (1,) else shape[2:]
+    return _Arrangement(groups // together, together, together * out, math.prod(rows), False)
 
 
 def _arranged(q: Tensor, a: _Arrangement) -> Tensor:
@@ -309,7 +321,13 @@ def _arranged(q: Tensor, a: _Arrangement) -> Tensor:
     dense = w.new_zeros(a.groups, a.together, out, taps, a.together, channels)
     for n in range(a.together):
         dense[:, n, :, :, n] = w[:, n].transpose(-1, -2)
-    runs = dense.view(a.groups, a.out, taps // a.taps, a.taps * a.together * channels)
+    runs = dense.view(a.groups, a.out, a.runs, -1)
     runs = F.pad(runs, (0, runs.shape[3] % 2, 0, 0, 0, -a.out % PANEL))
-    panels = runs.view(a.groups, -1, PANEL, *runs.shape[2:3], runs.shape[3] // 2, 2)
+    panels = runs.view(a.groups, -1, PANEL, a.runs, runs.shape[3] // 2, 2)
     return panels.permute(0, 1, 3, 4, 2, 5).contiguous()
+
+
+def _by_panels(scale: Tensor) -> Tensor:
+    """Return scales [channels, groups] as [panels, groups, PANEL]."""
+    padded = F.pad(scale, (0, 0, 0, -len(scale) % PANEL))
+    return padded.view(-1, PANEL, scale.shape[1]).transpose(1, 2).contiguous()

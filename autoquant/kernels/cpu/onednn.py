@@ -60,7 +60,7 @@ def prepare(
     if activation is None:
         return None
     packed = packed_weight(weight)
-    if packed is None or packed.q.dtype != torch.int8:
+    if packed is None or packed.q.dtype != torch.int8 or packed.of_groups is not None:
         return None
     if not instructions.has_vnni() and 2 * _largest(activation) * packed.largest > PAIR_LIMIT:
         return None

@@ -20,8 +20,9 @@ class PackedWeight:
 
     ``q`` is int8, or int16 where they need more than 8 bits. ``scale`` and ``sums`` (of a channel's
     integers, scaled) are float32 [channels]; ``largest`` is the largest magnitude,
-    ``largest_scale`` the largest scale. ``packs`` keeps what kernels made of the integers, by what
-    asked for it.
+    ``largest_scale`` the largest scale. Where groups of columns have scales of their own, those are
+    ``of_groups`` [channels, groups], and ``scale`` is 1. ``packs`` keeps what kernels made of the
+    integers, by what asked for it.
     """
 
     q: Tensor
@@ -30,6 +31,7 @@ class PackedWeight:
     largest: int
     largest_scale: float
     packs: dict[object, Tensor]
+    of_groups: Tensor | None = None
 
     @property
     def bytes(self) -> int:
@@ -59,18 +61,25 @@ def _pack(weight: QuantizedWeight) -> PackedWeight | str:
     channels, columns = weight.q.shape
     if weight.channel_axis != 0:
         return "output channels come first"
-    if weight.qparams.scale.shape[0] not in (1, channels):
-        return "one scale for each channel"
+    scale = weight.qparams.scale.to(torch.float32)
+    blocks, groups = len(scale), 1
+    if blocks not in (1, channels):
+        if channels == 0 or blocks % channels:
+            return "each channel has scales of its own"
+        groups = blocks // channels
     centered = weight.q.to(torch.int16)
     if not weight.qparams.symmetric:
-        centered = centered - weight.qparams.zero_point.to(torch.int16)
+        zero_point = weight.qparams.zero_point.to(torch.int16)
+        centered = (centered.view(blocks, -1) - zero_point.view(blocks, 1)).view_as(centered)
     lo, hi = (int(v) for v in centered.aminmax()) if centered.numel() else (0, 0)
     largest = max(-lo, hi)
     if columns * 255 * largest > LARGEST_SUM:
         return "a sum may leave 32 bits"
-    scale = weight.qparams.scale.flatten().expand(channels).contiguous()
-    sums = centered.sum(1, dtype=torch.int64).to(torch.float64) * scale
+    of_groups = scale.reshape(channels, groups).contiguous() if groups > 1 else None
+    own = scale.flatten().expand(channels).contiguous() if groups == 1 else scale.new_ones(channels)
+    sums = centered.view(channels, groups, -1).sum(2, dtype=torch.int64).to(torch.float64)
+    sums = (sums * (own.view(-1, 1) if of_groups is None else of_groups)).sum(1)
     q = centered if lo < -128 or hi > 127 else centered.to(torch.int8)
     q = q.reshape(weight.shape).contiguous()
     largest_scale = float(scale.max()) if channels else 0.0
-    return PackedWeight(q, scale, sums.to(torch.float32), largest, largest_scale, {})
+    return PackedWeight(q, own, sums.to(torch.float32), largest, largest_scale, {}, of_groups)

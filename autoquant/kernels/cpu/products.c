@@ -133,9 +133,9 @@ AVX2 static inline __attribute__((always_inline)) Line line_of(const Finish *f, 
 }
 
 /* Eight sums as outputs, all but their ends. */
-FMA static inline __attribute__((always_inline)) __m256 sloped(__m256i c, float scale,
+FMA static inline __attribute__((always_inline)) __m256 sloped(__m256 sum, float scale,
                                                                const Line *line, int at) {
-    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(c), _mm256_set1_ps(scale)),
+    return _mm256_fmadd_ps(_mm256_mul_ps(sum, _mm256_set1_ps(scale)),
                            _mm256_loadu_ps(line->slope + at), _mm256_loadu_ps(line->start + at));
 }
 
@@ -158,7 +158,7 @@ FMA static inline __attribute__((always_inline)) __m256 gelu_bytes(__m256 v, con
 }
 
 /* Sums of n ≤ PANEL channels become outputs at y, or at q, where that is not NULL. */
-FMA static inline __attribute__((always_inline)) void finish(__m256i c0, __m256i c1,
+FMA static inline __attribute__((always_inline)) void finish(__m256 c0, __m256 c1,
                                                              float scale, const Line *line,
                                                              ptrdiff_t n, float *y, uint8_t *q) {
     __m256 low = sloped(c0, scale, line, 0), high = sloped(c1, scale, line, 8);
@@ -197,23 +197,40 @@ typedef struct {
 } Place;
 
 /* Sums of one row of a panel become outputs. */
-FMA static inline __attribute__((always_inline)) void put(__m256i c0, __m256i c1, const Place *to,
-                                                          ptrdiff_t row) {
+FMA static inline __attribute__((always_inline)) void put_real(__m256 c0, __m256 c1,
+                                                               const Place *to, ptrdiff_t row) {
     finish(c0, c1, to->scale[row], to->line, to->n, to->real ? to->real + row * to->step : NULL,
            to->bytes ? to->bytes + row * to->step : NULL);
+}
+
+FMA static inline __attribute__((always_inline)) void put(__m256i c0, __m256i c1, const Place *to,
+                                                          ptrdiff_t row) {
+    put_real(_mm256_cvtepi32_ps(c0), _mm256_cvtepi32_ps(c1), to, row);
 }
 
 /* Loops over registers: one that isn't unrolled keeps them in memory. */
 #define UNROLL _Pragma("GCC unroll 6")
 
-/* What rows read, ``step`` numbers apart: ``count`` runs of pairs, each at its place. */
+/* What rows read, ``step`` numbers apart: ``count`` runs of pairs, each at its place, and with the
+ * scales of a panel's channels, where runs have their own. */
 typedef struct {
     ptrdiff_t step, count, pairs;
     const ptrdiff_t *at;
+    const float *scale;
 } Runs;
 
-/* Sums of R rows of runs and of pairs of weights [runs, pairs, PANEL, 2] become outputs. In
- * assembly, because compilers spill one of the 16 registers, and lose a half. */
+/* s + a pair of numbers · pairs of 16 weights. In assembly, because compilers spill one of the 16
+ * registers, and lose a half. */
+#define MULTIPLY_PAIR(s, a, b0, b1)                                                                \
+    do {                                                                                           \
+        __m256i v, t;                                                                              \
+        __asm__("vpbroadcastd %4, %0\n\tvpmaddwd %5, %0, %1\n\tvpmaddwd %6, %0, %0\n\t"            \
+                "vpaddd %1, %2, %2\n\tvpaddd %0, %3, %3"                                           \
+                : "=&x"(v), "=&x"(t), "+x"((s)[0]), "+x"((s)[1])                                   \
+                : "m"(*(const int16_t(*)[2])(a)), "x"(b0), "x"(b1));                               \
+    } while (0)
+
+/* Sums of R rows of runs and of pairs of weights [runs, pairs, PANEL, 2] become outputs. */
 #define MULTIPLY_AVX2(R)                                                                           \
     FMA static void multiply_##R(const int16_t *x, const Runs *runs, const int16_t *b,             \
                                  const Place *to) {                                                \
@@ -225,13 +242,7 @@ typedef struct {
             for (ptrdiff_t k = 0; k < pairs; ++k, a += 2, b += 2 * PANEL) {                        \
                 const __m256i b0 = _mm256_loadu_si256((const __m256i *)b);                         \
                 const __m256i b1 = _mm256_loadu_si256((const __m256i *)(b + PANEL));               \
-                UNROLL for (int i = 0; i < R; ++i) {                                               \
-                    __m256i v, t;                                                                  \
-                    __asm__("vpbroadcastd %4, %0\n\tvpmaddwd %5, %0, %1\n\t"                       \
-                            "vpmaddwd %6, %0, %0\n\tvpaddd %1, %2, %2\n\tvpaddd %0, %3, %3"        \
-                            : "=&x"(v), "=&x"(t), "+x"(s[i][0]), "+x"(s[i][1])                     \
-                            : "m"(*(const int16_t(*)[2])(a + i * lda)), "x"(b0), "x"(b1));         \
-                }                                                                                  \
+                UNROLL for (int i = 0; i < R; ++i) MULTIPLY_PAIR(s[i], a + i * lda, b0, b1);       \
             }                                                                                      \
         }                                                                                          \
         UNROLL for (int i = 0; i < R; ++i) put(s[i][0], s[i][1], to, i);                           \
@@ -288,11 +299,72 @@ typedef struct {
         }                                                                                          \
     }
 
+/* The same, of runs that have scales of their own [runs, PANEL]. */
+#define MULTIPLY_GROUPS(R)                                                                         \
+    FMA static void multiply_groups_##R(const int16_t *x, const Runs *runs, const int16_t *b,      \
+                                        const Place *to) {                                         \
+        const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
+        float sums[R][PANEL];                                                                      \
+        memset(sums, 0, sizeof sums);                                                              \
+        for (ptrdiff_t run = 0; run < runs->count; ++run) {                                        \
+            const int16_t *a = x + runs->at[run];                                                  \
+            __m256i s[R][2];                                                                       \
+            UNROLL for (int i = 0; i < R; ++i) s[i][0] = s[i][1] = _mm256_setzero_si256();         \
+            for (ptrdiff_t k = 0; k < pairs; ++k, a += 2, b += 2 * PANEL) {                        \
+                const __m256i b0 = _mm256_loadu_si256((const __m256i *)b);                         \
+                const __m256i b1 = _mm256_loadu_si256((const __m256i *)(b + PANEL));               \
+                UNROLL for (int i = 0; i < R; ++i) MULTIPLY_PAIR(s[i], a + i * lda, b0, b1);       \
+            }                                                                                      \
+            const float *scale = runs->scale + run * PANEL;                                        \
+            UNROLL for (int i = 0; i < R; ++i) {                                                   \
+                UNROLL for (int h = 0; h < 2; ++h) {                                               \
+                    float *sum = sums[i] + 8 * h;                                                  \
+                    _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[i][h]),             \
+                                                          _mm256_loadu_ps(scale + 8 * h),          \
+                                                          _mm256_loadu_ps(sum)));                  \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+        UNROLL for (int i = 0; i < R; ++i)                                                         \
+            put_real(_mm256_loadu_ps(sums[i]), _mm256_loadu_ps(sums[i] + 8), to, i);               \
+    }
+
+#define WIDE_GROUPS(R)                                                                             \
+    AVX512 static void wide_groups_##R(const int16_t *x, const Runs *runs, const int16_t *b,       \
+                                       const Place *to) {                                          \
+        const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
+        __m512 sums[R];                                                                            \
+        UNROLL for (int i = 0; i < R; ++i) sums[i] = _mm512_setzero_ps();                          \
+        for (ptrdiff_t run = 0; run < runs->count; ++run) {                                        \
+            const int16_t *a = x + runs->at[run];                                                  \
+            __m512i s[R];                                                                          \
+            UNROLL for (int i = 0; i < R; ++i) s[i] = _mm512_setzero_si512();                      \
+            for (ptrdiff_t k = 0; k < pairs; ++k, a += 2, b += 2 * PANEL) {                        \
+                const __m512i w = _mm512_loadu_si512(b);                                           \
+                UNROLL for (int i = 0; i < R; ++i) {                                               \
+                    int32_t v;                                                                     \
+                    memcpy(&v, a + i * lda, sizeof v);                                             \
+                    s[i] = _mm512_add_epi32(s[i], _mm512_madd_epi16(_mm512_set1_epi32(v), w));     \
+                }                                                                                  \
+            }                                                                                      \
+            const __m512 scale = _mm512_loadu_ps(runs->scale + run * PANEL);                       \
+            UNROLL for (int i = 0; i < R; ++i)                                                     \
+                sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[i]), scale, sums[i]);               \
+        }                                                                                          \
+        UNROLL for (int i = 0; i < R; ++i) {                                                       \
+            float sum[PANEL];                                                                      \
+            _mm512_storeu_ps(sum, sums[i]);                                                        \
+            put_real(_mm256_loadu_ps(sum), _mm256_loadu_ps(sum + 8), to, i);                       \
+        }                                                                                          \
+    }
+
 #define EACH(DEFINE) DEFINE(1) DEFINE(2) DEFINE(3) DEFINE(4) DEFINE(5) DEFINE(6)
 #define EACH_OF(DEFINE, P)                                                                         \
     DEFINE(1, P) DEFINE(2, P) DEFINE(3, P) DEFINE(4, P) DEFINE(5, P) DEFINE(6, P)
 EACH(MULTIPLY_AVX2)
 EACH(MULTIPLY_HALF)
+EACH(MULTIPLY_GROUPS)
+EACH(WIDE_GROUPS)
 EACH_OF(MULTIPLY_AVX512, 1)
 EACH_OF(MULTIPLY_AVX512, 2)
 
@@ -300,6 +372,8 @@ typedef void Multiply(const int16_t *, const Runs *, const int16_t *, const Plac
 #define NAMES(name) {name##1, name##2, name##3, name##4, name##5, name##6}
 static Multiply *const MULTIPLY[ROWS] = NAMES(multiply_);
 static Multiply *const MULTIPLY_8[ROWS] = NAMES(multiply_half_);
+static Multiply *const GROUPS[ROWS] = NAMES(multiply_groups_);
+static Multiply *const GROUPS_WIDE[ROWS] = NAMES(wide_groups_);
 static Multiply *const WIDE_1[ROWS] = {multiply_wide_1_1, multiply_wide_2_1, multiply_wide_3_1,
                                        multiply_wide_4_1, multiply_wide_5_1, multiply_wide_6_1};
 static Multiply *const WIDE_2[ROWS] = {multiply_wide_1_2, multiply_wide_2_2, multiply_wide_3_2,
@@ -329,9 +403,11 @@ typedef struct {
         pad_w, dilation_h, dilation_w, out_h, out_w;
 } Form;
 
-/* One group's weights and outputs: panels from … to of its ``out`` channels, of ``all``. */
+/* One group's weights and outputs: panels from … to of its ``out`` channels, of ``all``. Where runs
+ * have scales of their own, they are [panels, runs, PANEL]. */
 typedef struct {
     const int16_t *weight;
+    const float *of_runs;
     const Finish *finish;
     ptrdiff_t group, from, to, out, all;
     int wide;
@@ -339,15 +415,20 @@ typedef struct {
 
 /* Rows of one panel, or of two where ``wide``: what is read at a + row · step, outputs from row
  * ``first`` on, ``count`` of them; scale has one of each. */
-FMA static void multiply_rows(const int16_t *a, const Runs *runs, const Part *part, ptrdiff_t p,
+FMA static void multiply_rows(const int16_t *a, const Runs *given, const Part *part, ptrdiff_t p,
                               int two, const Line *lines, const float *scale, ptrdiff_t first,
                               ptrdiff_t count) {
     const Finish *f = part->finish;
     const ptrdiff_t panels = (part->out + PANEL - 1) / PANEL, left = part->out - p * PANEL;
-    const int16_t *b = part->weight +
-                       (part->group * panels + p) * runs->count * runs->pairs * 2 * PANEL;
+    const ptrdiff_t whole = given->count * given->pairs * 2 * PANEL;
+    const int16_t *b = part->weight + (part->group * panels + p) * whole;
+    Runs runs = *given;
     Multiply *const *table =
         part->wide ? (two ? WIDE_2 : WIDE_1) : left <= PANEL / 2 ? MULTIPLY_8 : MULTIPLY;
+    if (part->of_runs != NULL) {
+        runs.scale = part->of_runs + p * runs.count * PANEL;
+        table = part->wide ? GROUPS_WIDE : GROUPS;
+    }
     /* As many rows at a time as leave no small rest. */
     const ptrdiff_t times = (count + ROWS - 1) / ROWS, most = (count + times - 1) / times;
     for (ptrdiff_t i = 0, rows; i < count; i += rows) {
@@ -358,7 +439,7 @@ FMA static void multiply_rows(const int16_t *a, const Runs *runs, const Part *pa
             places[t] = (Place){lines + t, scale + i, smaller(PANEL, left - t * PANEL), part->all,
                                 f->real ? f->real + at + t * PANEL : NULL,
                                 f->bytes ? f->bytes + at + t * PANEL : NULL};
-        table[rows - 1](a + i * runs->step, runs, b, places);
+        table[rows - 1](a + i * runs.step, &runs, b, places);
     }
 }
 
@@ -369,7 +450,7 @@ FMA static void multiply_lines(const int16_t *a, ptrdiff_t step, const Runs *run
                                ptrdiff_t width) {
     const ptrdiff_t panels = (part->out + PANEL - 1) / PANEL;
     for (ptrdiff_t p = part->from; p < part->to;) {
-        const int two = part->wide && p + 1 < part->to;
+        const int two = part->wide && part->of_runs == NULL && p + 1 < part->to;
         Line made[2];
         for (int t = 0; t <= two; ++t)
             made[t] = line_of(part->finish, (part->group * panels + p + t) * PANEL);
@@ -421,13 +502,17 @@ static Work divide(ptrdiff_t lines, ptrdiff_t most, ptrdiff_t samples, ptrdiff_t
 
 /* Every row of the input [rows, channels] by itself: linear layers, convolutions of 1 × 1. */
 FMA static int multiply_each(const uint8_t *x, const int32_t *zero, const float *scale, Part whole,
-                             const Form *form) {
-    const ptrdiff_t channels = form->channels / form->groups, lda = (channels + 1) / 2 * 2;
+                             const Form *form, ptrdiff_t count_of_runs) {
+    const ptrdiff_t channels = form->channels / form->groups, run = channels / count_of_runs;
+    const ptrdiff_t lda = channels + run % 2; /* an odd run ends with another's number, times 0 */
     const ptrdiff_t pixels = form->height * form->width, rows = form->batch * pixels;
     const ptrdiff_t most = larger(ROWS, smaller(CACHED / (lda * 2) / ROWS * ROWS, 96));
     const Work work = divide(rows, most, 1, form->groups, (whole.out + PANEL - 1) / PANEL);
-    const ptrdiff_t start = 0, tasks = work.blocks * form->groups * work.splits;
-    const Runs runs = {lda, 1, lda / 2, &start};
+    const ptrdiff_t tasks = work.blocks * form->groups * work.splits;
+    ptrdiff_t *at = malloc((size_t)count_of_runs * sizeof *at);
+    if (at == NULL) return 1;
+    for (ptrdiff_t r = 0; r < count_of_runs; ++r) at[r] = r * run;
+    const Runs runs = {lda, count_of_runs, (run + 1) / 2, at, NULL};
     int failed = 0;
 #pragma omp parallel reduction(| : failed) if (rows * form->channels * whole.out > SERIAL)
     {
@@ -459,6 +544,7 @@ FMA static int multiply_each(const uint8_t *x, const int32_t *zero, const float 
         free(a);
         free(of_row);
     }
+    free(at);
     return failed;
 }
 
@@ -494,7 +580,7 @@ FMA static int multiply_windows(const uint8_t *x, const int32_t *zero, const flo
             at[r] = ky * form->dilation_h * padded + kx * form->dilation_w * channels;
         }
         if (!failed) a[held] = 0;
-        const Runs runs = {form->stride_w * channels, count, (run + 1) / 2, at};
+        const Runs runs = {form->stride_w * channels, count, (run + 1) / 2, at, NULL};
 #pragma omp for schedule(dynamic)
         for (ptrdiff_t task = 0; task < tasks; ++task) {
             if (failed) continue;
@@ -522,10 +608,10 @@ FMA static int multiply_windows(const uint8_t *x, const int32_t *zero, const flo
 static int multiply_all(const uint8_t *x, const int32_t *zero, const float *scale,
                         const int16_t *weight, const Finish *f, const Form *form, ptrdiff_t out,
                         int wide) {
-    const Part whole = {weight, f, 0, 0, 0, out, out * form->groups, wide};
+    const Part whole = {weight, NULL, f, 0, 0, 0, out, out * form->groups, wide};
     const int each = form->kernel_h == 1 && form->kernel_w == 1 && form->stride_h == 1 &&
                      form->stride_w == 1 && form->pad_h == 0 && form->pad_w == 0;
-    return each ? multiply_each(x, zero, scale, whole, form)
+    return each ? multiply_each(x, zero, scale, whole, form, 1)
                 : multiply_windows(x, zero, scale, whole, form);
 }
 
@@ -555,7 +641,7 @@ FMA static inline __attribute__((always_inline)) void multiply_line(
             s1 = _mm256_add_epi32(
                 s1, _mm256_madd_epi16(hi, _mm256_loadu_si256((const __m256i *)(w + 16))));
         }
-        finish(s0, s1, scale, &line, PANEL, real ? real + to : NULL, bytes ? bytes + to : NULL);
+        finish(_mm256_cvtepi32_ps(s0), _mm256_cvtepi32_ps(s1), scale, &line, PANEL, real ? real + to : NULL, bytes ? bytes + to : NULL);
     }
 }
 
@@ -660,6 +746,53 @@ EXPORT int convolve_bytes(const uint8_t *x, const int32_t *zero, const float *sa
     const Form form = GIVEN(groups);
     const Finish f = {scale, bias, LOWEST, HIGHEST, gelu, inverse, (float)byte, NULL, y};
     return multiply_all(x, zero, sample_scale, weight, &f, &form, out, wide && at_a_time == 16);
+#else
+    return LACKS_INSTRUCTIONS;
+#endif
+}
+
+#define ROWS_OF                                                                                    \
+    ptrdiff_t batch, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t out, ptrdiff_t groups, int wide, \
+        float lo, float hi
+
+#if SUPPORTED
+static int multiply_by_groups(const uint8_t *x, const int32_t *zero, const float *sample_scale,
+                              const int16_t *weight, const float *group_scale, const Finish *f,
+                              ptrdiff_t batch, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t out,
+                              ptrdiff_t groups, int wide) {
+    const Form form = {batch, 1, rows, columns, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, rows};
+    const Part whole = {weight, group_scale, f, 0, 0, 0, out, out, wide};
+    return multiply_each(x, zero, sample_scale, whole, &form, groups);
+}
+#endif
+
+/* x [batch, rows, columns] by weight [panels, groups, pairs, PANEL, 2], whose groups of columns have
+ * scales of their own [panels, groups, PANEL] → y [batch, rows, out], else as ``convolve``. */
+EXPORT int multiply_groups(const uint8_t *x, const int32_t *zero, const float *sample_scale,
+                           const int16_t *weight, const float *group_scale, const float *scale,
+                           const float *bias, float *y, ROWS_OF) {
+#if SUPPORTED
+    const int at_a_time = channels_at_a_time();
+    if (!at_a_time) return LACKS_INSTRUCTIONS;
+    const Finish f = {scale, bias, LOWEST, HIGHEST, 0, 0, 0, y, NULL};
+    return multiply_by_groups(x, zero, sample_scale, weight, group_scale, &f, batch, rows, columns,
+                              out, groups, wide && at_a_time == 16);
+#else
+    return LACKS_INSTRUCTIONS;
+#endif
+}
+
+/* The same as bytes. */
+EXPORT int multiply_groups_bytes(const uint8_t *x, const int32_t *zero, const float *sample_scale,
+                                 const int16_t *weight, const float *group_scale,
+                                 const float *scale, const float *bias, uint8_t *y, ROWS_OF,
+                                 int gelu, float inverse, int byte) {
+#if SUPPORTED
+    const int at_a_time = channels_at_a_time();
+    if (!at_a_time) return LACKS_INSTRUCTIONS;
+    const Finish f = {scale, bias, LOWEST, HIGHEST, gelu, inverse, (float)byte, NULL, y};
+    return multiply_by_groups(x, zero, sample_scale, weight, group_scale, &f, batch, rows, columns,
+                              out, groups, wide && at_a_time == 16);
 #else
     return LACKS_INSTRUCTIONS;
 #endif

@@ -180,6 +180,34 @@ _BYTES: Mapping[str, Parameter] = {
 }
 
 
+def _channels_of_panels(s: Sizes) -> int:
+    return -(-s["out"] // PANEL) * PANEL
+
+
+_BY_GROUPS: Mapping[str, Parameter] = {
+    "x": _reads(_U8, "batch", "rows", "columns"),
+    "zero": _reads(_I32, "batch"),
+    "sample_scale": _reads(_F32, "batch"),
+    "weight": Array(
+        _I16,
+        lambda s: _channels_of_panels(s) * s["groups"] * 2 * -(-(s["columns"] // s["groups"]) // 2),
+    ),
+    "group_scale": Array(_F32, lambda s: _channels_of_panels(s) * s["groups"]),
+    "scale": Array(_F32, _channels_of_panels),
+    "bias": Array(_F32, _channels_of_panels),
+}
+_ROWS: Mapping[str, Parameter] = {
+    "batch": _SIZE,
+    "rows": _SIZE,
+    "columns": _PARTS,
+    "out": _PARTS,
+    "groups": Integer(ctypes.c_ssize_t, 1, 2**62, divides="columns"),
+    "wide": _FLAG,
+    "lo": _END,
+    "hi": _END,
+}
+
+
 def _panel_outputs(s: Sizes) -> int:
     return _pixels(s) * s["out"] * s["groups"]
 
@@ -346,6 +374,17 @@ FUNCTIONS: Mapping[str, Mapping[str, Parameter]] = {
         "y": Array(_U8, _panel_outputs, written=True),
         **_FORM,
         **_PANELS,
+        **_BYTES,
+    },
+    "multiply_groups": {
+        **_BY_GROUPS,
+        "y": _writes(_F32, "batch", "rows", "out"),
+        **_ROWS,
+    },
+    "multiply_groups_bytes": {
+        **_BY_GROUPS,
+        "y": _writes(_U8, "batch", "rows", "out"),
+        **_ROWS,
         **_BYTES,
     },
     "convolve_channels": {

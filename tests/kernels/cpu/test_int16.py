@@ -161,6 +161,32 @@ def test_weights_that_need_more_than_a_byte_are_taken():
     assert product.weight.q.dtype == torch.int16
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_groups_of_columns_have_scales_of_their_own(group):
+    draw = random.Random(group)
+    torch.manual_seed(group)
+    for _ in range(60):
+        rows, groups, channels = draw.randint(1, 20), draw.randint(1, 5), draw.choice((1, 9, 40))
+        x = torch.randn(rows, group * groups)
+        w = torch.randn(channels, group * groups) * torch.rand(channels, 1).exp()
+        w *= torch.rand(groups).add(0.01).repeat_interleave(group)
+        scheme = WeightScheme(draw.randint(2, 8), f"per_group_{group}", draw.choice(SCHEMES))
+        granularity = draw.choice(("per_tensor", "per_token"))
+        made = calibrated(ActivationScheme(8, granularity, draw.choice(SCHEMES)), x)
+        product = check(LINEAR, x, w, scheme, made, clamp=draw.choice((None, (0.0, math.inf))))
+        assert (product.of_groups is not None) == (groups > 1)
+        if made.dynamic:
+            continue
+        bias = draw.choice((None, torch.randn(channels)))
+        y = product.real(product.stored(x), bias, None, True)
+        reader = calibrated(ActivationScheme(8, "per_tensor", made.scheme), y)
+        check_handed(product, x, bias, draw.choice((None, (0.0, math.inf))), reader)
+        check_handed(product, x, bias, None, reader, "none")
+        factors = torch.exp2(torch.randint(-3, 4, (channels,)).float())
+        smoothing = Smoothing(factors, Layout("linear", (4, channels), 1, 0))
+        check_handed(product, x, bias, None, reader, smoothing=smoothing)
+
+
 @pytest.mark.parametrize("gelu", [None, "none", "tanh"])
 def test_linear_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them(gelu):
     draw = random.Random(0)
@@ -263,8 +289,9 @@ def test_what_it_is_not_for_is_left_to_the_reference():
     unpadded = Operation("conv2d", (1, 1), (0, 0), (1, 1), 1)
     assert int16.prepare(unpadded, weight, eight)(x[..., :2, :2], None) is None
     assert int16.prepare(CONV, weight, None) is None
-    by_groups = quantized(torch.randn(4, 64), WeightScheme(4, "per_group_32"))
-    assert int16.prepare(LINEAR, by_groups, eight) is None
+    by_groups = quantized(torch.randn(4, 64, 1, 1), WeightScheme(4, "per_group_32"))
+    one = Operation("conv2d", (1, 1), (0, 0), (1, 1), 1)
+    assert int16.prepare(one, by_groups, eight) is None
     wide = quantized(torch.ones(1, 2**17), WeightScheme(8))
     assert int16.prepare(LINEAR, wide, eight) is None  # 2**17 · 255 · 127 needs 33 bits
     bias = torch.tensor([math.inf, math.nan, 1.0, 2.0])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(library.library() is None, reason="no compiled l
 SIZES = {
     "n": 7,
     "rows": 6,
-    "columns": 5,
+    "columns": 6,
     "blocks": 3,
     "tried": 2,
     "parts": 2,
@@ -146,6 +146,19 @@ def test_numbers_out_of_range_raise(name):
                 library.call(name, *(given | {key: value}).values())
     with pytest.raises(TypeError, match="arguments"):
         library.call(name, *list(arguments(name).values())[:-1])
+
+
+def test_groups_divide_the_channels_and_a_window_fits():
+    given = arguments("convolve")
+    for spoilt, message in (
+        ({"groups": 4}, "18 channels are not 4 groups"),
+        (
+            {"kernel_h": 8, "weight": torch.zeros(9999, dtype=torch.int16)},
+            "a window of 8 is larger than what it is moved over, by 1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            library.call("convolve", *(given | spoilt).values())
 
 
 def test_groups_divide_the_rows():

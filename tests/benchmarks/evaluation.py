@@ -39,12 +39,16 @@ W8A8 = WeightScheme(8), ActivationScheme(8)
 
 @dataclass(frozen=True)
 class Case:
-    """One model of the zoo and what is run of it: a title, and inputs from its task's own."""
+    """One model of the zoo and what is run of it: a title, and inputs from its task's own.
+
+    Weights of ``linear`` ones, whose layers all are, can have scales by groups of columns.
+    """
 
     title: str
     name: str
     inputs: Callable[[Session], Any]
     part: Callable[[nn.Module], Callable[..., Any]] | None = None
+    linear: bool = False
 
 
 def photos(session: Session) -> Tensor:
@@ -64,7 +68,7 @@ def first(session: Session) -> Any:
 
 
 CASES = (
-    Case("MiniLM, 64 × 64 tokens", "minilm", tokens, lambda m: m.bert),  # type: ignore[return-value]
+    Case("MiniLM, 64 × 64 tokens", "minilm", tokens, lambda m: m.bert, True),  # type: ignore[return-value]
     Case("MobileNetV2, 50 photos of 224²", "mobilenet_v2", photos),
     Case("g2p (GRU), 250 words", "g2p", first),
     Case("ResNeXt (8 groups), one batch", "resnext", first),
@@ -183,6 +187,14 @@ class Bench:
             "this engine": lambda: self.run(self.session.model),
         }
 
+    def against_float(self, repeats: int, **weight: Any) -> str:
+        """Return the median milliseconds with other weights, and how many times as fast it is."""
+        self.session.applier.apply(eight_bits(self.session, **weight))
+        runs = self.runs()
+        found = in_turn({name: runs[name] for name in ("float32", "this engine")}, repeats)
+        self.session.applier.apply(self.recipe)
+        return f"{found['this engine']:.0f}, {found['float32'] / found['this engine']:.1f}×"
+
     def switching(self, repeats: int) -> float:
         """Return the median milliseconds of going to another recipe whose weights are cached."""
         other = eight_bits(self.session, bits=6)
@@ -262,6 +274,11 @@ def main(repeats: int, names: tuple[str, ...]) -> None:
                 f"{100 * switch / mine:.1f}%",
                 f"{bench.memory():.2f}×",
                 by,
+                bench.against_float(repeats, bits=8, scheme="asymmetric"),
+                bench.against_float(repeats, bits=6),
+                bench.against_float(repeats, bits=4, granularity="per_group_64")
+                if bench.case.linear
+                else "",
                 bench.one_layer(),
             ]
         )
@@ -284,6 +301,9 @@ def main(repeats: int, names: tuple[str, ...]) -> None:
         "of one batch",
         "held for one recipe, of the float model",
         "layers' time by backend",
+        "W8A8 with zero points of weights: ms, against float32",
+        "W6A8",
+        "W4A8 in groups of 64",
         "a candidate with one other layer, on the search split",
     ]
     tables = [(head, rows), (head_more, more)]

@@ -26,7 +26,7 @@ from torch import nn
 from autoquant.models.data import make_splits
 from autoquant.models.task import load_task
 from tests.benchmarks.evaluation import line
-from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.machine import machines
 from tests.zoo import smollm2
 
 REPORT = Path(__file__).resolve().parents[2] / "reports" / "language_peers.md"
@@ -181,8 +181,11 @@ def written() -> dict[tuple[str, str], str]:
     return {(r.split("|")[1].strip(), r.split("|")[2].strip()): r for r in rows[2:]}
 
 
-def write(rows: dict[tuple[str, str], str], base: float) -> None:
-    """Write the report."""
+def write(said: str, bits: int, row: str, base: float) -> None:
+    """Write the report with a new ``row``: what a tool, as it is ``said``, makes of the model."""
+    before = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
+    known = [f"{tool}, {wide} bits" for tool, wide in written()]
+    rows = written() | {(said, str(bits)): row}
     text = [
         "# Other tools on a language model",
         "",
@@ -192,7 +195,7 @@ def write(rows: dict[tuple[str, str], str], base: float) -> None:
         "the same, its embedding and head with 8 bits, `python -m tests.benchmarks.techniques",
         "smollm2` measures.",
         "",
-        describe_machine(),
+        machines(before, [f"{said}, {bits} bits"], known),
         "",
         line(HEAD),
         line(["---"] * len(HEAD)),
@@ -217,7 +220,7 @@ def main(names: tuple[str, ...]) -> None:
             more = f"{found / base - 1:+.1%}"
             row = line([said, str(bits), f"{found:.2f}", more, f"{seconds:.0f}"])
             print(row, flush=True)
-            write(written() | {(said, str(bits)): row}, base)
+            write(said, bits, row, base)
 
 
 if __name__ == "__main__":

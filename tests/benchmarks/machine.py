@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -38,8 +39,29 @@ def kind() -> str:
 def describe_machine() -> str:
     """Return processor, cores and library versions."""
     versions = f"torch {torch.__version__}, Optuna {optuna.__version__}, NumPy {numpy.__version__}"
-    cap = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    capped = f", ONEDNN_MAX_CPU_ISA={cap}" if cap else ""
+    caps = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+    capped = "".join(f", {name}={os.environ[name]}" for name in caps if os.environ.get(name))
     return (
         f"Measured on {processor()} ({integers_by()}{capped}), {os.cpu_count()} cores; {versions}."
     )
+
+
+_OF = " Rows of: "
+
+
+def machines(before: str, measured: Sequence[str], titles: Sequence[str]) -> str:
+    """Return what the rows of a report were measured on, a line for each machine.
+
+    ``before`` is the report as it was, with rows of ``titles``; those of ``measured`` are new.
+    """
+    rows: dict[str, list[str]] = {}
+    for line in before.splitlines():
+        if line.startswith("Measured on "):
+            machine, _, known = line.partition(_OF)
+            names = known.removesuffix(".").split("; ") if known else list(titles)
+            rows[machine] = [name for name in names if name not in measured]
+    rows.setdefault(describe_machine(), []).extend(measured)
+    found = {machine: names for machine, names in rows.items() if names}
+    if len(found) == 1:
+        return next(iter(found))
+    return "\n".join(f"{machine}{_OF}{'; '.join(names)}." for machine, names in found.items())

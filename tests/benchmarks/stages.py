@@ -33,7 +33,7 @@ from autoquant.study.storage import Storage
 from autoquant.study.trials import best_trial, measured
 from autoquant.study.tuned import TUNED, searched
 from tests.benchmarks.evaluation import line
-from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.machine import machines
 from tests.benchmarks.zoo import TITLES
 from tests.zoo.conftest import HERE, task_module
 
@@ -188,8 +188,8 @@ def row_of(name: str, bits: float, trials: int, seeds: int, folder: Path) -> lis
 @click.argument("names", nargs=-1, type=click.Choice(list(BUDGETS)))
 def main(trials: int, seeds: int, names: tuple[str, ...]) -> None:
     """Search NAMES (default: all) and write the report, in which other models' rows stay."""
-    kept = REPORT.read_text(encoding="utf-8").splitlines() if names and REPORT.exists() else []
-    rows = []
+    before = REPORT.read_text(encoding="utf-8") if names and REPORT.exists() else ""
+    kept, rows = before.splitlines(), []
     with tempfile.TemporaryDirectory() as folder:
         for name, budgets in BUDGETS.items():
             if names and name not in names:
@@ -199,7 +199,9 @@ def main(trials: int, seeds: int, names: tuple[str, ...]) -> None:
                 rows.append(line(row_of(name, bits, trials, seeds, Path(folder))))
                 print(rows[-1], flush=True)
     table = [line(HEAD), line(["---"] * len(HEAD)), *rows]
-    text = [TEXT.format(trials=trials), "", describe_machine(), "", *table]
+    titles = [TITLES[name] for name in BUDGETS]
+    machine = machines(before, [TITLES[name] for name in names or BUDGETS], titles)
+    text = [TEXT.format(trials=trials), "", machine, "", *table]
     REPORT.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 

@@ -37,7 +37,7 @@ from autoquant.spec.techniques import NEAREST, UNCORRECTED, Rounding
 from autoquant.spec.uniform import uniform
 from autoquant.study.source import Source
 from tests.benchmarks.evaluation import line
-from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.machine import machines
 from tests.benchmarks.zoo import TITLES
 from tests.zoo.conftest import HERE, task_module
 
@@ -228,8 +228,8 @@ def row_of(
 def main(names: tuple[str, ...]) -> None:
     """Measure NAMES (default: all) and write the report, in which other models' rows stay."""
     keep_freed_memory()
-    kept = [] if not names else REPORT.read_text(encoding="utf-8").splitlines()
-    rows = []
+    before = REPORT.read_text(encoding="utf-8") if names else ""
+    kept, rows = before.splitlines(), []
     with tempfile.TemporaryDirectory() as folder:
         for name in BITS:
             if not names or name in names:
@@ -250,7 +250,7 @@ def main(names: tuple[str, ...]) -> None:
         "tuning was run on it. Where MobileNetV2 is tested on 472 photos, its float accuracy is",
         "that which is published of them, and no others select anything.",
         "",
-        describe_machine(),
+        machines(before, [ALL_TITLES[name] for name in names or BITS], list(ALL_TITLES.values())),
         "",
         line(HEAD),
         line(["---"] * len(HEAD)),

@@ -24,8 +24,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from autoquant.measure.account import Account
 from autoquant.measure.calls import Call, Told, Watched, find_calls
 from autoquant.measure.outputs import Inputs, as_words, fingerprint, pack
+from autoquant.measure.pool import PAGED
 from autoquant.measure.store import Kept, Key, Point, Store
 from autoquant.nn.convert import Prepared
 from autoquant.spec.recipe import SiteRecipe
@@ -74,6 +76,7 @@ class Reuse:
         self._seen: set[Hashable] = set()
         self._hits = self._misses = 0
         self._saved = 0.0
+        self._account = Account()
         self._current: list[int] = []
         self._by_content = False
         self._depth = self._thread = 0
@@ -195,6 +198,8 @@ class Reuse:
         part, self._part_of = self._part_of is call, None
         self._advance(call.event)
         self._depth += 1
+        if self._depth == 1:
+            self._account.begin()
         try:
             if call.opaque or call.module.training or _differentiates_or_casts():
                 return call.original(*args, **kwargs)
@@ -203,6 +208,8 @@ class Reuse:
             return self._whole(call, args, kwargs, part)
         finally:
             self._depth -= 1
+            if not self._depth:
+                self._account.end()
 
     def _repeats(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a call gives the same twice: only then do its arguments say all."""
@@ -217,15 +224,15 @@ class Reuse:
         point = (self._history, -1)
         kept = None if part else self._find(point)
         if kept is not None:
-            return kept.outputs.give(args, kwargs)
+            return self._give(kept, args, kwargs)
         inputs = Inputs(args, kwargs, self.watching)
-        first, saved, start = len(self._order), self._saved, time.perf_counter()
+        first, start = len(self._order), self._clock()
         room, self._room = self._room, call.inside
         try:
             result = call.original(*args, **kwargs)
         finally:
             self._room = room
-        seconds = time.perf_counter() - start + self._saved - saved
+        seconds = self._clock() - start
         self._misses += 1
         if not inputs.known or inputs.changed():
             call.opaque = True
@@ -237,12 +244,12 @@ class Reuse:
         """Run an ``nn.Sequential`` from the last of its children whose result is known."""
         history, last = self._history, len(call.children) - 1
         inputs = Inputs(args, {}, self.watching)
-        first, saved, start = len(self._order), self._saved, time.perf_counter()
+        first, start = len(self._order), self._clock()
         x, begin, before = args[0], 0, 0.0
         for k in reversed(call.stops):
             kept = None if part and k == last else self._find((history, k))
             if kept is not None:
-                x, begin, before = kept.outputs.give(args, {}), k + 1, kept.seconds
+                x, begin, before = self._give(kept, args, {}), k + 1, kept.seconds
                 break
         if begin > last:
             return x
@@ -255,7 +262,7 @@ class Reuse:
                 x = child(x)
                 if k not in call.stops or (part and k == last) or inputs.changed():
                     continue
-                seconds = time.perf_counter() - start + self._saved - saved
+                seconds = self._clock() - start
                 self._room = room if k == last else call.inside
                 point = (history, k)
                 made = self._keep(point, first, x, inputs, seconds, seconds - before)
@@ -287,6 +294,16 @@ class Reuse:
         self.store.touch(kept)
         return kept
 
+    def _clock(self) -> float:
+        """Return the seconds by now, as they would be without reuse."""
+        return time.perf_counter() + self._saved - self._account.spent
+
+    def _give(self, kept: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        start = time.perf_counter()
+        given = kept.outputs.give(args, kwargs)
+        self._account.earned += kept.seconds - (time.perf_counter() - start)
+        return given
+
     def _keep(
         self,
         point: Point,
@@ -306,15 +323,20 @@ class Reuse:
         outputs = pack(result, inputs)
         if outputs is None:
             return None
+        if outputs.bytes >= PAGED and not self._account.affords(self.store.round + 1):
+            return None
         sites = tuple(self._order[first:])
         choices = tuple([self._current[i] for i in sites])
         worth = gain * later / len(self._sites)
         made = Kept((point, sites, choices), outputs, self._history, seconds, worth)
+        start = time.perf_counter()
         try:
             return made if self.store.add(made) else None
         except (MemoryError, torch.OutOfMemoryError):
             self.shrink()
             return None
+        finally:
+            self._account.spent += time.perf_counter() - start
 
 
 def _differentiates_or_casts() -> bool:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -675,3 +676,34 @@ def test_no_budget_no_reuse():
     assert bench.said == []
     bench.compare([1] * len(bench.sites))
     assert bench.reuse.statistics().misses == 0
+
+
+def test_nothing_more_is_kept_where_it_does_not_pay(monkeypatch):
+    """Of a model with large results whose copies take longer than its layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).eval()
+    x = torch.randn(1024, 64)  # 256 KiB of results for each layer
+    prepared = prepare(model, lambda m: m(x))
+    applier = Applier(prepared, calibrate(prepared, [x], lambda m, batch=x: m(batch)))
+    reuse = Reuse(prepared, 512 * MIB)
+    added, add = [], reuse.store.add
+
+    def slow(kept):
+        added.append(kept)
+        time.sleep(0.05)
+        return add(kept)
+
+    monkeypatch.setattr(reuse.store, "add", slow)
+    counts = []
+    with torch.no_grad():
+        for turn in range(40):
+            # Always another choice of the first layer: nothing that is kept comes back.
+            choice = SiteRecipe(WeightScheme(2 + turn % 7), ActivationScheme(8))
+            applier.apply({prepared.sites[0].name: choice})
+            expected = prepared.model(x)
+            with reuse.batch("search"):
+                assert torch.equal(prepared.model(x), expected)
+            counts.append(len(added))
+    assert counts[0] > 0
+    assert counts[-1] < 40 / 2
+    assert len(set(counts[20:])) <= 3

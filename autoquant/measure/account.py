@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-LENT = 4.0
+LENT = 2.0
 """Evaluations whose time may be spent on keeping results before any of it has come back."""
 LOST = 0.02
 """Share of all evaluations' time that may be spent beyond that: what pays may come to pay later."""

@@ -42,7 +42,7 @@ def test_some_evaluations_time_is_lent(clock):
 def test_what_came_back_may_be_spent_again(clock):
     a = Account()
     evaluate(a, clock, 1.0)
-    a.spent = 50.0
+    a.spent = LENT + 46.0
     assert not a.affords(1)
     a.earned = 46.0
     assert a.affords(1)

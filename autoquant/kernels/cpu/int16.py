@@ -118,7 +118,9 @@ class Int16Product(Reading):
         self.pack, self.of_groups = weight.packs[key], None
         if weight.of_groups is not None:
             self.of_groups = _by_panels(weight.of_groups)
-        self.sums = weight.q.sum(list(range(1, weight.q.dim())), dtype=torch.int32)
+        self.sums: Tensor | None = None
+        if self.arrangement.channelwise:
+            self.sums = weight.q.flatten(1).sum(1, dtype=torch.int32)
         self.scale = self._padded(weight.scale)
         self.no_bias = torch.zeros_like(self.scale)
         self.wide = int(width() == 16)
@@ -248,7 +250,7 @@ class Int16Product(Reading):
         if self.of_groups is not None:
             name, own = "multiply_groups", [self.of_groups]
             rest = [batch, across, channels, arranged.out, arranged.runs, self.wide, *ends]
-        elif arranged.channelwise:
+        elif self.sums is not None:
             name, own = "convolve_channels", [self.sums]
             rest = [batch, height, across, channels, *form, *ends]
         else:

@@ -47,8 +47,9 @@ def check(operation, x, w, weights, activations, *, bias=True, clamp=None, toler
     if product is None:
         return None
     expected = reference(operation, x, quantized(w, weights), activations, b)
-    # Where bias and products cancel, float32 is only as exact as what went into the sum.
+    # Where products cancel, or a bias does, float32 is only as exact as what went into the sum.
     size = max(float(expected.abs().max()), 0.0 if b is None else float(b.abs().max()))
+    size = max(size, float(x.abs().max()) * float(w.abs().max()))
     if clamp is not None:
         expected = expected.clamp(*clamp)
     found = product(x, b, clamp)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autoquant.kernels.cpu.native import OFFSET, bounds
+from autoquant.kernels.cpu.native import OFFSET, bounds, limit_bytes
 from autoquant.kernels.cpu.packed_weight import PackedWeight
 from autoquant.kernels.operation import Clamp, Reader
 from autoquant.quant.smoothing import LEAST
+from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
 
 LARGEST_HANDED = 2.0**60
@@ -85,6 +86,19 @@ def handed_form(
         within(inner, scheme),
         limit,
     )
+
+
+def within_grid(y: Tensor, form: HandedForm, reader: Reader, gelu: str | None, axis: int) -> Tensor:
+    """Return bytes ``y`` as the reader's grid, and its limits, have them; channels are on ``axis``.
+
+    A clamp keeps them within the grid beforehand, but for what a GELU makes of numbers.
+    """
+    if gelu is not None and reader.scheme.bits < 8:
+        grid = FORMATS[reader.scheme.bits]
+        y.clamp_(grid.qmin + OFFSET, grid.qmax + OFFSET)
+    if form.limit is not None:
+        limit_bytes(y, form.limit, axis)
+    return y
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

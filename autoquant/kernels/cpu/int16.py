@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoquant.kernels.cpu.handing import handed_form
+from autoquant.kernels.cpu.handing import handed_form, within_grid
 from autoquant.kernels.cpu.library import call, library
-from autoquant.kernels.cpu.native import OFFSET, limit_bytes, quantize
+from autoquant.kernels.cpu.native import OFFSET, quantize
 from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
 from autoquant.kernels.cpu.reading import Reading, is_bias, is_taken
 from autoquant.kernels.cpu.signatures import LARGEST, PANEL
@@ -25,7 +25,6 @@ from autoquant.kernels.layout import is_channels_last
 from autoquant.kernels.operation import Clamp, Operation, Product, Reader
 from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
-from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
 
 GELU = {"none": 1, "tanh": 2}
@@ -185,12 +184,7 @@ class Int16Product(Reading):
             form.clamp,
             (GELU[gelu] if gelu is not None else 0, 1.0 / form.scale, form.zero_point),
         )
-        if gelu is not None and reader.scheme.bits < 8:
-            grid = FORMATS[reader.scheme.bits]
-            y.clamp_(grid.qmin + OFFSET, grid.qmax + OFFSET)
-        if form.limit is not None:
-            limit_bytes(y, form.limit, 1 if self.axes else -1)
-        return y
+        return within_grid(y, form, reader, gelu, 1 if self.axes else -1)
 
     @property
     def _zero_point(self) -> int:

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from autoquant.kernels.cpu import instructions
 from autoquant.kernels.cpu.geometry import Geometry
-from autoquant.kernels.cpu.handing import handed_form
+from autoquant.kernels.cpu.handing import handed_form, within_grid
 from autoquant.kernels.cpu.native import (
     OFFSET,
     finish_rows,
-    limit_bytes,
     quantize,
 )
 from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
@@ -142,12 +141,7 @@ class LinearProduct(Reading):
         y = self._run(
             q, self.activation.scale, self._zero_point, form.bias, post, stored, form.weight_scale
         )
-        if gelu is not None and reader.scheme.bits < 8:
-            grid = FORMATS[reader.scheme.bits]
-            y.clamp_(grid.qmin + OFFSET, grid.qmax + OFFSET)
-        if form.limit is not None:
-            limit_bytes(y, form.limit, -1)
-        return y
+        return within_grid(y, form, reader, gelu, -1)
 
     @property
     def _zero_point(self) -> int:
@@ -263,9 +257,7 @@ class ConvProduct(Reading):
             return None
         stored = form.scale, form.zero_point
         y = self.run(q, self.activation.scale, form.bias, form.clamp, stored, form.weight_scale)
-        if form.limit is not None:
-            limit_bytes(y, form.limit, 1)
-        return y
+        return within_grid(y, form, reader, gelu, 1)
 
     def _edge_sums(self, spatial: torch.Size) -> Tensor:
         """Return what each output sums of its weights, scaled: less where the input is padded.

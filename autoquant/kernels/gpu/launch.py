@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +50,35 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+Launch = Callable[[], None]
+"""One launch of a kernel, to be repeated on the same memory."""
+
+_observers: list[Callable[[str, Launch], None]] = []
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel on the device of its first tensor; whoever observes is told after that."""
+    first = next(a for a in arguments if isinstance(a, Tensor))
+
+    def run() -> None:
+        with on(first):
+            kernel[grid](*arguments, **options, **OPTIONS)
+
+    run()
+    for observe in _observers:
+        observe(kernel.fn.__name__, run)
+
+
+@contextlib.contextmanager
+def observing(observe: Callable[[str, Launch], None]) -> Iterator[None]:
+    """Tell ``observe`` the name of every kernel launched inside, and how to launch it again."""
+    _observers.append(observe)
+    try:
+        yield
+    finally:
+        _observers.remove(observe)
 
 
 def ceil_div(a: int, b: int) -> int:

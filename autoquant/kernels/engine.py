@@ -105,6 +105,16 @@ class Engine:
 
         return lstm_gates(x, y, c)
 
+    @contextlib.contextmanager
+    def collecting(self, flag: Tensor) -> Iterator[None]:
+        """Let layers hand integers on that nobody can look at; ``flag``, int32 [1], becomes 1 where
+        a number came up that they can't carry.
+        """
+        with contextlib.ExitStack() as stack:
+            for backend in self.backends:
+                stack.enter_context(backend.collecting(flag))
+            yield
+
     def note(self, backend: str, seconds: float) -> None:
         """Count one call of a layer."""
         ran = self._ran.get(backend)

@@ -6,6 +6,7 @@ A product is one weight, packed once for one activation scheme. It computes what
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 
@@ -131,6 +132,13 @@ class Backend(Protocol):
 
     def missing(self, device: torch.device) -> str | None:
         """Return why nothing can be computed on ``device``, in one line; None where it can."""
+        ...
+
+    def collecting(self, flag: Tensor) -> AbstractContextManager[None]:
+        """Let products hand on integers inside without looking at numbers.
+
+        Where one can't be carried, ``flag``, int32 [1] on their device, is set to 1.
+        """
         ...
 
     def prepare(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from autoquant.kernels.reference import full_float32
 from autoquant.measure.decoding import scoring
 from autoquant.measure.divergence import Distance, FloatOutputs
 from autoquant.measure.outputs import fingerprint
+from autoquant.measure.programs import Programs
 from autoquant.measure.reuse import Reuse
 from autoquant.measure.scored import Scored
 from autoquant.models.data import Splits, batch_size, take, to_device
@@ -31,6 +33,8 @@ from autoquant.models.metrics import (
 )
 from autoquant.models.task import Task, outputs_of, run_forward
 from autoquant.models.usercode import guarded
+
+T = TypeVar("T")
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
@@ -94,7 +98,8 @@ class Evaluator:
 
     Each reading says by which metric. The model is whatever is passed in: the same code
     measures the float model, candidates, and a model that was loaded back. With ``reuse``, what a
-    candidate has in common with earlier ones is not computed again; readings are the same.
+    candidate has in common with earlier ones is not computed again, with ``programs`` the model is
+    replayed as it was recorded (which goes before reuse); readings are the same.
     ``scorer`` is the model's last layer, where that is known: of a model that decodes the
     likeliest of its scores, those are compared and not what was decoded.
     """
@@ -104,6 +109,7 @@ class Evaluator:
         self.splits = splits
         self.device = device
         self.reuse: Reuse | None = None
+        self.programs: Programs | None = None
         self._float: dict[str, Reading] = {}
         self._outputs = FloatOutputs()
         self.scorer: nn.Module | None = None
@@ -183,6 +189,8 @@ class Evaluator:
         With ``bar``, a candidate that is surely below it is stopped early. Raises TrialError where
         the user's code fails or the metric is not a finite number.
         """
+        if self._replays(model):
+            return self._replayed(model, split, bar, watch)
         reuse = self.reuse
         if reuse is None or not reuse.on:
             return self._read(model, split, bar=bar, watch=watch)
@@ -199,13 +207,49 @@ class Evaluator:
             reading = self._read(model, split, bar=bar, watch=watch)
         return replace(reading, seconds=time.perf_counter() - start)
 
+    def _replays(self, model: nn.Module) -> bool:
+        """Return whether ``model`` runs by recorded programs."""
+        return self.programs is not None and model is self.programs.model
+
+    def _replayed(self, model: nn.Module, split: str, bar: Bar | None, watch: Watch) -> Reading:
+        """Return the reading by recorded programs; without them where these take too much room."""
+        assert self.programs is not None
+        start = time.perf_counter()
+        try:
+            return self._read(model, split, bar=bar, watch=watch)
+        except OutOfMemory:
+            self.programs.switch_off("there is too little memory")
+        reading = self._read(model, split, bar=bar, watch=watch)
+        return replace(reading, seconds=time.perf_counter() - start)
+
     def _reusing(
         self, model: nn.Module, split: str, batch: int | None
     ) -> contextlib.AbstractContextManager[None]:
         """Return what to run a batch in; None is all the data that ``evaluate`` reads."""
+        if self._replays(model):
+            assert self.programs is not None
+            return self.programs.batch()
         if self.reuse is None or model is not self.reuse.model:
             return contextlib.nullcontext()
         return self.reuse.batch((split, batch), by_content=batch is None)
+
+    def _surely(self, model: nn.Module, split: str, batch: int | None, run: Callable[[], T]) -> T:
+        """Return what ``run`` gives, reused or replayed where that is sure to be the same."""
+        with self._reusing(model, split, batch):
+            found = run()
+        if self._replays(model):
+            assert self.programs is not None
+            if self.programs.doubted():
+                with self.programs.paused():
+                    return run()
+        return found
+
+    def _scored(
+        self, model: nn.Module, inputs: Any, scorer: nn.Module | None
+    ) -> tuple[Any, list[Any]]:
+        """Return the outputs of one batch, on the CPU, and the scores that they were decoded by."""
+        with scoring(scorer) as given:
+            return to_device(self._outputs_of(model, inputs), "cpu"), given
 
     def drop(self, split: str, value: float) -> float:
         """Return how much worse ``value`` is than the float model's metric on ``split``."""
@@ -225,8 +269,7 @@ class Evaluator:
         if self.task.evaluate is not None:
             function = self.task.evaluate if split == "search" else self.task.evaluate_confirm
             assert function is not None
-            with self._reusing(model, split, None):
-                value = self._call(function, model)
+            value = self._surely(model, split, None, lambda: self._call(function, model))
             seconds = time.perf_counter() - start
             return Reading(model_metric(self.task), value, 0, None, None, seconds)
         batches = getattr(self.splits, split)
@@ -238,8 +281,9 @@ class Evaluator:
         with torch.no_grad():
             for i, (inputs, targets) in enumerate(batches):
                 scorer = self.scorer if baseline or self._outputs.decodes(split, i) else None
-                with self._reusing(model, split, i), scoring(scorer) as given:
-                    outputs = to_device(self._outputs_of(model, inputs), "cpu")
+                outputs, given = self._surely(
+                    model, split, i, functools.partial(self._scored, model, inputs, scorer)
+                )
                 if baseline:
                     self._outputs.keep(split, i, outputs, given, needed=self._compares)
                 else:

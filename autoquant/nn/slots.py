@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from autoquant.kernels.operation import (
     Reader,
     is_chainable,
 )
+from autoquant.nn.fixed import Fixed, Tell
 from autoquant.nn.held import HeldWeight
 from autoquant.nn.layer_output import After, LayerOutput, as_real
 from autoquant.nn.runtime import Layer, Multiply, Rows
@@ -45,7 +47,8 @@ class SiteSlot:
     float layer instead, where ``compute`` (input) is the layer, on ``rows`` of the weight; while
     ``stand_in`` is set, it computes with that weight and bias. ``choice`` names what the slot was
     switched to, None where that has no name; ``used`` is told before anything depends on it.
-    ``refused`` says what the model's code did that a quantized weight can't have.
+    ``refused`` says what the model's code did that a quantized weight can't have. ``fixed`` is the
+    memory to compute in where that has to stay where it is.
 
     Where there is a ``transform``, all that is quantized, calibrated or probed is on its other
     side: the input that it makes and the weight that meets that (``target``). Float layers, and
@@ -67,6 +70,7 @@ class SiteSlot:
         self.choice: SiteRecipe | None = FLOAT_SITE
         self.used: Callable[[], None] | None = None
         self.refused: str | None = None
+        self.fixed: Fixed | None = None
         self.transform: InputTransform | None = None
         self._target: Tensor | None = None
 
@@ -115,7 +119,8 @@ class SiteSlot:
         """Return the bias to compute with: the layer's ``own`` one, corrected where it is to be."""
         if self.stand_in is not None:
             return self.stand_in[1]
-        found = own if self.held is None else self.held.bias(own)
+        moved: Tensor | None = self._settled(("bias", own))
+        found = own if moved is None else moved
         if self.offset is None:
             return found
         return self.offset if found is None else found + self.offset
@@ -129,7 +134,39 @@ class SiteSlot:
     def _real(self) -> Tensor:
         if self.stand_in is not None:
             return self.stand_in[0]
-        return self.parameter if self.held is None else self.held.real(self.parameter)
+        real: Tensor | None = self._settled(("weight",))
+        return self.parameter if real is None else real
+
+    def make_fixed(self, tell: Tell) -> Fixed:
+        """Return memory that stays where it is for all that is computed with here."""
+        return Fixed(self._ask, tell)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks at, or changes, what is computed here."""
+        hooks = self.observe, self.probe, self.offset, self.listen, self.stand_in, self.read
+        return any(hook is not None for hook in hooks)
+
+    def _ask(self, key: Any) -> Any:
+        """Return what ``key`` names: all that a recipe decides here."""
+        held = self.held
+        match key:
+            case ("product", operation, rows):
+                return self._own_product(operation, rows)
+            case ("weight",):
+                return None if held is None else held.real(self.parameter)
+            case ("bias", own):
+                return None if held is None or held.shift is None else held.bias(own)
+            case ("activation",):
+                return self.activation
+            case ("transform",):
+                return self.transform
+        raise AssertionError(key)
+
+    def _settled(self, key: Hashable) -> Any:
+        """Return what ``key`` names, in memory that stays where it is if that is wanted."""
+        found = self._ask(key)
+        return found if self.fixed is None else self.fixed.put(key, found)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the activation to compute with."""
@@ -140,17 +177,20 @@ class SiteSlot:
                 return x
             with torch.autocast(x.device.type, enabled=False):
                 self.observe(self._transformed(x))
-        if self.probe is None and self.activation is None:
+        activation: ActivationScheme | None = self._settled(("activation",))
+        if self.probe is None and activation is None:
             return x
         x = self._transformed(x)
         if self.probe is not None:
             x = self.probe(x)
-        if self.activation is not None:
-            x = self.engine.fake_quantize(x, self.activation, self.site.kind)
-        return x if self.transform is None else self.transform.input_back(x)
+        if activation is not None:
+            x = self.engine.fake_quantize(x, activation, self.site.kind)
+        transform: InputTransform | None = self._settled(("transform",))
+        return x if transform is None else transform.input_back(x)
 
     def _transformed(self, x: Tensor) -> Tensor:
-        return x if self.transform is None else self.transform.of_input(as_real(x))
+        transform: InputTransform | None = self._settled(("transform",))
+        return x if transform is None else transform.of_input(as_real(x))
 
     def layer(
         self,
@@ -217,7 +257,12 @@ class SiteSlot:
         return real if rows is None else real[slice(*rows)]
 
     def _product(self, operation: Operation, rows: Rows) -> Product | None:
-        """Return the kernel for one use of the weight; whoever observes needs the input itself."""
+        """Return the kernel for one use of the weight."""
+        product: Product | None = self._settled(("product", operation, rows))
+        return product
+
+    def _own_product(self, operation: Operation, rows: Rows) -> Product | None:
+        """Return the kernel as it was packed; whoever observes needs the input itself."""
         if self.held is None or self.observe is not None or not self.engine.fast or recorded():
             return None
         if torch.is_autocast_enabled(self.parameter.device.type):

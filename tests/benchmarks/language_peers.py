@@ -112,13 +112,11 @@ def compressed(bits: int, modifier: str) -> nn.Module:
     data = Dataset.from_dict(
         {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
     )
-    kinds = {
-        "nearest": quantization.QuantizationModifier,
-        "gptq": quantization.GPTQModifier,
-        "awq": AWQModifier,
-    }
-    groups = {"all": scheme}
-    recipe = [kinds[modifier](config_groups=groups, ignore=["lm_head"])]
+    nearest = modifier != "gptq"  # what AWQ scales is rounded so
+    kind = quantization.QuantizationModifier if nearest else quantization.GPTQModifier
+    recipe = [kind(config_groups={"all": scheme}, ignore=["lm_head"])]
+    if modifier == "awq":
+        recipe = [AWQModifier(), *recipe]
     with tempfile.TemporaryDirectory() as folder:  # the tool wants a model that was read
         llama().save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

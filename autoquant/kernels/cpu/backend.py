@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
+
 import torch
+from torch import Tensor
 
 from autoquant.kernels.cpu import instructions, int16, native, onednn
 from autoquant.kernels.operation import Operation, Product
@@ -22,6 +26,10 @@ class CpuBackend:
     def missing(self, device: torch.device) -> str | None:
         """Return why nothing can be computed on ``device``, in one line; None where it can."""
         return onednn.missing(device)
+
+    def collecting(self, flag: Tensor) -> AbstractContextManager[None]:
+        """Leave ``flag`` as it is: on a CPU numbers are looked at before integers are handed on."""
+        return contextlib.nullcontext()
 
     def prepare(
         self,

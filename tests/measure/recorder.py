@@ -1,0 +1,183 @@
+"""A recorder for the CPU: what a CUDA graph does, and all that it does not allow.
+
+Every operator that runs while a call is recorded is written down with the very tensors that it read
+and wrote, as a CUDA graph holds their addresses; a replay runs the same operators on the same
+memory, and no Python of the model. So numbers of Python are what they were when it was recorded. It
+fails where the memory of a tensor moved since, and refuses to record what waits for the host: a
+tensor made a number, and results whose size depends on numbers. Launches of Triton's interpreter
+are written down like operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoquant.kernels.engine import Engine
+from autoquant.kernels.gpu.launch import observing
+from autoquant.kernels.operation import Operation
+from autoquant.kernels.recording import CannotRecord, Work
+from autoquant.quant.activation import fake_quantize_activation
+from autoquant.spec.formats import FORMATS
+from autoquant.spec.recipe import ActivationScheme
+
+READS = {"item", "tolist", "numpy", "__array__", "cpu", "__bool__", "__int__", "__float__"}
+READS |= {"__index__", "__contains__", "nonzero", "is_nonzero", "equal", "allclose"}
+"""Functions of Python by which the host reads numbers."""
+HOST = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class Moved(AssertionError):
+    """A recorded tensor is not where it was."""
+
+
+@dataclass
+class Tape:
+    """What was recorded: steps in their order, and where all tensors lay."""
+
+    steps: list[Callable[[], None]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[Tensor, int]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def replay(self) -> None:
+        for tensor, address in self.places:
+            if tensor.data_ptr() != address:
+                raise Moved(f"a tensor {tuple(tensor.shape)} moved")
+        with torch.inference_mode():
+            for step in self.steps:
+                step()
+
+
+class StandIn:
+    """Records on the CPU. ``tapes`` are all that it made."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.tapes: list[Tape] = []
+
+    def record(self, work: Work) -> Tape:
+        tape = Tape()
+        writer = _Writer(tape)
+
+        def launched(name: str, run: Callable[[], None]) -> None:
+            tape.steps.append(run)
+            tape.names.append(name)
+
+        with observing(launched), _Reads(), writer:
+            tape.outputs = work()
+        self.tapes.append(tape)
+        return tape
+
+
+class _Reads(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in READS:
+            raise CannotRecord(f"{func.__name__} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class _Writer(TorchDispatchMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(tag in func.tags for tag in HOST):
+            raise CannotRecord(f"{func} waits for the host")
+        made = func(*args, **kwargs)
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        results = [x for x in pytree.tree_leaves(made) if isinstance(x, Tensor)]
+        self.tape.places += [(x, x.data_ptr()) for x in (*given, *results)]
+        owned = {x.untyped_storage().data_ptr() for x in given if x.numel()}
+        fresh = [x for x in results if x.untyped_storage().data_ptr() not in owned]
+        written = func._schema.is_mutable
+        if not fresh and not written:  # a view: its memory is another's
+            return made
+
+        def step() -> None:
+            again = func(*args, **kwargs)
+            if written:
+                return
+            found = [x for x in pytree.tree_leaves(again) if isinstance(x, Tensor)]
+            for to, of in zip(results, found, strict=True):
+                to.copy_(of)
+
+        self.tape.steps.append(step)
+        self.tape.names.append(str(func))
+        return made
+
+
+@dataclass(frozen=True)
+class EagerProduct:
+    """A linear layer or convolution of a static scheme, by torch's operators on its own tensors."""
+
+    operation: Operation
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+    ends: tuple[Tensor, Tensor]
+    backend: str = "eager"
+
+    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Any = None) -> Tensor:
+        q = (x / self.scale).round().add(self.zero).clamp(*self.ends)
+        x = (q - self.zero) * self.scale
+        if self.operation.kind == "linear":
+            return torch.nn.functional.linear(x, self.weight, bias)
+        o = self.operation
+        convolve = getattr(torch.nn.functional, o.kind)
+        return convolve(x, self.weight, bias, o.stride, o.padding, o.dilation, o.groups)
+
+
+class EagerEngine(Engine):
+    """Computes by EagerBackend and torch's operators alone: C code leaves nothing to record."""
+
+    def __init__(self) -> None:
+        super().__init__((EagerBackend(),))
+
+    def fake_quantize(self, x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
+        return fake_quantize_activation(x, scheme, kind)
+
+    def gru_gates(self, x: Tensor, y: Tensor, h: Tensor) -> None:
+        return None
+
+    def lstm_gates(self, x: Tensor, y: Tensor, c: Tensor) -> None:
+        return None
+
+
+class EagerBackend:
+    """Computes static schemes by EagerProduct: a backend whose products are data."""
+
+    name = "eager"
+
+    def missing(self, device: torch.device) -> str | None:
+        return None
+
+    def collecting(self, flag: Tensor) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def prepare(self, operation, weight, activation, device, transform=None):  # type: ignore[no-untyped-def]
+        if activation is None or activation.scale is None or transform is not None:
+            return None
+        grid = FORMATS[activation.bits]
+        return EagerProduct(
+            operation,
+            weight.dequantize(torch.float32),
+            torch.tensor(activation.scale),
+            torch.tensor(float(activation.zero_point or 0)),
+            (torch.tensor(float(grid.qmin)), torch.tensor(float(grid.qmax))),
+        )

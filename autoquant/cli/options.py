@@ -109,11 +109,12 @@ def backend_option(default: str) -> Callable[[F], F]:
     """Return what adds --backend."""
     return click.option(
         "--backend",
-        type=click.Choice(["auto", "reference"]),
+        type=click.Choice(["auto", "eager", "reference"]),
         default=default,
         show_default=True,
-        help="auto: real low-bit arithmetic wherever it is exact, which is fastest. reference: "
-        "float arithmetic on quantized values, as a saved model computes, number for number.",
+        help="auto: real low-bit arithmetic wherever it is exact, which is fastest; on a GPU the "
+        "model is recorded as CUDA graphs. eager: the same, layer by layer. reference: float "
+        "arithmetic on quantized values, as a saved model computes, number for number.",
     )
 
 

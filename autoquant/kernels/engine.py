@@ -11,13 +11,15 @@ from torch import Tensor
 
 from autoquant.errors import UserError
 from autoquant.kernels.operation import Backend, Operation, Product
+from autoquant.kernels.recording import Recorder
 from autoquant.quant.activation import fake_quantize_activation, wants_gradient
 from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
-NAMES = ("auto", "reference")
-"""What a user can ask for: the fastest exact backends, or the reference alone."""
+NAMES = ("auto", "eager", "reference")
+"""What a user can ask for: the fastest exact backends, these without recording what they compute,
+or the reference alone."""
 FLOAT = "float"
 """What layers are computed by that no backend takes: float32 on quantized, dequantized values."""
 
@@ -45,12 +47,19 @@ def recorded() -> bool:
 class Engine:
     """Backends in order, the fastest first; what none of them takes is computed in float.
 
-    Without backends it is the reference.
+    Without backends it is the reference. ``recorder`` records what they compute, where that is
+    worth it: None where it is not, or can't be.
     """
 
-    def __init__(self, backends: Sequence[Backend] = (), notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        backends: Sequence[Backend] = (),
+        notes: Sequence[str] = (),
+        recorder: Recorder | None = None,
+    ) -> None:
         self.backends = tuple(backends)
         self.notes = tuple(notes)
+        self.recorder = recorder
         self.fast = bool(self.backends)
         self._ran: dict[str, list[float]] = {}
 
@@ -155,4 +164,8 @@ def make_engine(device: torch.device, name: str = "auto") -> Engine:
     missing = BACKEND.missing(device)
     if missing is not None:
         return Engine(notes=(f"{missing}: candidates are computed in float, which is slower",))
-    return Engine((BACKEND,))
+    if name == "eager":
+        return Engine((BACKEND,))
+    from autoquant.kernels.gpu.graphs import CudaRecorder
+
+    return Engine((BACKEND,), recorder=CudaRecorder(device))

@@ -21,6 +21,7 @@ from autoquant.measure.outputs import fingerprint
 from autoquant.measure.programs import Programs
 from autoquant.measure.reuse import Reuse
 from autoquant.measure.scored import Scored
+from autoquant.measure.staging import Staging
 from autoquant.models.data import Splits, batch_size, take, to_device
 from autoquant.models.evidence import Evidence, as_float
 from autoquant.models.metrics import (
@@ -112,6 +113,7 @@ class Evaluator:
         self.programs: Programs | None = None
         self._float: dict[str, Reading] = {}
         self._outputs = FloatOutputs()
+        self._staging = Staging(device)
         self.scorer: nn.Module | None = None
         self._few: Any = None
         self._metric: Metric | None = None
@@ -124,7 +126,7 @@ class Evaluator:
     def run(self, model: nn.Module, inputs: Any) -> Any:
         """Return the raw outputs of ``model`` on one batch of inputs."""
         with full_float32(self.device):
-            return run_forward(self.task, model, to_device(inputs, self.device))
+            return run_forward(self.task, model, self._staging.of(inputs))
 
     def outputs(self, model: nn.Module, inputs: Any) -> Any:
         """Return the outputs that metrics take, of one batch; TrialError where the code fails."""
@@ -219,6 +221,7 @@ class Evaluator:
             return self._read(model, split, bar=bar, watch=watch)
         except OutOfMemory:
             self.programs.switch_off("there is too little memory")
+            self._staging.clear()
         reading = self._read(model, split, bar=bar, watch=watch)
         return replace(reading, seconds=time.perf_counter() - start)
 

@@ -80,7 +80,7 @@ class Programs:
         self._calls = find_calls(prepared)
         self._programs: dict[Call, list[Program]] = {}
         self._blocked: set[Call] = set()
-        self._parts: dict[Call, list[nn.Module]] = {}
+        self._parts = {call: _parts(call.module) for call in self._calls}
         self._names = {id(m): name for name, m in prepared.model.named_modules()}
         self._uses: dict[tuple[int, object], Use] = {}
         self._inside = self._paused = False
@@ -182,10 +182,12 @@ class Programs:
             self._inside = False
 
     def _is_heard(self, call: Call) -> bool:
-        """Return whether a hook waits for a part of a module: no replay would call it."""
-        if call not in self._parts:
-            self._parts[call] = [m for m in call.module.modules() if m is not call.module]
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self._parts[call])
+        """Return whether a new hook waits for a part of a module: no replay would call it.
+
+        Those that the model had before belong to what it computes, and are recorded with it.
+        """
+        parts, before = self._parts[call]
+        return _hooks(parts) != before
 
     def _find(self, call: Call, shape: object) -> Program | None:
         """Return the program for a call under the present recipe, with the recipe in its memory."""
@@ -292,6 +294,16 @@ class Programs:
 
 def _name(call: Call, inner: str | None = None) -> str:
     return inner or call.path or "the model"
+
+
+def _parts(module: nn.Module) -> tuple[list[nn.Module], list[int]]:
+    """Return the modules in a module, and the numbers of the hooks that they have."""
+    parts = [m for m in module.modules() if m is not module]
+    return parts, _hooks(parts)
+
+
+def _hooks(modules: list[nn.Module]) -> list[int]:
+    return [n for m in modules for n in (*m._forward_hooks, *m._forward_pre_hooks)]
 
 
 def _follows(module: nn.Module) -> bool:

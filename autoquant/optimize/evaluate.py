@@ -65,8 +65,8 @@ def measure_recipe(
 ) -> Evaluation:
     """Measure a recipe (None: the float model) on every split that the task has.
 
-    ``backend`` is ``reference``, which computes what a saved model does, or ``auto``. The verdict
-    is on ``max_drop``, or else on the maximum that the recipe itself was judged by.
+    ``backend`` is ``reference``, which computes what a saved model does, ``auto`` or ``eager``. The
+    verdict is on ``max_drop``, or else on the maximum that the recipe itself was judged by.
     """
     session = open_session(
         loaded, task, choose_device(device), recipe=recipe or Recipe({}), backend=backend

@@ -63,8 +63,18 @@ def prepare(study: OpenStudy) -> Plan:
 
 
 def _reuse(study: OpenStudy) -> None:
-    """Keep results of layers, where that saves time; TaskError where the user's code fails."""
+    """Record the model, or keep results of layers, where that saves time.
+
+    TaskError where the user's code fails.
+    """
     session, options = study.session, study.options
+    if session.record(study.reporter.say):
+        if options.memory is not None:
+            study.reporter.say(
+                "--memory is not used: on a GPU the whole model is recorded and replayed, which "
+                "is faster than to keep results of layers (--backend eager keeps them)"
+            )
+        return
     try:
         if options.memory is not None or session.repays_reuse:
             session.reuse(options.memory_bytes, study.reporter.say)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -26,9 +25,11 @@ from autoquant.measure.evaluator import (
     Watch,
     out_of_memory,
 )
+from autoquant.measure.programs import Programs
 from autoquant.measure.reuse import Reuse
 from autoquant.measure.reuse_check import check
 from autoquant.measure.size import SizeModel, float_bytes
+from autoquant.measure.staging import free_bytes
 from autoquant.methods.applier import Applier
 from autoquant.methods.learned import read_learned
 from autoquant.models.data import Splits, batch_size, make_splits
@@ -163,6 +164,16 @@ class Session:
         self.evaluator.reuse = found if fine else None
         return self.evaluator.reuse
 
+    def record(self, say: Say = lambda _: None) -> bool:
+        """From here on run the model by recorded programs; return whether this device records.
+
+        ``say`` is told, in one line each, which modules can't be recorded and why.
+        """
+        recorder = self.prepared.engine.recorder
+        if recorder is not None:
+            self.evaluator.programs = Programs(self.prepared, recorder, say)
+        return recorder is not None
+
     @property
     def repays_reuse(self) -> bool:
         """Whether keeping books of results saves more than it costs, as where runs take time."""
@@ -243,11 +254,7 @@ class Session:
 
 def default_memory(device: torch.device) -> int:
     """Return the bytes that kept results may take on ``device``, unless told otherwise."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    return min(REUSE_BYTES, int(free) // 4)
+    return min(REUSE_BYTES, free_bytes(device) // 4)
 
 
 def choose_device(name: str) -> torch.device:

@@ -56,7 +56,7 @@ def test_the_reference_is_chosen_by_name_or_for_a_while():
         with engine.reference():
             assert not engine.fast
         assert engine.fast
-    with pytest.raises(UserError, match="--backend warp: give one of auto, reference"):
+    with pytest.raises(UserError, match="--backend warp: give one of auto, eager, reference"):
         make_engine(CPU, "warp")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ from autoquant.measure.programs import Programs
 from autoquant.measure.reuse import Reuse
 from autoquant.measure.scored import Scored
 from autoquant.measure.staging import Staging
-from autoquant.models.data import Splits, batch_size, take, to_device
+from autoquant.models.data import Splits, batch_size, concat, take, to_device
 from autoquant.models.evidence import Evidence, as_float
 from autoquant.models.metrics import (
     METRICS,
@@ -111,6 +112,8 @@ class Evaluator:
         self.device = device
         self.reuse: Reuse | None = None
         self.programs: Programs | None = None
+        self.say: Callable[[str], None] = lambda _: None
+        self._pieces = 1
         self._float: dict[str, Reading] = {}
         self._outputs = FloatOutputs()
         self._staging = Staging(device)
@@ -126,7 +129,7 @@ class Evaluator:
     def run(self, model: nn.Module, inputs: Any) -> Any:
         """Return the raw outputs of ``model`` on one batch of inputs."""
         with full_float32(self.device):
-            return run_forward(self.task, model, self._staging.of(inputs))
+            return run_forward(self.task, model, to_device(inputs, self.device))
 
     def outputs(self, model: nn.Module, inputs: Any) -> Any:
         """Return the outputs that metrics take, of one batch; TrialError where the code fails."""
@@ -171,7 +174,9 @@ class Evaluator:
     def baseline(self, model: nn.Module, split: str) -> Reading:
         """Return the reading of the float ``model``, measured once for each split."""
         if split not in self._float:
-            self._float[split] = self._read(model, split, baseline=True)
+            self._float[split] = self._in_pieces(
+                lambda: self._read(model, split, baseline=True), split
+            )
         return self._float[split]
 
     def kept_outputs(self, split: str) -> list[Any]:
@@ -191,6 +196,27 @@ class Evaluator:
         With ``bar``, a candidate that is surely below it is stopped early. Raises TrialError where
         the user's code fails or the metric is not a finite number.
         """
+        return self._in_pieces(lambda: self._read_fast(model, split, bar, watch), split)
+
+    def _in_pieces(self, read: Callable[[], Reading], split: str) -> Reading:
+        """Return a reading; where memory is too small for whole batches, of smaller pieces."""
+        before = self._pieces
+        most = max((batch_size(inputs) for inputs, _ in getattr(self.splits, split)), default=1)
+        while True:
+            try:
+                found = read()
+            except OutOfMemory:
+                if self._pieces >= most:
+                    self._pieces = before
+                    raise
+                self._pieces *= 2
+                continue
+            if self._pieces > before:
+                self.say(f"out of memory: batches are run in {self._pieces} pieces from here on")
+            return found
+
+    def _read_fast(self, model: nn.Module, split: str, bar: Bar | None, watch: Watch) -> Reading:
+        """Return the reading, replayed or reused where that is possible and there is room."""
         if self._replays(model):
             return self._replayed(model, split, bar, watch)
         reuse = self.reuse
@@ -251,8 +277,22 @@ class Evaluator:
         self, model: nn.Module, inputs: Any, scorer: nn.Module | None
     ) -> tuple[Any, list[Any]]:
         """Return the outputs of one batch, on the CPU, and the scores that they were decoded by."""
-        with scoring(scorer) as given:
-            return to_device(self._outputs_of(model, inputs), "cpu"), given
+        if self._pieces == 1:
+            with scoring(scorer) as given:
+                outputs = self._outputs_of(model, self._staging.of(inputs))
+                return to_device(outputs, "cpu"), given
+        rows = np.array_split(np.arange(batch_size(inputs)), self._pieces)
+        parts = [
+            to_device(self._outputs_of(model, take(inputs, part)), "cpu")
+            for part in rows
+            if len(part)
+        ]
+        whole = concat(parts)
+        if whole is None:
+            raise TrialError(
+                "out of memory, and the outputs of a batch's pieces don't fit together"
+            )
+        return whole, []  # scores of pieces are not those of a batch
 
     def drop(self, split: str, value: float) -> float:
         """Return how much worse ``value`` is than the float model's metric on ``split``."""

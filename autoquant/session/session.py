@@ -291,6 +291,7 @@ def open_session(
         say("reading the data")
         splits = make_splits(task)
     evaluator = Evaluator(task, splits, device)
+    evaluator.say = say
     model = move(loaded.module, device)
     example = evaluator.example()
 

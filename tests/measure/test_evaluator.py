@@ -451,3 +451,43 @@ def test_example_is_a_batch_of_the_calibration_data():
     assert torch.equal(found.example(), x[:16])
     found = evaluator_of(task_of())
     assert torch.equal(found.example(), found.splits.calibrate[0])
+
+
+class Small(nn.Module):
+    """A linear layer on a device with room for few samples at once."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.linear = Linear()
+        self.room = room
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.linear(x)
+
+
+def test_batches_that_do_not_fit_are_run_in_pieces():
+    whole, found = evaluator_of(task_of()), evaluator_of(task_of())
+    said: list[str] = []
+    found.say = said.append
+    expected = [whole.baseline(Linear(), "search"), whole.read(Linear(), "search")]
+    largest = max(len(x) for x, _ in found.splits.search)
+    model = Small(largest // 3)
+    readings = [found.baseline(model, "search"), found.read(model, "search")]
+    for ours, theirs in zip(readings, expected, strict=True):
+        assert (ours.value, ours.samples) == (theirs.value, theirs.samples)
+        assert ours.divergence == pytest.approx(theirs.divergence)
+    assert said == ["out of memory: batches are run in 4 pieces from here on"]
+    assert model.sizes[-1] <= largest // 3
+    tried = len(model.sizes)
+    model.room = 0
+    with pytest.raises(TrialError, match=r"^out of memory on the accelerator$"):
+        found.read(model, "search")
+    model.room = largest // 3
+    model.sizes.clear()
+    found.read(model, "search")  # as it did before that candidate
+    assert tried > len(model.sizes) == 4 * len(found.splits.search)
+    assert len(said) == 1

@@ -21,6 +21,37 @@ def test_every_package_is_in_the_wheel():
     assert listed - {"autoquant.search_spaces"} == there
 
 
+DATA = """
+from setuptools import Distribution
+
+distribution = Distribution()
+distribution.parse_config_files()
+distribution.include_package_data = False  # what lies there by chance does not count
+command = distribution.get_command_obj("build_py")
+command.ensure_finalized()
+for _, source, _, names in command.data_files:
+    for name in names:
+        print(f"{source}/{name}")
+"""
+
+
+def test_data_are_in_the_wheel():
+    """What is read at run time is copied beside the code; a source distribution takes it along."""
+    root = Path(autoquant.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", DATA], cwd=root, check=True, capture_output=True, text=True
+    )
+    copied = {line.replace("\\", "/") for line in done.stdout.splitlines()}
+    there = {
+        path.relative_to(root).as_posix()
+        for folder in ("autoquant", "search_spaces")
+        for pattern in ("*.json", "*.yaml")
+        for path in (root / folder).rglob(pattern)
+    }
+    assert "autoquant/kernels/gpu/configs.json" in there
+    assert there <= copied
+
+
 GROUPED = """
 import os, pytest
 

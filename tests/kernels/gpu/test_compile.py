@@ -31,3 +31,25 @@ def test_kernels_compile_to_the_instructions_they_are_made_for(tmp_path, capabil
     for name in ("quantize_rows", "quantize_images", "sample_qparams"):
         assert lines[name][1:] == ["div.rn.f32"]  # IEEE division, and denormals are kept
     assert not any(".ftz" in word for words in lines.values() for word in words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_listed_tiles_take_no_more_shared_memory_than_estimated(tmp_path, capability):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("compile_configs.py")), str(capability)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split(",") for line in done.stdout.splitlines()]
+    assert {family for family, *_ in lines} == {"int8 matmul", "int8 convolution", "packed matmul"}
+    for family, itemsize, estimated, took in lines:
+        assert int(took) <= int(estimated), (family, itemsize, estimated, took)
+    # The estimate is no wild guess: some entry of every family takes what it says, or nearly so.
+    for family in ("int8 matmul", "packed matmul"):
+        shares = [int(took) / int(e) for f, _, e, took in lines if f == family]
+        assert max(shares) >= 0.75

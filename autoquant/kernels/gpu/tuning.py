@@ -1,8 +1,14 @@
-"""Choosing how a kernel is cut, once for each kernel, shape and GPU, and remembering it on disk."""
+"""Choosing how a kernel is cut, once for each kernel, shape and GPU.
+
+What was measured on this machine before comes first, then what ships (``defaults``). Nothing is
+measured unless AUTOQUANT_TUNE_KERNELS=1 asks for it: some seconds for each kernel and shape, before
+its first use, remembered on disk.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -11,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from autoquant.kernels.gpu.defaults import Gpu, preferred, table
 from autoquant.kernels.gpu.launch import Config, next_power_of_2
 from autoquant.user_cache import cache_folder
 
@@ -18,6 +25,8 @@ VERSION = 1
 """Version of the file; choices of another version are measured again."""
 MAX_BUCKET = 1 << 15
 """From this many rows on a kernel fills every GPU, and one choice serves them all."""
+ASK = "AUTOQUANT_TUNE_KERNELS"
+"""The environment variable that has kernels measured."""
 
 
 def cache_file() -> Path:
@@ -45,6 +54,15 @@ class Tuner:
         self._path = path
         self._choices: dict[str, dict[str, int]] | None = None
 
+    def known(
+        self, gpu: str, kernel: str, shape: Sequence[int], configs: Sequence[Config]
+    ) -> Config | None:
+        """Return which of ``configs`` was the fastest; None where that was not measured."""
+        if self._choices is None:
+            self._choices = self._read()
+        choice = self._choices.get(_key(gpu, kernel, shape))
+        return next((c for c in configs if c.arguments() == choice), None)
+
     def choose(
         self,
         gpu: str,
@@ -54,19 +72,20 @@ class Tuner:
         run: Callable[[Config], None],
     ) -> Config | None:
         """Return the fastest of ``configs``; None where the kernel runs with none of them."""
-        key = " | ".join([gpu, kernel, "×".join(str(n) for n in shape)])
-        if self._choices is None:
-            self._choices = self._read()
-        known = {_name(c): c for c in configs}.get(_name_of(self._choices.get(key)))
+        known = self.known(gpu, kernel, shape, configs)
         if known is not None:
             return known
         times = [(self._time(run, c), n) for n, c in enumerate(configs)]
         best, n = min(times)
         if best == float("inf"):
             return None
-        self._choices[key] = configs[n].arguments()
-        self._write(key, configs[n].arguments())
+        self._keep(_key(gpu, kernel, shape), configs[n].arguments())
         return configs[n]
+
+    def _keep(self, key: str, choice: dict[str, int]) -> None:
+        if self._choices is not None:
+            self._choices[key] = choice
+        self._write(key, choice)
 
     def _time(self, run: Callable[[Config], None], c: Config) -> float:
         # What does not compile, or asks for more shared memory than this GPU has, is no choice.
@@ -101,12 +120,84 @@ class Tuner:
                 Path(name).unlink(missing_ok=True)
 
 
-def _name(c: Config) -> str:
-    return _name_of(c.arguments())
+def _key(gpu: str, kernel: str, shape: Sequence[int]) -> str:
+    return " | ".join([gpu, kernel, "×".join(str(n) for n in shape)])
 
 
-def _name_of(choice: dict[str, int] | None) -> str:
-    return json.dumps(choice, sort_keys=True)
+class Chooser:
+    """Answers for every call of a kernel, and remembers its answers while the process lives.
+
+    A Config that does not compile, or does not run, is followed by the next one. None is an answer
+    too: a kernel that ran with no Config is not tried again.
+    """
+
+    def __init__(self, tuner: Tuner) -> None:
+        self._tuner = tuner
+        self._answers: dict[tuple[object, ...], tuple[tuple[Config, ...], Config | None]] = {}
+
+    def choose(
+        self,
+        gpu: Gpu,
+        kernel: str,
+        shape: Sequence[int],
+        configs: Sequence[Config],
+        run: Callable[[Config], None],
+        measures: bool = False,
+        captures: bool = False,
+    ) -> Config | None:
+        """Return the Config to launch with; None where the kernel runs with none of them.
+
+        ``measures`` says that all may be timed, and ``captures`` that nothing can run now.
+        """
+        key = (gpu, kernel, *shape)
+        offered = tuple(configs)
+        if (key, measures) in self._answers:
+            before, answer = self._answers[key, measures]
+            if before == offered:
+                return answer
+        if captures:
+            return self._order(gpu, kernel, shape, offered)[0]
+        if measures:
+            answer = self._tuner.choose(gpu.name, kernel, shape, offered, run)
+        else:
+            answer = first_that_runs(self._order(gpu, kernel, shape, offered), run)
+        self._answers[key, measures] = (offered, answer)
+        return answer
+
+    def _order(
+        self, gpu: Gpu, kernel: str, shape: Sequence[int], configs: tuple[Config, ...]
+    ) -> list[Config]:
+        known = self._tuner.known(gpu.name, kernel, shape, configs)
+        order = preferred(kernel, shape, configs, gpu)
+        return order if known is None else [known, *(c for c in order if c != known)]
+
+
+def first_that_runs(configs: Sequence[Config], run: Callable[[Config], None]) -> Config | None:
+    """Return the first of ``configs`` that ``run`` takes; None where it takes none."""
+    for c in configs:
+        try:
+            run(c)
+        except torch.OutOfMemoryError:
+            raise  # no fault of the config
+        except Exception:
+            continue
+        return c
+    return None
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Return what a CUDA device says of itself."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    usual = table().architecture(capability).shared_memory
+    shared = getattr(properties, "shared_memory_per_block_optin", usual)
+    return Gpu(capability, properties.multi_processor_count, shared, properties.name)
+
+
+def asked() -> bool:
+    """Return whether the user wants kernels to be measured."""
+    return os.environ.get(ASK, "").lower() in ("1", "true", "on", "yes")
 
 
 def _milliseconds(call: Callable[[], None]) -> float:
@@ -116,7 +207,7 @@ def _milliseconds(call: Callable[[], None]) -> float:
     return float(do_bench(call, warmup=10, rep=40, return_mode="median"))
 
 
-_TUNER = Tuner(_milliseconds)
+_CHOOSER = Chooser(Tuner(_milliseconds))
 
 
 def tuned(
@@ -128,9 +219,10 @@ def tuned(
 ) -> Config | None:
     """Return the Config to launch ``kernel`` with on ``device``; None where none works.
 
-    Nothing is measured on a CPU, where kernels are interpreted, nor while a CUDA graph is captured,
-    where nothing runs: both take the first.
+    On a CPU, where kernels are interpreted, it is the first. The first time that a kernel meets a
+    shape, ``run`` is called to see that the choice runs; not while a CUDA graph is captured.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return configs[0]
-    return _TUNER.choose(torch.cuda.get_device_name(device), kernel, shape, configs, run)
+    captures = torch.cuda.is_current_stream_capturing()
+    return _CHOOSER.choose(gpu_of(device), kernel, shape, configs, run, asked(), captures)

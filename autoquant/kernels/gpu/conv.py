@@ -25,12 +25,11 @@ from autoquant.kernels.gpu.integers import (
 )
 from autoquant.kernels.gpu.launch import (
     MAX_ROWS,
-    OPTIONS,
     Config,
     ceil_div,
     clamped,
     config,
-    on,
+    launch,
     takes,
 )
 from autoquant.kernels.gpu.tuning import bucket, tuned
@@ -102,39 +101,39 @@ class ConvProduct:
 
         def run(c: Config) -> None:
             tiles = ceil_div(m, c.block("BLOCK_M")) * ceil_div(n, c.block("BLOCK_N"))
-            with on(out):
-                int8_convolution[(tiles, g.groups)](
-                    x.q,
-                    weight.q,
-                    out,
-                    weight.scale if bias is None else bias,
-                    x.scale,
-                    x.zero,
-                    weight.scale,
-                    weight.zero,
-                    weight.sums,
-                    m,
-                    n,
-                    weight.q.shape[1],
-                    *x.q.shape[1:3],
-                    *out.shape[2:],
-                    *g.stride,
-                    *g.dilation,
-                    *out.stride()[:2],
-                    out.stride(3),
-                    g.channels,
-                    g.group_depth,
-                    g.taps[1],
-                    k,
-                    ALIGNED=math.gcd(g.group_depth, 16),
-                    PER_SAMPLE=self.activation.dynamic,
-                    LAST=out.stride(1) == 1,
-                    HAS_BIAS=bias is not None,
-                    X_ZERO=not self.activation.fold,
-                    W_ZERO=weight.has_zero,
-                    **c.arguments(),
-                    **OPTIONS,
-                )
+            launch(
+                int8_convolution,
+                (tiles, g.groups),
+                x.q,
+                weight.q,
+                out,
+                weight.scale if bias is None else bias,
+                x.scale,
+                x.zero,
+                weight.scale,
+                weight.zero,
+                weight.sums,
+                m,
+                n,
+                weight.q.shape[1],
+                *x.q.shape[1:3],
+                *out.shape[2:],
+                *g.stride,
+                *g.dilation,
+                *out.stride()[:2],
+                out.stride(3),
+                g.channels,
+                g.group_depth,
+                g.taps[1],
+                k,
+                ALIGNED=math.gcd(g.group_depth, 16),
+                PER_SAMPLE=self.activation.dynamic,
+                LAST=out.stride(1) == 1,
+                HAS_BIAS=bias is not None,
+                X_ZERO=not self.activation.fold,
+                W_ZERO=weight.has_zero,
+                **c.arguments(),
+            )
 
         choices = GROUPED if n <= 32 else DENSE
         return self._launch("int8 convolution", m, choices, run, out)
@@ -144,37 +143,35 @@ class ConvProduct:
         m, n = out.numel() // g.outputs, g.outputs
 
         def run(c: Config) -> None:
-            with on(out):
-                depthwise_convolution[
-                    (ceil_div(m, c.block("BLOCK_M")), ceil_div(n, c.block("BLOCK_N")))
-                ](
-                    x.q,
-                    weight.q,
-                    out,
-                    weight.scale if bias is None else bias,
-                    x.scale,
-                    x.zero,
-                    weight.scale,
-                    weight.zero,
-                    m,
-                    n,
-                    *x.q.shape[1:3],
-                    *out.shape[2:],
-                    *g.stride,
-                    *g.dilation,
-                    *out.stride()[:2],
-                    out.stride(3),
-                    g.channels,
-                    MULTIPLIER=g.outputs // g.groups,
-                    TAPS_Y=g.taps[0],
-                    TAPS_X=g.taps[1],
-                    PER_SAMPLE=self.activation.dynamic,
-                    LAST=out.stride(1) == 1,
-                    HAS_BIAS=bias is not None,
-                    X_ZERO=not self.activation.fold,
-                    **c.arguments(),
-                    **OPTIONS,
-                )
+            launch(
+                depthwise_convolution,
+                (ceil_div(m, c.block("BLOCK_M")), ceil_div(n, c.block("BLOCK_N"))),
+                x.q,
+                weight.q,
+                out,
+                weight.scale if bias is None else bias,
+                x.scale,
+                x.zero,
+                weight.scale,
+                weight.zero,
+                m,
+                n,
+                *x.q.shape[1:3],
+                *out.shape[2:],
+                *g.stride,
+                *g.dilation,
+                *out.stride()[:2],
+                out.stride(3),
+                g.channels,
+                MULTIPLIER=g.outputs // g.groups,
+                TAPS_Y=g.taps[0],
+                TAPS_X=g.taps[1],
+                PER_SAMPLE=self.activation.dynamic,
+                LAST=out.stride(1) == 1,
+                HAS_BIAS=bias is not None,
+                X_ZERO=not self.activation.fold,
+                **c.arguments(),
+            )
 
         return self._launch("depthwise convolution", m, DEPTHWISE, run, out)
 
@@ -196,29 +193,29 @@ class ConvProduct:
     def _spread_nan(self, image: Tensor, flag: Tensor, out: Tensor) -> None:
         g = self.geometry
         m = out.numel() // g.outputs
-        with on(out):
-            spread_nan[(min(ceil_div(m, 32) * g.groups, NAN_PROGRAMS),)](
-                image,
-                flag,
-                out,
-                m,
-                g.outputs // g.groups,
-                g.groups,
-                *image.shape[2:],
-                *out.shape[2:],
-                *g.stride,
-                *g.padding,
-                *g.dilation,
-                *image.stride(),
-                *out.stride()[:2],
-                out.stride(3),
-                g.depth,
-                g.taps[1],
-                g.taps[0] * g.taps[1] * g.depth,
-                BLOCK_M=32,
-                BLOCK_K=32,
-                **OPTIONS,
-            )
+        launch(
+            spread_nan,
+            (min(ceil_div(m, 32) * g.groups, NAN_PROGRAMS),),
+            image,
+            flag,
+            out,
+            m,
+            g.outputs // g.groups,
+            g.groups,
+            *image.shape[2:],
+            *out.shape[2:],
+            *g.stride,
+            *g.padding,
+            *g.dilation,
+            *image.stride(),
+            *out.stride()[:2],
+            out.stride(3),
+            g.depth,
+            g.taps[1],
+            g.taps[0] * g.taps[1] * g.depth,
+            BLOCK_M=32,
+            BLOCK_K=32,
+        )
 
 
 def _like(x: Tensor, samples: int, channels: int, size: tuple[int, int]) -> Tensor:
@@ -246,7 +243,7 @@ def conv_product(
     if any(p < 0 or p > d * (t - 1) for p, d, t in axes):
         return None
     activation = integer_activation(scheme, device)
-    if activation is None or not fits_int32(weight.q.shape[1], activation, weight):
+    if activation is None or not fits_int32(weight.q.shape[1], scheme, weight):
         return None
     integers = integer_weight(weight, device, geometry.columns())
     if integers is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autoquant.kernels.gpu.device.images import quantize_images, sample_qparams
 from autoquant.kernels.gpu.integers import IntegerActivation
-from autoquant.kernels.gpu.launch import OPTIONS, ceil_div, next_power_of_2, on
+from autoquant.kernels.gpu.launch import ceil_div, launch, next_power_of_2
 
 PIXELS = 64
 """Pixels that one program quantizes."""
@@ -41,35 +41,33 @@ def quantize(
     q = torch.empty(samples, rows, columns, channels, dtype=torch.int8, device=x.device)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
     block = min(next_power_of_2(max(channels, 4)), 64)
-    with on(x):
-        scale, zero = activation.static[:1], activation.static[1:]
-        if activation.dynamic:
-            scale, zero = _qparams(x, activation)
-        grid = (samples * ceil_div(rows * columns, PIXELS), ceil_div(channels, block))
-        quantize_images[grid](
-            x,
-            scale,
-            zero,
-            q,
-            flag,
-            real,
-            height,
-            width,
-            rows,
-            columns,
-            pad_y,
-            pad_x,
-            *x.stride(),
-            channels,
-            QMIN=activation.qmin,
-            QMAX=activation.qmax,
-            PER_SAMPLE=activation.dynamic,
-            LAST=x.stride(1) == 1,
-            FOLD=activation.fold,
-            BLOCK_P=PIXELS,
-            BLOCK_C=block,
-            **OPTIONS,
-        )
+    scale, zero = activation.static[:1], activation.static[1:2]
+    if activation.dynamic:
+        scale, zero = _qparams(x, activation)
+    launch(
+        quantize_images,
+        (samples * ceil_div(rows * columns, PIXELS), ceil_div(channels, block)),
+        x,
+        activation.static,
+        scale,
+        zero,
+        q,
+        flag,
+        real,
+        height,
+        width,
+        rows,
+        columns,
+        pad_y,
+        pad_x,
+        *x.stride(),
+        channels,
+        PER_SAMPLE=activation.dynamic,
+        LAST=x.stride(1) == 1,
+        FOLD=activation.fold,
+        BLOCK_P=PIXELS,
+        BLOCK_C=block,
+    )
     return QuantizedImages(q, scale, zero, flag)
 
 
@@ -80,16 +78,16 @@ def _qparams(x: Tensor, activation: IntegerActivation) -> tuple[Tensor, Tensor]:
     lows, highs = torch.aminmax(dense.flatten(1), dim=1)
     samples = x.shape[0]
     scale, zero = torch.empty(2, samples, dtype=torch.float32, device=x.device).unbind()
-    sample_qparams[(ceil_div(samples, 128),)](
+    launch(
+        sample_qparams,
+        (ceil_div(samples, 128),),
         lows,
         highs,
+        activation.static,
         scale,
         zero,
         samples,
-        QMIN=activation.qmin,
-        QMAX=activation.qmax,
         SYMMETRIC=activation.symmetric,
         BLOCK=128,
-        **OPTIONS,
     )
     return scale, zero

@@ -41,16 +41,19 @@ class IntegerWeight:
 class IntegerActivation:
     """An activation scheme as kernels take it.
 
-    ``static`` is float32 [2], scale and zero point (unused where the scheme is dynamic). ``fold``
-    says that q − zero is stored, so that nothing is left to correct and padding is 0.
+    ``static`` is float32 [4]: scale and zero point (1 and 0 where the scheme is dynamic), qmin and
+    qmax. Numbers of a recipe are data, so that static schemes of all widths and zero points are
+    computed alike. ``symmetric`` is of dynamic schemes alone.
     """
 
     static: Tensor
-    qmin: int
-    qmax: int
     symmetric: bool
     dynamic: bool
-    fold: bool
+
+    @property
+    def fold(self) -> bool:
+        """Whether every zero point is known to be 0: then nothing is left to correct."""
+        return self.dynamic and self.symmetric
 
 
 def integer_activation(scheme: ActivationScheme, device: torch.device) -> IntegerActivation | None:
@@ -64,14 +67,11 @@ def integer_activation(scheme: ActivationScheme, device: torch.device) -> Intege
     zero = 0 if scheme.scale is None else scheme.zero_point or 0
     if not grid.qmin <= zero <= grid.qmax or not TINY <= scale <= HUGE:
         return None
-    symmetric = scheme.symmetric if dynamic else zero == 0
+    numbers = [scale, zero, grid.qmin, grid.qmax]
     return IntegerActivation(
-        torch.tensor([scale, zero], dtype=torch.float32, device=device),
-        grid.qmin,
-        grid.qmax,
-        symmetric,
+        torch.tensor(numbers, dtype=torch.float32, device=device),
+        dynamic and scheme.symmetric,
         dynamic,
-        symmetric or scheme.bits < 8,
     )
 
 
@@ -106,11 +106,14 @@ def _rows(q: Tensor) -> Tensor:
     return torch.nn.functional.pad(q.to(torch.int8), (0, width - q.shape[1])).contiguous()
 
 
-def fits_int32(depth: int, activation: IntegerActivation, weight: QuantizedWeight) -> bool:
-    """Return whether sums of ``depth`` products never leave int32."""
-    largest_x = activation.qmax - activation.qmin
-    if activation.symmetric:
-        largest_x = -activation.qmin
+def fits_int32(depth: int, scheme: ActivationScheme, weight: QuantizedWeight) -> bool:
+    """Return whether sums of ``depth`` products never leave int32.
+
+    Neither those of the integers themselves nor those of the integers less their zero points.
+    """
+    grid = FORMATS[scheme.bits]
+    centred = scheme.symmetric if scheme.scale is None else not scheme.zero_point
+    largest_x = -grid.qmin if centred else grid.qmax - grid.qmin
     zero = weight.qparams.zero_point
     low, high = weight.qparams.qmin, weight.qparams.qmax
     largest_w = max(high - float(zero.min()), float(zero.max()) - low)

@@ -18,13 +18,12 @@ from autoquant.kernels.gpu.integers import (
 )
 from autoquant.kernels.gpu.launch import (
     MAX_ROWS,
-    OPTIONS,
     Config,
     ceil_div,
     clamped,
     config,
+    launch,
     next_power_of_2,
-    on,
     takes,
 )
 from autoquant.kernels.gpu.tuning import bucket, tuned
@@ -79,28 +78,26 @@ def quantize(x: Tensor, activation: IntegerActivation, out: QuantizedRows) -> No
     rows, columns = x.shape
     block = min(next_power_of_2(max(columns, 16)), ROW_ELEMENTS)
     per_program = min(ROW_ELEMENTS // block, 16, next_power_of_2(rows))
-    with on(x):
-        quantize_rows[(ceil_div(rows, per_program),)](
-            x,
-            activation.static,
-            out.q,
-            out.scale,
-            out.zero,
-            out.sums,
-            rows,
-            columns,
-            out.q.shape[1],
-            x.stride(0),
-            x.stride(1),
-            QMIN=activation.qmin,
-            QMAX=activation.qmax,
-            SYMMETRIC=activation.symmetric,
-            DYNAMIC=activation.dynamic,
-            FOLD=activation.fold,
-            ROWS=per_program,
-            BLOCK=block,
-            **OPTIONS,
-        )
+    launch(
+        quantize_rows,
+        (ceil_div(rows, per_program),),
+        x,
+        activation.static,
+        out.q,
+        out.scale,
+        out.zero,
+        out.sums,
+        rows,
+        columns,
+        out.q.shape[1],
+        x.stride(0),
+        x.stride(1),
+        SYMMETRIC=activation.symmetric,
+        DYNAMIC=activation.dynamic,
+        FOLD=activation.fold,
+        ROWS=per_program,
+        BLOCK=block,
+    )
 
 
 def multiply(
@@ -117,27 +114,27 @@ def multiply(
     """
     m, n = out.shape
     programs = ceil_div(m, c.block("BLOCK_M")) * ceil_div(n, c.block("BLOCK_N"))
-    with on(out):
-        int8_matmul[(programs,)](
-            x.q,
-            weight.q,
-            out,
-            weight.scale if bias is None else bias.contiguous(),
-            x.scale,
-            x.zero,
-            x.sums,
-            weight.scale,
-            weight.zero,
-            weight.sums,
-            m,
-            n,
-            x.q.shape[1],
-            HAS_BIAS=bias is not None,
-            X_ZERO=has_zero,
-            W_ZERO=weight.has_zero,
-            **c.arguments(),
-            **OPTIONS,
-        )
+    launch(
+        int8_matmul,
+        (programs,),
+        x.q,
+        weight.q,
+        out,
+        weight.scale if bias is None else bias,
+        x.scale,
+        x.zero,
+        x.sums,
+        weight.scale,
+        weight.zero,
+        weight.sums,
+        m,
+        n,
+        x.q.shape[1],
+        HAS_BIAS=bias is not None,
+        X_ZERO=has_zero,
+        W_ZERO=weight.has_zero,
+        **c.arguments(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +153,7 @@ class LinearProduct:
             return None
         if not takes(x, bias, self.weight.q, outputs) or x.numel() // self.columns > MAX_ROWS:
             return None
-        x, bias = x.detach(), None if bias is None else bias.detach()
+        x, bias = x.detach(), None if bias is None else bias.detach().contiguous()
         matrix = x.reshape(-1, self.columns)
         rows = empty_rows(matrix.shape[0], self.weight.q.shape[1], x.device)
         quantize(matrix, self.activation, rows)
@@ -180,7 +177,7 @@ def linear_product(
 ) -> LinearProduct | None:
     """Return the product of a linear layer; None where the integers can't be."""
     activation = integer_activation(scheme, device)
-    if activation is None or not fits_int32(weight.q.shape[1], activation, weight):
+    if activation is None or not fits_int32(weight.q.shape[1], scheme, weight):
         return None
     integers = integer_weight(weight, device)
     if integers is None:

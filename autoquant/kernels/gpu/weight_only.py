@@ -10,12 +10,11 @@ from torch import Tensor
 from autoquant.kernels.gpu.device.packed import packed_matmul, packed_vector
 from autoquant.kernels.gpu.launch import (
     MAX_ROWS,
-    OPTIONS,
     Config,
     ceil_div,
     clamped,
     config,
-    on,
+    launch,
     takes,
 )
 from autoquant.kernels.gpu.planes import SPANS, pack
@@ -83,14 +82,15 @@ class PackedLinear:
             return None  # Triton's interpreter multiplies the bits of bfloat16 matrices
 
         def run(c: Config) -> None:
-            with on(out):
-                if few:
-                    grid = (ceil_div(outputs, c.block("BLOCK_N")), m)
-                    packed_vector[grid](*self._arguments(rows, bias, out), **self._cut(c, bias))
-                else:
-                    tiles = (ceil_div(m, c.block("BLOCK_M")), ceil_div(outputs, c.block("BLOCK_N")))
-                    arguments = self._arguments(rows, bias, out)
-                    packed_matmul[tiles](*arguments[:6], m, *arguments[6:], **self._cut(c, bias))
+            arguments = self._arguments(rows, bias, out)
+            if few:
+                grid = (ceil_div(outputs, c.block("BLOCK_N")), m)
+                launch(packed_vector, grid, *arguments, **self._cut(c, bias))
+            else:
+                tiles = (ceil_div(m, c.block("BLOCK_M")), ceil_div(outputs, c.block("BLOCK_N")))
+                launch(
+                    packed_matmul, tiles, *arguments[:6], m, *arguments[6:], **self._cut(c, bias)
+                )
 
         name = "packed vector" if few else "packed matmul"
         shape = (bucket(m), outputs, self.columns, self.bits, self.group, x.dtype.itemsize)
@@ -110,7 +110,7 @@ class PackedLinear:
     def _cut(self, c: Config, bias: Tensor | None) -> dict[str, int]:
         constants = {"HAS_BIAS": bias is not None, "BITS": self.bits, "SPAN": self.span}
         constants["GROUP_SPANS"] = 0 if self.scale.shape[1] == 1 else self.group // self.span
-        return constants | c.arguments() | OPTIONS
+        return constants | c.arguments()
 
 
 def weight_only_product(weight: QuantizedWeight, device: torch.device) -> PackedLinear | None:

@@ -16,7 +16,6 @@ from autoquant.kernels.gpu.device import convolution, images, matmul, packed, ro
 
 INT8 = ("q", "a", "b", "w")
 INT32 = ("x_sum", "w_zero", "w_sum", "sums", "flag")
-GRID = {"QMIN": -128, "QMAX": 127}
 CUT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}
 CONV = {"PER_SAMPLE": True, "LAST": False, "HAS_BIAS": True, "X_ZERO": True}
 HALF = {"x": "*bf16", "bias": "*bf16", "out": "*bf16"}
@@ -28,13 +27,13 @@ KERNELS = [
     ),
     (
         rows.quantize_rows,
-        GRID | {"SYMMETRIC": False, "DYNAMIC": True, "FOLD": False, "ROWS": 4, "BLOCK": 1024},
+        {"SYMMETRIC": False, "DYNAMIC": True, "FOLD": False, "ROWS": 4, "BLOCK": 1024},
         {"zeros": "*i32"},
     ),
-    (images.sample_qparams, GRID | {"SYMMETRIC": False, "BLOCK": 128}, {}),
+    (images.sample_qparams, {"SYMMETRIC": False, "BLOCK": 128}, {}),
     (
         images.quantize_images,
-        GRID | {"PER_SAMPLE": True, "LAST": False, "FOLD": False} | {"BLOCK_P": 64, "BLOCK_C": 64},
+        {"PER_SAMPLE": True, "LAST": False, "FOLD": False, "BLOCK_P": 64, "BLOCK_C": 64},
         {},
     ),
     (

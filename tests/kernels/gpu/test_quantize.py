@@ -82,9 +82,20 @@ def test_images_and_their_padding(device, bits, dynamic, symmetric, padding):
     for layout in (torch.contiguous_format, torch.channels_last):
         image = x.to(memory_format=layout)
         out = images.quantize(image, integer_activation(scheme, device), padding, 4)
-        zero = 0.0 if symmetric or bits < 8 else out.zero.view(-1, 1, 1, 1)
+        zero = 0.0 if dynamic and symmetric else out.zero.view(-1, 1, 1, 1)
         assert torch.equal((out.q[..., :3] - zero).int(), expected)
         assert (out.q[..., 3:] == 0).all()
         assert out.flag.item() == 0
     x[1, 2, 4, 6] = float("nan")
     assert images.quantize(x, integer_activation(scheme, device), padding, 4).flag.item() == 1
+
+
+def test_the_form_of_a_static_scheme_does_not_depend_on_its_numbers(device):
+    schemes = [scheme_of(b, False, s, 0.1 * b) for b in range(2, 9) for s in (False, True)]
+    made = [integer_activation(scheme, device) for scheme in schemes]
+    assert len({(a.symmetric, a.dynamic, a.static.shape, a.fold) for a in made}) == 1
+    grids = [FORMATS[s.bits] for s in schemes]
+    expected = [
+        [s.scale, s.zero_point, g.qmin, g.qmax] for s, g in zip(schemes, grids, strict=True)
+    ]
+    assert torch.equal(torch.stack([a.static for a in made]).cpu(), torch.tensor(expected))

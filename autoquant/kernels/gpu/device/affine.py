@@ -19,30 +19,34 @@ def round_half_even(y):
 
 
 @triton.jit
-def choose_qparams(lo, hi, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Return float32 scale and zero point of the ranges [lo, hi], which hold no NaN."""
+def choose_qparams(lo, hi, qmin, qmax, SYMMETRIC: tl.constexpr):
+    """Return float32 scale and zero point of the ranges [lo, hi], which hold no NaN.
+
+    Here and below ``qmin`` and ``qmax`` are float32: the ends of the grid are data, so that a
+    kernel serves every bit width.
+    """
     lo = tl.minimum(tl.maximum(lo, -HUGE), 0.0)
     hi = tl.maximum(tl.minimum(hi, HUGE), 0.0)
     if SYMMETRIC:
-        scale = tl.div_rn(tl.maximum(-lo, hi), tl.zeros_like(lo) + QMAX)
+        scale = tl.div_rn(tl.maximum(-lo, hi), tl.zeros_like(lo) + qmax)
     else:
-        scale = tl.div_rn(hi - lo, tl.zeros_like(lo) + (QMAX - QMIN))
+        scale = tl.div_rn(hi - lo, tl.zeros_like(lo) + (qmax - qmin))
     scale = tl.where(scale > 0, tl.maximum(scale, TINY), 1.0)
     if SYMMETRIC:
         zero = tl.zeros_like(lo)
     else:
-        zero = QMIN - round_half_even(tl.div_rn(lo, scale))
-        zero = tl.minimum(tl.maximum(zero, QMIN), QMAX)
+        zero = qmin - round_half_even(tl.div_rn(lo, scale))
+        zero = tl.minimum(tl.maximum(zero, qmin), qmax)
     return scale, zero
 
 
 @triton.jit
-def quantize(x, scale, zero, QMIN: tl.constexpr, QMAX: tl.constexpr):
+def quantize(x, scale, zero, qmin, qmax):
     """Return q − zero of ``x`` as integer-valued float32; NaN becomes 0.
 
     Division is IEEE: Triton's ``/`` is not, and a neighbouring float can round to the other side.
     """
     y = tl.div_rn(x, scale)
     y = tl.where(y == y, y, 0.0)
-    y = tl.minimum(tl.maximum(y, QMIN - zero), QMAX - zero)
+    y = tl.minimum(tl.maximum(y, qmin - zero), qmax - zero)
     return round_half_even(y)

@@ -16,11 +16,10 @@ SHAPE += ["pad_y", "pad_x", "x_sample"]
 def sample_qparams(
     lows,  # float32 [samples]: smallest number of a sample, NaN where it holds one
     highs,  # float32 [samples]
+    static,  # float32 [4]: two unused numbers, qmin, qmax
     scales,  # float32 [samples]
     zeros,  # float32 [samples]
     samples,
-    QMIN: tl.constexpr,
-    QMAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -33,9 +32,10 @@ def sample_qparams(
     mask = at < samples
     lo = tl.load(lows + at, mask=mask, other=0.0)
     hi = tl.load(highs + at, mask=mask, other=0.0)
+    qmin, qmax = tl.load(static + 2), tl.load(static + 3)
     bad = (lo != lo) | (hi != hi)
     scale, zero = choose_qparams(
-        tl.where(bad, 0.0, lo), tl.where(bad, 0.0, hi), QMIN, QMAX, SYMMETRIC
+        tl.where(bad, 0.0, lo), tl.where(bad, 0.0, hi), qmin, qmax, SYMMETRIC
     )
     if not SYMMETRIC:
         scale = tl.where(bad, float("nan"), scale)
@@ -46,6 +46,7 @@ def sample_qparams(
 @triton.jit(do_not_specialize=SHAPE[1:])
 def quantize_images(
     x,  # float32 [samples, channels, height, width], any strides
+    static,  # float32 [4]: two numbers unused here, qmin, qmax
     scales,  # float32 [1], or [samples] where PER_SAMPLE
     zeros,  # float32, likewise
     q,  # int8 [samples, padded_height, padded_width, stored], contiguous
@@ -62,8 +63,6 @@ def quantize_images(
     x_row,
     x_column,
     stored,  # channels of a pixel of q
-    QMIN: tl.constexpr,
-    QMAX: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     LAST: tl.constexpr,  # whether x is channels-last
     FOLD: tl.constexpr,
@@ -73,7 +72,7 @@ def quantize_images(
     """Quantize BLOCK_P pixels × BLOCK_C channels a program, the padding among them.
 
     The real number 0 is the integer zero, so the padding holds the zero point; FOLD stores
-    q − zero. Channels that only fill up to ``stored`` hold 0.
+    q − zero, where every zero is 0. Channels that only fill up to ``stored`` hold 0.
     """
     pixels = padded_height * padded_width
     tiles = tl.cdiv(pixels, BLOCK_P)
@@ -95,7 +94,7 @@ def quantize_images(
     block = tl.load(x + at, mask=inside, other=0.0)
     if tl.max(tl.max((block != block).to(tl.int32), axis=1), axis=0) > 0:
         tl.store(flag, 1)
-    y = quantize(block, scale, zero, QMIN, QMAX)
+    y = quantize(block, scale, zero, tl.load(static + 2), tl.load(static + 3))
     if not LAST:
         y = tl.trans(y)
     if not FOLD:

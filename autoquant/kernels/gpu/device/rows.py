@@ -11,7 +11,7 @@ from autoquant.kernels.gpu.device.affine import choose_qparams, quantize
 @triton.jit(do_not_specialize=["rows"])
 def quantize_rows(
     x,  # float32 [rows, columns], any strides
-    static,  # float32 [2]: scale and zero point of a static scheme
+    static,  # float32 [4]: scale and zero point of a static scheme, qmin, qmax
     q,  # int8 [rows, width], contiguous; columns beyond ``columns`` become 0
     scales,  # float32 [rows]; NaN where the row has a NaN
     zeros,  # int32 [rows]: what is still to be subtracted from q
@@ -21,17 +21,16 @@ def quantize_rows(
     width,
     x_row,
     x_column,
-    QMIN: tl.constexpr,
-    QMAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     DYNAMIC: tl.constexpr,
     FOLD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Quantize ``ROWS`` rows a program; FOLD stores q − zero, which fits below 8 bits."""
+    """Quantize ``ROWS`` rows a program; FOLD stores q − zero, where every zero is 0."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     alive = row < rows
+    qmin, qmax = tl.load(static + 2), tl.load(static + 3)
     column = tl.arange(0, BLOCK)
     start = x + row.to(tl.int64)[:, None] * x_row
     bad = tl.zeros((ROWS,), tl.int32)
@@ -46,7 +45,7 @@ def quantize_rows(
             block = tl.where(block == block, block, 0.0)
             lo = tl.minimum(lo, tl.min(block, axis=1))
             hi = tl.maximum(hi, tl.max(block, axis=1))
-        scale, zero = choose_qparams(lo, hi, QMIN, QMAX, SYMMETRIC)
+        scale, zero = choose_qparams(lo, hi, qmin, qmax, SYMMETRIC)
     else:
         scale = tl.zeros((ROWS,), tl.float32) + tl.load(static)
         zero = tl.zeros((ROWS,), tl.float32) + tl.load(static + 1)
@@ -57,7 +56,7 @@ def quantize_rows(
         block = tl.load(start + at.to(tl.int64)[None, :] * x_column, mask=mask, other=0.0)
         if not DYNAMIC:
             bad = tl.maximum(bad, tl.max((block != block).to(tl.int32), axis=1))
-        y = quantize(block, scale[:, None], zero[:, None], QMIN, QMAX)
+        y = quantize(block, scale[:, None], zero[:, None], qmin, qmax)
         if not FOLD:
             y += zero[:, None]
         y = tl.where(mask, y, 0.0).to(tl.int32)

@@ -37,9 +37,19 @@ class Operation:
 LINEAR = Operation("linear")
 
 
-@dataclass(frozen=True, slots=True)
 class Reader:
-    """What a layer makes bytes of an activation by: a static ``scheme``, after its smoothing."""
+    """What a layer makes bytes of an activation by.
+
+    Equal ones make the same bytes. Products know the readers of their own backend, and hand nothing
+    to others.
+    """
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SchemeReader(Reader):
+    """Makes bytes by a static ``scheme``, after its smoothing."""
 
     scheme: ActivationScheme
     smoothing: Smoothing | None = None
@@ -72,7 +82,8 @@ class Chainable(Product, Protocol):
     """A product that takes its activation as bytes, and hands its output on as bytes.
 
     Between two layers it saves writing real numbers and reading them again. Bytes are the integers
-    of a static activation scheme, uint8, all moved up by the same offset.
+    of a static activation scheme: uint8, all moved up by the same offset, or int8 as they are. How
+    they lie is a backend's own business.
     """
 
     @property
@@ -112,7 +123,8 @@ class Chainable(Product, Protocol):
         """Return that output, or its GELU of this approximation, as the bytes ``reader`` makes.
 
         Numbers next to the middle between two integers may go to either, as they may when they
-        come from another backend. None where it can't be computed without doubt.
+        come from another backend. None where it can't be computed without doubt, and where
+        ``reader`` is another backend's.
         """
         ...
 

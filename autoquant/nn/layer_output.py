@@ -45,7 +45,7 @@ _ASKED = frozenset(
 class LayerOutput(Tensor):
     """An output of which ``held`` is computed: what ``ahead`` makes of it, None for itself.
 
-    With ``reader``, ``held`` are the integers, uint8, that it makes of that; else real numbers.
+    With ``reader``, ``held`` are the integers that it makes of that; else real numbers.
     ``compute`` gives the output, which lies in memory as ``stride`` says, from ``source``, the
     integers that the layer read. Nobody writes into ``source`` or into integers.
     """

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoquant.errors import TrialError, UserError
-from autoquant.kernels.operation import LINEAR, Operation, Product, Reader, is_chainable
+from autoquant.kernels.operation import LINEAR, Operation, Product, SchemeReader, is_chainable
 from autoquant.kernels.reference import multiply, reference
 from autoquant.nn.converted import Converted, converted_modules
 from autoquant.nn.layer_output import After
@@ -186,7 +186,7 @@ def _differs_handed(
     transform = session.prepared.slots[site.name].transform
     if isinstance(transform, Rotation):  # which is handed nothing
         return None
-    found = product.handed(known, bias, clamp, Reader(scheme, transform), gelu)
+    found = product.handed(known, bias, clamp, SchemeReader(scheme, transform), gelu)
     if found is None:
         return None
     real = _done(expected, after)

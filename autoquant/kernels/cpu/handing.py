@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoquant.kernels.cpu.native import OFFSET, bounds, limit_bytes
 from autoquant.kernels.cpu.packed_weight import PackedWeight
-from autoquant.kernels.operation import Clamp, Reader
+from autoquant.kernels.operation import Clamp, SchemeReader
 from autoquant.quant.smoothing import LEAST
 from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme
@@ -46,7 +46,7 @@ def handed_form(
     activation: ActivationScheme,
     bias: Tensor | None,
     clamp: Clamp | None,
-    reader: Reader,
+    reader: SchemeReader,
     kind: str,
 ) -> HandedForm | None:
     """Return how a layer of ``kind``, conv or linear, hands bytes to ``reader``.
@@ -88,7 +88,9 @@ def handed_form(
     )
 
 
-def within_grid(y: Tensor, form: HandedForm, reader: Reader, gelu: str | None, axis: int) -> Tensor:
+def within_grid(
+    y: Tensor, form: HandedForm, reader: SchemeReader, gelu: str | None, axis: int
+) -> Tensor:
     """Return bytes ``y`` as the reader's grid, and its limits, have them; channels are on ``axis``.
 
     A clamp keeps them within the grid beforehand, but for what a GELU makes of numbers.

@@ -26,7 +26,7 @@ from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
 from autoquant.kernels.cpu.reading import Reading, is_bias, is_taken
 from autoquant.kernels.cpu.verification import is_right
 from autoquant.kernels.layout import is_channels_last
-from autoquant.kernels.operation import Clamp, Operation, Product, Reader
+from autoquant.kernels.operation import Clamp, Operation, Product, Reader, SchemeReader
 from autoquant.kernels.reference import multiply
 from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
@@ -130,6 +130,8 @@ class LinearProduct(Reading):
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
         if not is_bias(bias, self.weight.scale) or (gelu is not None and clamp is not None):
+            return None
+        if not isinstance(reader, SchemeReader):
             return None
         if gelu is not None and reader.smoothing is not None:  # a GELU of what is smoothed already
             return None
@@ -251,6 +253,8 @@ class ConvProduct(Reading):
     ) -> Tensor | None:
         """Return it as the bytes that ``reader`` makes of it, in the same pass."""
         if not is_bias(bias, self.weight.scale) or self.axes == 3 or gelu is not None:
+            return None
+        if not isinstance(reader, SchemeReader):
             return None
         form = handed_form(self.weight, self.activation, bias, clamp, reader, "conv")
         if form is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoquant.kernels.cpu.native import quantize, quantize_rows, rotate
-from autoquant.kernels.operation import Reader
+from autoquant.kernels.operation import Reader, SchemeReader
 from autoquant.quant.rotation import Rotation
 from autoquant.quant.transforms import InputTransform
 from autoquant.spec.recipe import ActivationScheme
@@ -30,7 +30,7 @@ class Reading(ABC):
         self.activation, self.transform = activation, transform
         self.reads = None
         if not activation.dynamic and not isinstance(transform, Rotation):
-            self.reads = Reader(activation, transform)
+            self.reads = SchemeReader(activation, transform)
 
     def by_rows(self, x: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the integers, scales and zero points of an activation, each token by its own."""

@@ -3,7 +3,7 @@
 import torch
 
 from autoquant.kernels.cpu import native
-from autoquant.kernels.operation import Reader
+from autoquant.kernels.operation import SchemeReader
 from autoquant.spec.formats import FORMATS
 
 
@@ -13,7 +13,7 @@ def check_handed(product, x, bias, clamp, reader, gelu=None, smoothing=None):
     assert stored is not None
     y = product.real(stored, bias, clamp, True)
     y = y if gelu is None else torch.nn.functional.gelu(y, approximate=gelu)
-    q = product.handed(stored, bias, clamp, Reader(reader, smoothing), gelu)
+    q = product.handed(stored, bias, clamp, SchemeReader(reader, smoothing), gelu)
     assert q is not None
     y = y if smoothing is None else smoothing.of_input(y)
     assert q.dtype == torch.uint8

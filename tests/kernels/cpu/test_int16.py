@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from autoquant.kernels.cpu import int16, native
 from autoquant.kernels.cpu.geometry import Geometry, may_be_tried
 from autoquant.kernels.layout import is_channels_last
-from autoquant.kernels.operation import LINEAR, Operation, Reader, is_chainable
+from autoquant.kernels.operation import LINEAR, Operation, Reader, SchemeReader, is_chainable
 from autoquant.kernels.reference import reference
 from autoquant.quant.input_layout import Layout
 from autoquant.quant.rotation import Rotation, hadamard
@@ -201,7 +201,8 @@ def test_linear_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them
         eight = calibrated(ActivationScheme(8, "per_tensor", draw.choice(SCHEMES)), x)
         product = int16.prepare(LINEAR, quantized(w, WeightScheme(8)), eight)
         assert is_chainable(product)
-        assert product.reads == Reader(eight)
+        assert product.reads == SchemeReader(eight)
+        assert product.handed(product.stored(x), None, None, Reader()) is None  # another's
         y = product.real(product.stored(x), bias, None, False)
         assert torch.equal(y, product(x, bias))
         bits = draw.randint(2, 8)
@@ -210,11 +211,11 @@ def test_linear_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them
             continue
         clamp = None if gelu else draw.choice((None, (0.0, math.inf), (0.0, 6.0)))
         check_handed(product, x, bias, clamp, reader, gelu)
-    assert product.handed(product.stored(x), bias, (0.0, 6.0), Reader(reader), "none") is None
+    assert product.handed(product.stored(x), bias, (0.0, 6.0), SchemeReader(reader), "none") is None
     assert product.stored(x[..., :0]) is None
     assert not product.takes(torch.zeros(3, columns + 1, dtype=torch.uint8))
     bad = torch.full((channels,), math.nan)
-    assert product.handed(product.stored(x), bad, None, Reader(reader), gelu) is None
+    assert product.handed(product.stored(x), bad, None, SchemeReader(reader), gelu) is None
 
 
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
@@ -231,7 +232,7 @@ def test_gelus_are_those_of_torch(gelu):
         y = torch.nn.functional.gelu(x.double() * spread, approximate=gelu)
         scale = float(y.abs().max()) / 120
         reader = ActivationScheme(8, scale=scale, zero_point=-120)
-        q = product.handed(product.stored(x), None, None, Reader(reader), gelu)
+        q = product.handed(product.stored(x), None, None, SchemeReader(reader), gelu)
         exact = (y / scale - 120).clamp(-128, 127)
         assert float((q.double() - native.OFFSET - exact).abs().max()) <= 0.5 + 1e-3
 
@@ -252,7 +253,7 @@ def test_outputs_are_handed_on_smoothed_by_the_channel(kind):
     for scale, zero_point, bits in ((0.02, 0, 8), (6 / 255, -128, 8), (0.5, 7, 5)):
         scheme = ActivationScheme(bits, scale=scale, zero_point=zero_point)
         after = int16.prepare(following, next_weight, scheme, smoothing)
-        assert after.reads == Reader(scheme, smoothing) != Reader(scheme)
+        assert after.reads == SchemeReader(scheme, smoothing) != SchemeReader(scheme)
         for clamp in (None, (0.0, math.inf), (0.0, 6.0)):
             for bias in (None, torch.randn(20)):
                 q = check_handed(product, x, bias, clamp, scheme, smoothing=smoothing)

@@ -13,7 +13,7 @@ from autoquant.kernels.cpu.geometry import Geometry, may_be_tried
 from autoquant.kernels.cpu.instructions import has_amx, has_vnni
 from autoquant.kernels.cpu.verification import is_right
 from autoquant.kernels.layout import is_channels_last
-from autoquant.kernels.operation import LINEAR, Operation, Reader, is_chainable
+from autoquant.kernels.operation import LINEAR, Operation, Reader, SchemeReader, is_chainable
 from autoquant.kernels.reference import multiply, reference
 from autoquant.quant.input_layout import Layout
 from autoquant.quant.rotation import Rotation, hadamard
@@ -166,7 +166,8 @@ def test_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them():
     eight = calibrated(ActivationScheme(8, "per_tensor", "asymmetric"), x)
     product = onednn.prepare(CONV, quantized(w, WIDE), eight)
     assert is_chainable(product)
-    assert product.reads == Reader(eight)
+    assert product.reads == SchemeReader(eight)
+    assert product.handed(product.stored(x), None, None, Reader()) is None  # another's
     for scale, zero_point, bits in ((0.02, 0, 8), (6 / 255, -128, 8), (0.5, 7, 5), (1e-6, 0, 8)):
         reader = ActivationScheme(bits, scale=scale, zero_point=zero_point)
         for clamp in (None, (0.0, math.inf), (0.0, 6.0)):
@@ -204,11 +205,11 @@ def test_linear_outputs_are_handed_on_as_the_bytes_that_the_reader_makes_of_them
             continue
         clamp = None if gelu else draw.choice((None, (0.0, math.inf), (0.0, 6.0)))
         check_handed(product, x, bias, clamp, reader, gelu)
-    assert product.handed(product.stored(x), bias, (0.0, 6.0), Reader(reader), "none") is None
+    assert product.handed(product.stored(x), bias, (0.0, 6.0), SchemeReader(reader), "none") is None
     assert product.stored(x[..., :0]) is None
     assert not product.takes(torch.zeros(3, columns + 1, dtype=torch.uint8))
     bad = torch.full((channels,), math.nan)
-    assert product.handed(product.stored(x), bad, None, Reader(reader), gelu) is None
+    assert product.handed(product.stored(x), bad, None, SchemeReader(reader), gelu) is None
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
@@ -227,7 +228,7 @@ def test_outputs_are_handed_on_smoothed_by_the_channel(kind):
     for scale, zero_point, bits in ((0.02, 0, 8), (6 / 255, -128, 8), (0.5, 7, 5), (1e-6, 0, 8)):
         scheme = ActivationScheme(bits, scale=scale, zero_point=zero_point)
         after = onednn.prepare(following, next_weight, scheme, smoothing)
-        assert after.reads == Reader(scheme, smoothing) != Reader(scheme)
+        assert after.reads == SchemeReader(scheme, smoothing) != SchemeReader(scheme)
         for clamp in (None, (0.0, math.inf), (0.0, 6.0)):
             for bias in (None, torch.randn(8)):
                 q = check_handed(product, x, bias, clamp, scheme, smoothing=smoothing)
@@ -239,12 +240,12 @@ def test_outputs_are_handed_on_smoothed_by_the_channel(kind):
                 assert torch.equal(after(y, None), plain(smoothing.of_input(y), None))
     stored, scheme = product.stored(x), ActivationScheme(8, scale=0.1, zero_point=0)
     other = Smoothing(torch.ones(7), smoothing.layout)  # of other channels than those that it has
-    assert product.handed(stored, None, None, Reader(scheme, other)) is None
+    assert product.handed(stored, None, None, SchemeReader(scheme, other)) is None
     kinds = Smoothing(smoothing.factors, Layout("conv2d" if not axes else "linear", (4, 8), 1, 0))
-    assert product.handed(stored, None, None, Reader(scheme, kinds)) is None
-    assert product.handed(stored, None, (0.5, 6.0), Reader(scheme, smoothing)) is None
+    assert product.handed(stored, None, None, SchemeReader(scheme, kinds)) is None
+    assert product.handed(stored, None, (0.5, 6.0), SchemeReader(scheme, smoothing)) is None
     if not axes:
-        assert product.handed(stored, None, None, Reader(scheme, smoothing), "none") is None
+        assert product.handed(stored, None, None, SchemeReader(scheme, smoothing), "none") is None
 
 
 def test_rotated_inputs_are_read_from_nobody():
@@ -270,11 +271,11 @@ def test_outputs_whose_bytes_would_be_in_doubt_are_not_handed_on():
     for value in (math.nan, math.inf, -math.inf, 1e30):
         bias = torch.randn(8)
         bias[3] = value
-        assert product.handed(stored, bias, None, Reader(reader)) is None
+        assert product.handed(stored, bias, None, SchemeReader(reader)) is None
     tiny = ActivationScheme(8, scale=1e-30, zero_point=0)
-    assert product.handed(stored, None, None, Reader(tiny)) is None
+    assert product.handed(stored, None, None, SchemeReader(tiny)) is None
     huge = onednn.prepare(CONV, quantized(w * 1e25, WIDE), eight)
-    assert huge.handed(stored, None, None, Reader(reader)) is None
+    assert huge.handed(stored, None, None, SchemeReader(reader)) is None
     # All that a clamp leaves lies beyond the reader's range: the byte of its end.
     low = ActivationScheme(4, scale=0.1, zero_point=7)
     assert check_handed(product, x, None, (0.5, 6.0), low).unique().tolist() == [128 + 7]
@@ -294,7 +295,7 @@ def test_large_outputs_saturate_where_they_are_handed_on():
     x = torch.tensor([1e8, -1e8]).view(2, 1, 1, 1).expand(2, 2, 3, 3).contiguous()
     for scale in (1e-3, 1e-15):
         reader = ActivationScheme(8, scale=scale, zero_point=3)
-        q = product.handed(product.stored(x), None, None, Reader(reader))
+        q = product.handed(product.stored(x), None, None, SchemeReader(reader))
         assert torch.equal(q[0], torch.full_like(q[0], 255))
         assert torch.equal(q[1], torch.zeros_like(q[1]))
 
@@ -458,7 +459,7 @@ def test_biases_that_are_none_are_the_references(operation):
         ):
             assert product(x, bias) is None
             if not scheme.dynamic:
-                assert product.handed(product.stored(x), bias, None, Reader(scheme)) is None
+                assert product.handed(product.stored(x), bias, None, SchemeReader(scheme)) is None
 
 
 def test_without_the_compiled_library_the_numbers_are_the_same(monkeypatch):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoquant.kernels.gpu.device.chained import chained_matmul
 from autoquant.kernels.gpu.device.matmul import int8_matmul
 from autoquant.kernels.gpu.device.rows import quantize_rows
 from autoquant.kernels.gpu.integers import (
@@ -26,8 +27,9 @@ from autoquant.kernels.gpu.launch import (
     next_power_of_2,
     takes,
 )
+from autoquant.kernels.gpu.reading import ROWS, DeviceReader, Ending, bias_for, ending, stored
 from autoquant.kernels.gpu.tuning import bucket, tuned
-from autoquant.kernels.operation import Clamp
+from autoquant.kernels.operation import Clamp, Reader
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -47,6 +49,23 @@ LARGE = (
     config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
     config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, warps=8, stages=4),
     config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
+)
+CHAINED_SMALL = (
+    config(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, GROUP_M=8, warps=4, stages=3),
+    config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
+)
+CHAINED_LARGE = (
+    config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=4, stages=3),
+    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
+    config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, warps=8, stages=3),
+    config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
+    config(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=8, stages=3),
+    config(BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
 )
 
 
@@ -139,7 +158,11 @@ def multiply(
 
 @dataclass(frozen=True, slots=True)
 class LinearProduct:
-    """x [..., K] · weight [N, K], both as integers."""
+    """x [..., K] · weight [N, K], both as integers, with K = ``columns``.
+
+    By a static scheme it takes int8 and hands int8 on, where K is a multiple of 16: rows of other
+    lengths aren't aligned.
+    """
 
     weight: IntegerWeight
     activation: IntegerActivation
@@ -149,11 +172,12 @@ class LinearProduct:
     def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
         """Return float32 [..., N]; None for another dtype, an empty activation, a gradient."""
         outputs = self.weight.scale.shape[0]
-        if x.dtype != torch.float32 or x.dim() == 0 or x.shape[-1] != self.columns:
+        if not self._is_taken(x) or not takes(x, bias, self.weight.q, outputs):
             return None
-        if not takes(x, bias, self.weight.q, outputs) or x.numel() // self.columns > MAX_ROWS:
-            return None
-        x, bias = x.detach(), None if bias is None else bias.detach().contiguous()
+        q = self.stored(x)
+        if q is not None:
+            return self._chained(q, bias_for(bias, self.weight.scale), Ending(clamp))
+        x, bias = x.detach(), bias_for(bias, self.weight.scale)
         matrix = x.reshape(-1, self.columns)
         rows = empty_rows(matrix.shape[0], self.weight.q.shape[1], x.device)
         quantize(matrix, self.activation, rows)
@@ -170,6 +194,96 @@ class LinearProduct:
             return None
         run(best)
         return clamped(out, clamp).view(*x.shape[:-1], outputs)
+
+    @property
+    def reads(self) -> DeviceReader | None:
+        """What makes the int8 that it takes, contiguous [..., K]; None where it takes none."""
+        if self.activation.dynamic or self.columns % 16 != 0:
+            return None
+        return DeviceReader(self.activation.static, ROWS)
+
+    def stored(self, x: Tensor) -> Tensor | None:
+        """Return the int8 of a real activation; None where nobody collects doubts (``doubt``)."""
+        reader = self.reads
+        if reader is None or not self._is_taken(x):
+            return None
+        return stored(x, reader) if takes(x, None, self.weight.q, 0) else None
+
+    def takes(self, q: Tensor) -> bool:
+        """Return whether it can compute with these int8."""
+        if self.reads is None or q.dtype != torch.int8 or not q.is_contiguous():
+            return False
+        fits = q.dim() > 0 and q.shape[-1] == self.columns
+        return fits and 0 < q.numel() <= MAX_ROWS * self.columns
+
+    def real(
+        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
+    ) -> Tensor:
+        """Return float32 [..., N] of an activation's int8."""
+        y = self._chained(q, bias_for(bias, self.weight.scale), Ending(clamp))
+        if y is None:
+            raise RuntimeError(f"no cut of the kernel runs on this GPU: int8 [{q.shape}]")
+        return y
+
+    def handed(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+        reader: Reader,
+        gelu: str | None = None,
+    ) -> Tensor | None:
+        """Return it as the int8 [..., N] that ``reader`` makes of it, in the same pass."""
+        end = ending(clamp, gelu, reader, ROWS, q)
+        if end is None or not takes(q, None, self.weight.q, 0):
+            return None
+        return self._chained(q, bias_for(bias, self.weight.scale), end)
+
+    def _is_taken(self, x: Tensor) -> bool:
+        if x.dtype != torch.float32 or x.dim() == 0 or x.shape[-1] != self.columns:
+            return False
+        return x.numel() <= MAX_ROWS * self.columns
+
+    def _chained(self, q: Tensor, bias: Tensor | None, end: Ending) -> Tensor | None:
+        """Return the product of int8 ``q`` [..., K], ended so."""
+        weight, k, n = self.weight, self.columns, self.weight.scale.shape[0]
+        m = q.numel() // k
+        out = torch.empty(*q.shape[:-1], n, dtype=end.dtype, device=q.device)
+
+        def run(c: Config) -> None:
+            launch(
+                chained_matmul,
+                (ceil_div(m, c.block("BLOCK_M")) * ceil_div(n, c.block("BLOCK_N")),),
+                q,
+                weight.q,
+                out,
+                weight.scale if bias is None else bias,
+                self.activation.static,
+                weight.scale,
+                weight.zero,
+                weight.sums,
+                *end.to(self.activation.static, weight.zero),
+                m,
+                n,
+                k,
+                *end.ends,
+                HAS_BIAS=bias is not None,
+                W_ZERO=weight.has_zero,
+                AFTER=end.after,
+                HANDS=end.reader is not None,
+                EVEN=k % c.block("BLOCK_K") == 0,
+                **c.arguments(),
+            )
+
+        count = bucket(m)
+        name = "int8 matmul from int8" if end.reader is None else "int8 matmul to int8"
+        shape = (count, n, k, bias is not None, weight.has_zero, end.after)
+        choices = CHAINED_SMALL if count <= 32 else CHAINED_LARGE
+        best = tuned(name, shape, choices, run, q.device)
+        if best is None:
+            return None
+        run(best)
+        return out
 
 
 def linear_product(

@@ -12,12 +12,14 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from autoquant.kernels.gpu.device import convolution, images, matmul, packed, rows
+from autoquant.kernels.gpu.device import chained, convolution, images, matmul, packed, rows
 
 INT8 = ("q", "a", "b", "w")
 INT32 = ("x_sum", "w_zero", "w_sum", "sums", "flag")
 CUT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}
 CONV = {"PER_SAMPLE": True, "LAST": False, "HAS_BIAS": True, "X_ZERO": True}
+CHAINED = {"HAS_BIAS": True, "HANDS": True}
+TO_INT8 = {"out": "*i8", "low": "fp32", "high": "fp32"}
 HALF = {"x": "*bf16", "bias": "*bf16", "out": "*bf16"}
 KERNELS = [
     (
@@ -25,6 +27,25 @@ KERNELS = [
         CUT | {"HAS_BIAS": True, "X_ZERO": True, "W_ZERO": True},
         {"x_zero": "*i32"},
     ),
+    *(
+        (
+            chained.chained_matmul,
+            CUT | CHAINED | {"W_ZERO": w_zero, "AFTER": after, "EVEN": even},
+            TO_INT8,
+        )
+        for w_zero, after, even in (
+            (False, 0, True),
+            (True, 1, False),
+            (False, 2, True),
+            (False, 3, True),
+        )
+    ),
+    (
+        chained.chained_matmul,
+        CUT | CHAINED | {"HANDS": False, "W_ZERO": True, "AFTER": 1, "EVEN": False},
+        TO_INT8 | {"out": "*fp32"},
+    ),
+    (chained.quantize_flat, {"BLOCK": 2048}, {}),
     (
         rows.quantize_rows,
         {"SYMMETRIC": False, "DYNAMIC": True, "FOLD": False, "ROWS": 4, "BLOCK": 1024},
@@ -67,7 +88,18 @@ KERNELS = [
         HALF,
     ),
 ]
-POINTERS = ("x", "static", "scales", "zeros", "out", "bias", "x_scale", "x_zero", "w_scale")
+POINTERS = (
+    "x",
+    "static",
+    "to_static",
+    "scales",
+    "zeros",
+    "out",
+    "bias",
+    "x_scale",
+    "x_zero",
+    "w_scale",
+)
 MORE_POINTERS = ("lows", "highs")
 TELLING = (
     r"\b((?:wg)?mma[\w.]*s32[\w.]*|(?:wg)?mma[\w.]*bf16[\w.]*"

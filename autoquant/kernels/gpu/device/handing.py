@@ -1,0 +1,73 @@
+"""From real outputs to the integers that the next layer reads, in the epilogue of a product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from autoquant.kernels.gpu.device.affine import ROUNDER
+
+
+@triton.jit
+def clamp(y, low, high):
+    """Return ``y`` within [low, high]; NaN stays NaN, which minimum and maximum would lose."""
+    y = tl.where(y < low, low, y)
+    return tl.where(y > high, high, y)
+
+
+@triton.jit
+def gelu(y):
+    """Return y · Φ(y), with erf by a polynomial: ``tl.erf`` takes longer than the product.
+
+    Abramowitz and Stegun, 7.1.26: |error of erf| ≤ 1.5e-7. With the rounding of float32 the error
+    of the GELU stays below 3e-7 · |y|.
+    """
+    z = tl.abs(y) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    p = (((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592
+    tail = 0.5 * p * t * tl.exp(-z * z)
+    return y * tl.where(y < 0, tail, 1.0 - tail)
+
+
+@triton.jit
+def gelu_tanh(y):
+    """Return y / 2 · (1 + tanh(√(2/π) (y + 0.044715 y³))), as a sigmoid of twice that."""
+    u = 1.5957691216057308 * (y + 0.044715 * y * y * y)
+    return y / (1.0 + tl.exp(-u))
+
+
+@triton.jit
+def activated(y, low, high, AFTER: tl.constexpr):
+    """Return what follows the layer: 0 nothing, 1 a clamp, 2 a GELU, 3 a GELU by tanh."""
+    if AFTER == 1:
+        y = clamp(y, low, high)
+    elif AFTER == 2:
+        y = gelu(y)
+    elif AFTER == 3:
+        y = gelu_tanh(y)
+    return y
+
+
+@triton.jit
+def to_integers(y, static):
+    """Return ``y`` as int8 by ``static``, float32 [4]: scale, zero point, qmin, qmax.
+
+    It multiplies by the reciprocal of the scale, so numbers next to the middle between two integers
+    may go to the other side than by ``affine.quantize``, which divides.
+    """
+    inverse = tl.div_rn(1.0, tl.load(static))
+    y = y * inverse + tl.load(static + 1)
+    y = tl.minimum(tl.maximum(y, tl.load(static + 2)), tl.load(static + 3))
+    # The sum is rounded half to even, and the lowest bits of its mantissa are the integer.
+    return (y + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def raise_doubt(flag, x_scale, w_scale, bias, columns):
+    """Store 1 to ``flag`` where outputs of a channel, of any int32 sum, may be NaN or infinite.
+
+    A number a channel [N] says so: nothing has to be looked for among the outputs.
+    """
+    largest = w_scale * 2147483648.0 * x_scale + tl.abs(bias)
+    doubtful = (largest < float("inf")) == 0
+    tl.store(flag + tl.zeros_like(largest).to(tl.int32), 1, mask=columns & doubtful)

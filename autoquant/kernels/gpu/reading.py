@@ -1,0 +1,160 @@
+"""What a product on a GPU makes integers of its activation by, and how it makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoquant.kernels.gpu.device.chained import quantize_flat
+from autoquant.kernels.gpu.device.images import quantize_images
+from autoquant.kernels.gpu.doubt import current_flag
+from autoquant.kernels.gpu.images import PIXELS
+from autoquant.kernels.gpu.launch import ceil_div, launch, next_power_of_2
+from autoquant.kernels.operation import Clamp, Reader
+
+ROWS, PIXELS_LAST = "rows", "pixels"
+"""How integers lie: [..., channels] as rows, or [batch, channels, *spatial] channels last."""
+BLOCK = 2048
+"""Numbers that one program quantizes."""
+GELU = {"none": 2, "tanh": 3}
+"""What kernels call a GELU by each approximation."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceReader(Reader):
+    """Makes int8 by the numbers of ``static``, float32 [4], on the device, which lie as ``layout``.
+
+    Numbers of a recipe may change where they lie. So readers are equal where they read the very
+    same tensor: one layer, in one recipe.
+    """
+
+    static: Tensor
+    layout: str
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both read one tensor, in one layout."""
+        if not isinstance(other, DeviceReader):
+            return NotImplemented
+        return self.static is other.static and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        """Hash the tensor's identity."""
+        return hash((id(self.static), self.layout))
+
+
+def stored(x: Tensor, reader: DeviceReader) -> Tensor | None:
+    """Return the int8 that ``reader`` makes of ``x``, float32 of any strides.
+
+    None while nobody collects doubts: an integer can't say that a number is NaN.
+    """
+    flag = current_flag()
+    if flag is None or flag.device != x.device:
+        return None
+    x, pixels = x.detach(), reader.layout == PIXELS_LAST
+    last = x.movedim(1, -1) if pixels else x
+    q = torch.empty(last.shape, dtype=torch.int8, device=x.device)
+    if last.is_contiguous():
+        count = x.numel()
+        launch(
+            quantize_flat, (ceil_div(count, BLOCK),), x, reader.static, q, flag, count, BLOCK=BLOCK
+        )
+    else:
+        _quantize_strided(x if pixels else _as_image(x), reader.static, q, flag)
+    return q.movedim(-1, 1) if pixels else q
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """Return rows [..., channels] as one image [1, channels, 1, rows], without a copy if it can."""
+    return x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _quantize_strided(x: Tensor, static: Tensor, q: Tensor, flag: Tensor) -> None:
+    image = x if x.dim() == 4 else x.unsqueeze(2)
+    samples, channels, height, width = image.shape
+    block = min(next_power_of_2(max(channels, 4)), 64)
+    launch(
+        quantize_images,
+        (samples * ceil_div(height * width, PIXELS), ceil_div(channels, block)),
+        image,
+        static,
+        static,
+        static[1:],
+        q,
+        flag,
+        channels,
+        height,
+        width,
+        height,
+        width,
+        0,
+        0,
+        *image.stride(),
+        channels,
+        PER_SAMPLE=False,
+        LAST=image.stride(1) == 1,
+        FOLD=False,
+        BLOCK_P=PIXELS,
+        BLOCK_C=block,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What the epilogue of a product does with its output: a ``clamp`` or GELU, then ``reader``'s.
+
+    Without ``reader`` the output is real.
+    """
+
+    clamp: Clamp | None = None
+    gelu: str | None = None
+    reader: DeviceReader | None = None
+    flag: Tensor | None = None
+
+    @property
+    def after(self) -> int:
+        """What kernels call that."""
+        if self.gelu is not None:
+            return GELU[self.gelu]
+        return 0 if self.clamp is None else 1
+
+    @property
+    def ends(self) -> Clamp:
+        """Least and largest output."""
+        return (0.0, 0.0) if self.clamp is None else self.clamp
+
+    def to(self, static: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reader's numbers and the flag, or in their places what a kernel won't read."""
+        return (
+            static if self.reader is None else self.reader.static,
+            flag if self.flag is None else self.flag,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the output."""
+        return torch.float32 if self.reader is None else torch.int8
+
+
+def ending(
+    clamp: Clamp | None, gelu: str | None, reader: Reader, layout: str, like: Tensor
+) -> Ending | None:
+    """Return how to hand an output to ``reader``; None where it can't be handed.
+
+    So it is where integers lie in another layout there, and while nobody collects doubts on the
+    device of ``like``.
+    """
+    flag = current_flag()
+    if flag is None or flag.device != like.device or (gelu is not None and clamp is not None):
+        return None
+    if not isinstance(reader, DeviceReader) or reader.layout != layout:
+        return None
+    if gelu is not None and gelu not in GELU:
+        return None
+    return Ending(clamp, gelu, reader, flag)
+
+
+def bias_for(bias: Tensor | None, scale: Tensor) -> Tensor | None:
+    """Return a bias as kernels take it: float32 without gaps, on the device of ``scale``."""
+    return None if bias is None else bias.detach().to(scale).contiguous()

@@ -1,0 +1,211 @@
+"""Products that are handed int8 and hand int8 on, against the reference."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from autoquant.kernels.gpu.device.handing import activated
+from autoquant.kernels.gpu.doubt import collecting, current_flag
+from autoquant.kernels.gpu.launch import launch
+from autoquant.kernels.operation import LINEAR, Reader, SchemeReader, is_chainable
+from autoquant.kernels.reference import reference
+from autoquant.quant.affine import QParams, quantize
+from autoquant.spec.recipe import ActivationScheme
+
+SCHEMES = ("symmetric", "asymmetric")
+AFTER = [
+    (None, None),
+    ((0.0, math.inf), None),
+    ((0.0, 6.0), None),
+    ((-1.0, 2.0), None),
+    (None, "none"),
+    (None, "tanh"),
+]
+PER_TOKEN = ActivationScheme(8, "per_token")
+EIGHT = ActivationScheme(8, scale=0.03, zero_point=-20)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # NumPy's
+]
+
+
+@triton.jit
+def apply(x, y, count, AFTER: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    real = tl.load(x + at, mask=at < count, other=0.0)
+    tl.store(y + at, activated(real, 0.0, 0.0, AFTER), mask=at < count)
+
+
+@pytest.fixture
+def flag(device):
+    with collecting(torch.zeros(1, dtype=torch.int32, device=device)):
+        yield current_flag()
+
+
+def numbers(shape, device, seed=1):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5).to(device)
+
+
+def covering(y, bits, scheme):
+    """Return a static scheme of most of the range of ``y``: both ends saturate."""
+    if scheme == "symmetric":
+        largest = 0.8 * y.abs().max().item()
+        return ActivationScheme(bits, scheme=scheme, scale=largest / 2 ** (bits - 1), zero_point=0)
+    low, high = 0.8 * min(y.min().item(), 0.0), 0.8 * max(y.max().item(), 0.0)
+    scale = (high - low) / (2**bits - 1)
+    zero = max(round(-low / scale) - 2 ** (bits - 1), -(2 ** (bits - 1)))
+    return ActivationScheme(bits, scheme=scheme, scale=scale, zero_point=zero)
+
+
+def qparams(scheme, device):
+    scale, zero = (torch.tensor(float(n), device=device) for n in (scheme.scale, scheme.zero_point))
+    return QParams(scale, zero, scheme.bits)
+
+
+def done(y, clamp, gelu):
+    y = y if clamp is None else y.clamp(*clamp)
+    return y if gelu is None else F.gelu(y, approximate=gelu)
+
+
+def check_handed(q, y, scheme):
+    """Check that ``q`` are the integers of ``y``, but next to the middle between two."""
+    assert q.dtype == torch.int8
+    assert q.shape == y.shape
+    p = qparams(scheme, y.device)
+    exact = (y.double() / scheme.scale + scheme.zero_point).clamp(p.qmin, p.qmax)
+    assert (q.double() - exact).abs().max() <= 0.5 + 1e-4
+    assert len(q.unique()) > 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("w_scheme", SCHEMES)
+def test_linear(backend, device, make_weight, agree, flag, bits, w_scheme):
+    x, bias = numbers((2, 5, 48), device), numbers((37,), device)
+    weight = make_weight((37, 48), 8, "per_channel", w_scheme, dead=[3])
+    for scheme, own in itertools.product(SCHEMES, (bias, None)):
+        a = covering(x, bits, scheme)
+        product = backend.prepare(LINEAR, weight, a, device)
+        assert is_chainable(product)
+        q = product.stored(x)
+        assert product.takes(q)
+        assert torch.equal(q, quantize(x, qparams(a, device)))
+        expected = reference(LINEAR, x, weight, a, own)
+        agree(product.real(q, own, None, False), expected)
+        agree(product(x, own), expected)
+        for clamp, gelu in AFTER:
+            y = done(expected, clamp, gelu)
+            if gelu is None:
+                agree(product.real(q, own, clamp, False), y)
+            read = covering(y, bits, scheme)
+            reader = backend.prepare(LINEAR, make_weight((3, 48)), read, device).reads
+            check_handed(product.handed(q, own, clamp, reader, gelu), y, read)
+    assert flag.item() == 0
+
+
+@pytest.mark.parametrize(("rows", "columns", "outputs"), [(1, 16, 1), (70, 144, 65), (33, 32, 16)])
+def test_linear_shapes(backend, device, make_weight, agree, flag, rows, columns, outputs):
+    x, weight = numbers((rows, columns), device), make_weight((outputs, columns), 8)
+    product = backend.prepare(LINEAR, weight, EIGHT, device)
+    expected = reference(LINEAR, x, weight, EIGHT, None)
+    agree(product.real(product.stored(x), None, None, False), expected)
+    read = covering(expected, 8, "symmetric")
+    reader = backend.prepare(LINEAR, weight, read, device).reads
+    y = product.handed(product.stored(x), None, None, reader)
+    exact = (expected.double() / read.scale).clamp(-128, 127)
+    assert (y.double() - exact).abs().max() <= 0.5 + 1e-4
+
+
+def test_rows_of_any_strides_are_stored(backend, device, make_weight, flag):
+    product = backend.prepare(LINEAR, make_weight((3, 16)), EIGHT, device)
+    base = numbers((16, 6, 4), device)
+    for x in (
+        base.movedim(0, -1),
+        base[:, ::2, 1].T,
+        base[:, 0, 0],
+        base.movedim(0, -1)[:, 1],
+        base.movedim(0, -1).contiguous()[::2],
+        numbers((5, 32), device)[:, ::2],
+        numbers((2, 1, 16), device).expand(2, 3, 16),
+    ):
+        q = product.stored(x)
+        assert q.is_contiguous()
+        assert torch.equal(q, quantize(x, qparams(EIGHT, device)))
+    assert flag.item() == 0
+
+
+def test_gelus_are_as_exact_as_they_say(device):
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -1e4, 1e4, 1e-30])])
+    x = x.to(device)
+    for after, gelu in ((2, "none"), (3, "tanh")):
+        y = torch.empty_like(x)
+        launch(apply, (1,), x, y, len(x), AFTER=after, BLOCK=4096)
+        error = (y.double() - F.gelu(x.double(), approximate=gelu)).abs()
+        assert (error <= 3e-7 * x.abs()).all()
+
+
+def test_doubt_is_raised(backend, device, make_weight):
+    weight = make_weight((7, 16))
+    product = backend.prepare(LINEAR, weight, EIGHT, device)
+    reader = product.reads
+    x, bias = numbers((3, 16), device), numbers((7,), device)
+    for layout in (x, x.T.contiguous().T):
+        with collecting(torch.zeros(1, dtype=torch.int32, device=device)):
+            product.stored(layout)
+            assert current_flag().item() == 0
+            bad = layout.clone()
+            bad[1, 3] = math.nan
+            product.stored(bad)
+            assert current_flag().item() == 1
+    for value in (math.nan, math.inf, -math.inf):
+        with collecting(torch.zeros(1, dtype=torch.int32, device=device)):
+            q = product.stored(x)
+            product.handed(q, bias, None, reader)
+            assert current_flag().item() == 0
+            bad = bias.clone()
+            bad[6] = value
+            product.handed(q, bad, (0.0, 6.0), reader)
+            assert current_flag().item() == 1
+    huge = ActivationScheme(8, scale=1e36, zero_point=0)
+    with collecting(torch.zeros(1, dtype=torch.int32, device=device)):
+        product = backend.prepare(LINEAR, weight, huge, device)
+        product.handed(q, None, None, reader)
+        assert current_flag().item() == 1
+
+
+def test_what_is_not_handed(backend, device, make_weight):
+    x, bias = numbers((3, 16), device), numbers((7,), device)
+    product = backend.prepare(LINEAR, make_weight((7, 16)), EIGHT, device)
+    assert product.stored(x) is None  # nobody collects doubts
+    assert current_flag() is None
+    with collecting(torch.zeros(1, dtype=torch.int32, device=device)):
+        q = product.stored(x)
+        assert product.handed(q, bias, None, product.reads) is not None
+        assert product.handed(q, bias, (0.0, 6.0), product.reads, "none") is None
+        assert product.handed(q, bias, None, SchemeReader(EIGHT)) is None
+        assert product.handed(q, bias, None, Reader()) is None
+        odd = backend.prepare(LINEAR, make_weight((7, 12)), EIGHT, device)
+        assert odd.reads is None
+        assert odd.stored(numbers((3, 12), device)) is None
+        token = backend.prepare(LINEAR, make_weight((7, 16)), PER_TOKEN, device)
+        assert token.reads is None
+        assert token.stored(x) is None
+        assert not token.takes(q)
+        for refused in (x.double(), x[:0], x[:, :8], x.clone().requires_grad_()):
+            assert product.stored(refused) is None
+        for refused in (x, q[:0], q[:, :8], q.T.contiguous().T):
+            assert not product.takes(refused)
+    assert product.handed(q, bias, None, product.reads) is None
+
+
+def test_readers_are_told_apart_by_their_tensor(backend, device, make_weight):
+    product = backend.prepare(LINEAR, make_weight((7, 16)), EIGHT, device)
+    same = backend.prepare(LINEAR, make_weight((7, 16)), EIGHT, device)
+    assert product.reads == product.reads
+    assert hash(product.reads) == hash(product.reads)
+    assert product.reads != same.reads
+    assert product.reads != SchemeReader(EIGHT)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoquant.kernels.gpu.chained_conv import Convolution
 from autoquant.kernels.gpu.device.convolution import (
     depthwise_convolution,
     int8_convolution,
@@ -32,9 +33,18 @@ from autoquant.kernels.gpu.launch import (
     launch,
     takes,
 )
+from autoquant.kernels.gpu.reading import (
+    PIXELS,
+    DeviceReader,
+    Ending,
+    bias_for,
+    ending,
+    is_bias,
+    stored,
+)
 from autoquant.kernels.gpu.tuning import bucket, tuned
 from autoquant.kernels.layout import is_channels_last
-from autoquant.kernels.operation import Clamp, Operation
+from autoquant.kernels.operation import Clamp, Operation, Reader
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -65,7 +75,10 @@ NAN_PROGRAMS = 512
 
 @dataclass(frozen=True, slots=True)
 class ConvProduct:
-    """x [batch, channels, *spatial] convolved with a weight, both as integers."""
+    """x [batch, channels, *spatial] convolved with a weight, both as integers.
+
+    By a static scheme it takes int8 and hands int8 on, where a pixel has a byte for each channel.
+    """
 
     geometry: Geometry
     weight: IntegerWeight
@@ -76,16 +89,15 @@ class ConvProduct:
     def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
         """Return float32 [batch, N, *spatial]; None for another dtype, no batch, a gradient."""
         g = self.geometry
-        if x.dtype != torch.float32 or x.dim() != self.dims:
+        if not self._is_taken(x) or not takes(x, bias, self.weight.q, g.outputs):
             return None
-        if x.shape[1] != g.groups * g.depth or not takes(x, bias, self.weight.q, g.outputs):
-            return None
-        x, bias = x.detach(), None if bias is None else bias.detach().contiguous()
+        last = _gives_channels_last(x)
+        q = self.stored(x)
+        if q is not None:
+            return self._chained(q, bias, Ending(clamp), last)
+        x, bias = x.detach(), bias_for(bias, self.weight.scale)
         image = x if x.dim() == 4 else x.unsqueeze(2)
-        size = g.out_size(image.shape[2], image.shape[3])
-        if min(size) < 1 or image.shape[0] * size[0] * size[1] > MAX_ROWS:
-            return None
-        out = _like(x, image.shape[0], g.outputs, size)
+        out = _empty(image.shape[0], g.outputs, g.out_size(*image.shape[2:]), last, x.device)
         quantized = quantize(image, self.activation, g.padding, g.channels)
         run = self._depthwise if g.depthwise else self._dense
         if not run(quantized, bias, out):
@@ -93,6 +105,75 @@ class ConvProduct:
         self._spread_nan(image, quantized.flag, out)
         out = clamped(out, clamp)
         return out if x.dim() == 4 else out.squeeze(2)
+
+    @property
+    def reads(self) -> DeviceReader | None:
+        """What makes the int8 that it takes, [batch, channels, *spatial] channels last.
+
+        None where it takes none: a pixel then has more bytes than channels.
+        """
+        if self.activation.dynamic or self.geometry.channels != self._channels:
+            return None
+        return DeviceReader(self.activation.static, PIXELS)
+
+    def stored(self, x: Tensor) -> Tensor | None:
+        """Return the int8 of a real activation; None where nobody collects doubts (``doubt``)."""
+        reader = self.reads
+        if reader is None or not self._is_taken(x):
+            return None
+        return stored(x, reader) if takes(x, None, self.weight.q, 0) else None
+
+    def takes(self, q: Tensor) -> bool:
+        """Return whether it can compute with these int8."""
+        if self.reads is None or q.dtype != torch.int8 or not self._fits(q):
+            return False
+        return q.numel() > 0 and q.movedim(1, -1).is_contiguous()
+
+    def real(
+        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
+    ) -> Tensor:
+        """Return float32 [batch, N, *spatial] of an activation's int8."""
+        y = self._chained(q, bias, Ending(clamp), channels_last and q.dim() == 4)
+        if y is None:
+            raise RuntimeError("the GPU runs the convolution in none of its block sizes")
+        return y
+
+    def handed(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+        reader: Reader,
+        gelu: str | None = None,
+    ) -> Tensor | None:
+        """Return it as the int8 that ``reader`` makes of it, channels last, in the same pass."""
+        end = ending(clamp, gelu, reader, PIXELS, q)
+        if end is None or not is_bias(bias, self.weight.scale):
+            return None
+        return self._chained(q, bias, end, True)
+
+    @property
+    def _channels(self) -> int:
+        return self.geometry.groups * self.geometry.depth
+
+    def _is_taken(self, x: Tensor) -> bool:
+        return x.dtype == torch.float32 and self._fits(x)
+
+    def _fits(self, x: Tensor) -> bool:
+        """Return whether an activation of this shape gives an output, and not too large a one."""
+        if x.dim() != self.dims or x.shape[1] != self._channels:
+            return False
+        height, width = (1, x.shape[2]) if x.dim() == 3 else x.shape[2:]
+        rows, columns = self.geometry.out_size(height, width)
+        return min(rows, columns) > 0 and x.shape[0] * rows * columns <= MAX_ROWS
+
+    def _chained(
+        self, q: Tensor, bias: Tensor | None, end: Ending, channels_last: bool
+    ) -> Tensor | None:
+        convolve = Convolution(self.geometry, self.weight, self.activation.static)
+        image = q if q.dim() == 4 else q.unsqueeze(2)
+        y = convolve(image, bias_for(bias, self.weight.scale), end, channels_last)
+        return y if y is None or q.dim() == 4 else y.squeeze(2)
 
     def _dense(self, x: QuantizedImages, bias: Tensor | None, out: Tensor) -> bool:
         g, weight = self.geometry, self.weight
@@ -218,17 +299,23 @@ class ConvProduct:
         )
 
 
-def _like(x: Tensor, samples: int, channels: int, size: tuple[int, int]) -> Tensor:
-    """Return an empty output in the memory format that a float convolution of ``x`` returns.
+def _gives_channels_last(x: Tensor) -> bool:
+    """Return whether a float convolution of ``x`` returns channels last.
 
     On a GPU it is cuDNN that gives channels last for channels last; torch's own kernels, which
     compute where that is switched off, give a contiguous output for any input.
     """
-    if is_channels_last(x) and (x.device.type == "cpu" or torch.backends.cudnn.enabled):
-        return torch.empty(samples, *size, channels, dtype=torch.float32, device=x.device).permute(
-            0, 3, 1, 2
-        )
-    return torch.empty(samples, channels, *size, dtype=torch.float32, device=x.device)
+    return is_channels_last(x) and (x.device.type == "cpu" or torch.backends.cudnn.enabled)
+
+
+def _empty(
+    samples: int, channels: int, size: tuple[int, int], last: bool, device: torch.device
+) -> Tensor:
+    """Return an output that is to be filled, channels last or contiguous."""
+    if last:
+        shape = (samples, *size, channels)
+        return torch.empty(shape, dtype=torch.float32, device=device).permute(0, 3, 1, 2)
+    return torch.empty(samples, channels, *size, dtype=torch.float32, device=device)
 
 
 def conv_product(

@@ -27,7 +27,15 @@ from autoquant.kernels.gpu.launch import (
     next_power_of_2,
     takes,
 )
-from autoquant.kernels.gpu.reading import ROWS, DeviceReader, Ending, bias_for, ending, stored
+from autoquant.kernels.gpu.reading import (
+    ROWS,
+    DeviceReader,
+    Ending,
+    bias_for,
+    ending,
+    is_bias,
+    stored,
+)
 from autoquant.kernels.gpu.tuning import bucket, tuned
 from autoquant.kernels.operation import Clamp, Reader
 from autoquant.quant.weight import QuantizedWeight
@@ -222,7 +230,7 @@ class LinearProduct:
         """Return float32 [..., N] of an activation's int8."""
         y = self._chained(q, bias_for(bias, self.weight.scale), Ending(clamp))
         if y is None:
-            raise RuntimeError(f"no cut of the kernel runs on this GPU: int8 [{q.shape}]")
+            raise RuntimeError("the GPU runs the product in none of its block sizes")
         return y
 
     def handed(
@@ -235,7 +243,7 @@ class LinearProduct:
     ) -> Tensor | None:
         """Return it as the int8 [..., N] that ``reader`` makes of it, in the same pass."""
         end = ending(clamp, gelu, reader, ROWS, q)
-        if end is None or not takes(q, None, self.weight.q, 0):
+        if end is None or not is_bias(bias, self.weight.scale):
             return None
         return self._chained(q, bias_for(bias, self.weight.scale), end)
 

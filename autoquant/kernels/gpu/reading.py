@@ -10,11 +10,11 @@ from torch import Tensor
 from autoquant.kernels.gpu.device.chained import quantize_flat
 from autoquant.kernels.gpu.device.images import quantize_images
 from autoquant.kernels.gpu.doubt import current_flag
-from autoquant.kernels.gpu.images import PIXELS
+from autoquant.kernels.gpu.images import PIXELS as IMAGE_PIXELS
 from autoquant.kernels.gpu.launch import ceil_div, launch, next_power_of_2
 from autoquant.kernels.operation import Clamp, Reader
 
-ROWS, PIXELS_LAST = "rows", "pixels"
+ROWS, PIXELS = "rows", "pixels"
 """How integers lie: [..., channels] as rows, or [batch, channels, *spatial] channels last."""
 BLOCK = 2048
 """Numbers that one program quantizes."""
@@ -52,7 +52,7 @@ def stored(x: Tensor, reader: DeviceReader) -> Tensor | None:
     flag = current_flag()
     if flag is None or flag.device != x.device:
         return None
-    x, pixels = x.detach(), reader.layout == PIXELS_LAST
+    x, pixels = x.detach(), reader.layout == PIXELS
     last = x.movedim(1, -1) if pixels else x
     q = torch.empty(last.shape, dtype=torch.int8, device=x.device)
     if last.is_contiguous():
@@ -76,7 +76,7 @@ def _quantize_strided(x: Tensor, static: Tensor, q: Tensor, flag: Tensor) -> Non
     block = min(next_power_of_2(max(channels, 4)), 64)
     launch(
         quantize_images,
-        (samples * ceil_div(height * width, PIXELS), ceil_div(channels, block)),
+        (samples * ceil_div(height * width, IMAGE_PIXELS), ceil_div(channels, block)),
         image,
         static,
         static,
@@ -95,7 +95,7 @@ def _quantize_strided(x: Tensor, static: Tensor, q: Tensor, flag: Tensor) -> Non
         PER_SAMPLE=False,
         LAST=image.stride(1) == 1,
         FOLD=False,
-        BLOCK_P=PIXELS,
+        BLOCK_P=IMAGE_PIXELS,
         BLOCK_C=block,
     )
 
@@ -158,3 +158,11 @@ def ending(
 def bias_for(bias: Tensor | None, scale: Tensor) -> Tensor | None:
     """Return a bias as kernels take it: float32 without gaps, on the device of ``scale``."""
     return None if bias is None else bias.detach().to(scale).contiguous()
+
+
+def is_bias(bias: Tensor | None, scale: Tensor) -> bool:
+    """Return whether kernels that hand int8 on take a bias: float32 [channels], as ``scale``."""
+    if bias is None:
+        return True
+    same = (bias.dtype, bias.device, bias.shape) == (scale.dtype, scale.device, scale.shape)
+    return same and not (bias.requires_grad and torch.is_grad_enabled())

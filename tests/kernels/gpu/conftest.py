@@ -88,3 +88,32 @@ def poisoned(monkeypatch, device):
         return made.fill_(torch.iinfo(made.dtype).max)
 
     monkeypatch.setattr(torch, "empty", fill)
+
+
+@pytest.fixture
+def flag(device):
+    """Doubts that are being collected: int32 [1], 0 at first."""
+    from autoquant.kernels.gpu.doubt import collecting
+
+    made = torch.zeros(1, dtype=torch.int32, device=device)
+    with collecting(made):
+        yield made
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Return a function that makes a module take one config, where it can be launched at all."""
+
+    def patch(module, c):
+        def tuned(kernel, shape, configs, run, device):
+            try:
+                run(c)
+            except Exception as error:  # a GPU with less shared memory than this one needs
+                if device.type == "cpu":
+                    raise
+                pytest.skip(str(error))
+            return c
+
+        monkeypatch.setattr(module, "tuned", tuned)
+
+    return patch

@@ -14,18 +14,11 @@ from autoquant.kernels.gpu.doubt import collecting, current_flag
 from autoquant.kernels.gpu.launch import launch
 from autoquant.kernels.operation import LINEAR, Reader, SchemeReader, is_chainable
 from autoquant.kernels.reference import reference
-from autoquant.quant.affine import QParams, quantize
+from autoquant.quant.affine import quantize
 from autoquant.spec.recipe import ActivationScheme
+from tests.kernels.gpu.handed import AFTER, check_handed, covering, done, numbers, qparams
 
 SCHEMES = ("symmetric", "asymmetric")
-AFTER = [
-    (None, None),
-    ((0.0, math.inf), None),
-    ((0.0, 6.0), None),
-    ((-1.0, 2.0), None),
-    (None, "none"),
-    (None, "tanh"),
-]
 PER_TOKEN = ActivationScheme(8, "per_token")
 EIGHT = ActivationScheme(8, scale=0.03, zero_point=-20)
 pytestmark = [
@@ -39,47 +32,6 @@ def apply(x, y, count, AFTER: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     real = tl.load(x + at, mask=at < count, other=0.0)
     tl.store(y + at, activated(real, 0.0, 0.0, AFTER), mask=at < count)
-
-
-@pytest.fixture
-def flag(device):
-    with collecting(torch.zeros(1, dtype=torch.int32, device=device)):
-        yield current_flag()
-
-
-def numbers(shape, device, seed=1):
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5).to(device)
-
-
-def covering(y, bits, scheme):
-    """Return a static scheme of most of the range of ``y``: both ends saturate."""
-    if scheme == "symmetric":
-        largest = 0.8 * y.abs().max().item()
-        return ActivationScheme(bits, scheme=scheme, scale=largest / 2 ** (bits - 1), zero_point=0)
-    low, high = 0.8 * min(y.min().item(), 0.0), 0.8 * max(y.max().item(), 0.0)
-    scale = (high - low) / (2**bits - 1)
-    zero = max(round(-low / scale) - 2 ** (bits - 1), -(2 ** (bits - 1)))
-    return ActivationScheme(bits, scheme=scheme, scale=scale, zero_point=zero)
-
-
-def qparams(scheme, device):
-    scale, zero = (torch.tensor(float(n), device=device) for n in (scheme.scale, scheme.zero_point))
-    return QParams(scale, zero, scheme.bits)
-
-
-def done(y, clamp, gelu):
-    y = y if clamp is None else y.clamp(*clamp)
-    return y if gelu is None else F.gelu(y, approximate=gelu)
-
-
-def check_handed(q, y, scheme):
-    """Check that ``q`` are the integers of ``y``, but next to the middle between two."""
-    assert q.dtype == torch.int8
-    assert q.shape == y.shape
-    p = qparams(scheme, y.device)
-    exact = (y.double() / scheme.scale + scheme.zero_point).clamp(p.qmin, p.qmax)
-    assert (q.double() - exact).abs().max() <= 0.5 + 1e-4
-    assert len(q.unique()) > 2
 
 
 @pytest.mark.parametrize("bits", [4, 8])

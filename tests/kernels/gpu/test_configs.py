@@ -9,30 +9,12 @@ from autoquant.kernels.reference import reference
 from autoquant.spec.recipe import ActivationScheme
 
 SCHEME = ActivationScheme(8, "per_token")
+STATIC = ActivationScheme(8, scale=0.03, zero_point=-20)
 CONV = Operation("conv2d", (1, 1), (1, 1), (1, 1))
 
 
 def activation(shape, device):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-@pytest.fixture
-def choose(monkeypatch):
-    """Return a function that makes a module take one config, where it can be launched at all."""
-
-    def patch(module, c):
-        def tuned(kernel, shape, configs, run, device):
-            try:
-                run(c)
-            except Exception as error:  # a GPU with less shared memory than this one needs
-                if device.type == "cpu":
-                    raise
-                pytest.skip(str(error))
-            return c
-
-        monkeypatch.setattr(module, "tuned", tuned)
-
-    return patch
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -73,3 +55,12 @@ def test_weight_only(backend, device, make_weight, agree, choose, rows, c):
     x, weight = activation((rows, 130), device), make_weight((39, 130), 4)
     product = backend.prepare(LINEAR, weight, None, device)
     agree(product(x, None), reference(LINEAR, x, weight, None, None))
+
+
+@pytest.mark.usefixtures("poisoned", "flag")
+@pytest.mark.parametrize("c", linear.CHAINED_SMALL + linear.CHAINED_LARGE)
+def test_chained_linear(backend, device, make_weight, agree, choose, c):
+    choose(linear, c)
+    x, weight = activation((77, 48), device), make_weight((139, 48), 8, scheme="asymmetric")
+    product = backend.prepare(LINEAR, weight, STATIC, device)
+    agree(product(x, None), reference(LINEAR, x, weight, STATIC, None))

@@ -1,0 +1,277 @@
+"""Convolutions between channels-last integers without padding in memory."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from autoquant.kernels.gpu.device.convolution import place_of
+from autoquant.kernels.gpu.device.epilogue import correct, to_real
+from autoquant.kernels.gpu.device.handing import activated, raise_doubt, to_integers
+from autoquant.kernels.gpu.device.matmul import tile_of
+
+# As in ``convolution``: one compiled kernel for many shapes.
+SHAPE = ["M", "height", "width", "out_height", "out_width"]
+SHAPE += ["stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"]
+
+
+@triton.jit
+def finish(
+    acc,
+    out,
+    static,
+    scale,
+    shift,
+    to_static,
+    flag,
+    rows,
+    columns,
+    m,
+    channel,
+    outputs,
+    area,
+    low,
+    high,
+    AFTER: tl.constexpr,
+    HANDS: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Store the outputs of exact sums ``acc`` [M, N]: pixels ``m`` of ``channel``.
+
+    ``scale`` and ``shift`` are float32 [N], ``area`` is the pixels of a sample. Neighbouring
+    threads go along the last axis of a block, so it has to be the one that is dense in memory.
+    """
+    x_scale = tl.load(static)
+    y = to_real(acc, tl.zeros_like(m).to(tl.float32) + x_scale, scale, shift)
+    y = activated(y, low, high, AFTER)
+    if HANDS:
+        raise_doubt(flag, x_scale, scale, shift, columns)
+        y = to_integers(y, to_static)
+    if LAST:
+        to = out + m.to(tl.int64)[:, None] * outputs + channel[None, :]
+        tl.store(to, y, mask=rows[:, None] & columns[None, :])
+    else:
+        at = (m // area).to(tl.int64) * outputs * area + m % area
+        to = out + channel.to(tl.int64)[:, None] * area + at[None, :]
+        tl.store(to, tl.trans(y), mask=columns[:, None] & rows[None, :])
+
+
+@triton.jit(do_not_specialize=[*SHAPE, "N", "w_width", "channels", "depth", "taps_x", "K"])
+def chained_convolution(
+    q,  # int8 [samples, height, width, channels], contiguous
+    w,  # int8 [groups · N, w_width], contiguous; columns are (row, column, channel)
+    out,  # int8 where HANDS, else float32; channels last where LAST, else first; contiguous
+    bias,  # float32 [groups · N]
+    static,  # float32 [4] of q: scale, zero point, qmin, qmax
+    w_scale,  # float32 [groups · N]
+    w_zero,  # int32 [groups · N]
+    w_sum,  # int32 [groups · N]
+    to_static,  # float32 [4] of out, where HANDS
+    flag,  # int32 [1]: becomes 1 where out is in doubt
+    M,  # output pixels of all samples
+    N,  # output channels of a group
+    w_width,
+    height,
+    width,
+    out_height,
+    out_width,
+    stride_y,
+    stride_x,
+    pad_y,
+    pad_x,
+    dilation_y,
+    dilation_x,
+    channels,
+    depth,  # channels of a group
+    taps_x,
+    K,  # taps · depth
+    low,  # least and largest output, where AFTER is 1
+    high,
+    ALIGNED: tl.constexpr,  # at most 16; divides channels and depth
+    ALIGNED_N: tl.constexpr,  # at most 16; divides N
+    WINDOW: tl.constexpr,  # 0: one pixel; 1: BLOCK_K divides depth; 2: any
+    PADDED: tl.constexpr,
+    LAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    W_ZERO: tl.constexpr,
+    AFTER: tl.constexpr,  # see ``activated``
+    HANDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Compute BLOCK_M pixels × BLOCK_N channels of one group a program, as a matrix product.
+
+    The window of a pixel is a row of K integers at fixed distances from its first one. What lies
+    beside the image is the integer zero point: the real number 0.
+    """
+    # Says nothing new, but the compiler sees that 16 neighbours are one load, or one store.
+    channels = channels // ALIGNED * ALIGNED
+    depth = depth // ALIGNED * ALIGNED
+    K = K // ALIGNED * ALIGNED
+    w_width = w_width // 16 * 16
+    N = N // ALIGNED_N * ALIGNED_N
+    group = tl.program_id(1)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = m < M, n < N
+    sample, out_y, out_x = place_of(m % M, out_height, out_width)
+    y0, x0 = out_y * stride_y - pad_y, out_x * stride_x - pad_x
+    first_pixel = (sample * height + y0).to(tl.int64) * width + x0
+    window = q + first_pixel * channels + group * depth
+    weights = w + (group * N + n % N).to(tl.int64) * w_width
+    zero = tl.load(static + 1).to(tl.int32)
+    step = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    total = tl.zeros((BLOCK_M,), tl.int32)
+    for first in range(0, K, BLOCK_K):
+        k = first + step
+        if WINDOW == 0:
+            x = tl.load(window[:, None] + k[None, :], mask=(k < K)[None, :], other=0)
+        elif WINDOW == 1:
+            tap = first // depth
+            dy, dx = tap // taps_x * dilation_y, tap % taps_x * dilation_x
+            offset = (dy * width + dx) * channels + first % depth + step
+            at = window[:, None] + offset[None, :]
+            if PADDED:
+                row, column = y0 + dy, x0 + dx
+                inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                x = tl.load(at, mask=inside[:, None], other=0)
+                x = tl.where(inside[:, None], x, zero.to(tl.int8))
+            else:
+                x = tl.load(at)
+        else:
+            tap = k // depth
+            dy, dx = tap // taps_x * dilation_y, tap % taps_x * dilation_x
+            offset = (dy * width + dx) * channels + k % depth
+            at = window[:, None] + offset[None, :]
+            if PADDED:
+                row, column = y0[:, None] + dy[None, :], x0[:, None] + dx[None, :]
+                inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                x = tl.load(at, mask=inside & (k < K)[None, :], other=0)
+                x = tl.where(inside | (k >= K)[None, :], x, zero.to(tl.int8))
+            else:
+                x = tl.load(at, mask=(k < K)[None, :], other=0)
+        b = tl.load(weights[None, :] + k[:, None], mask=(k < K)[:, None], other=0)
+        acc = tl.dot(x, b, acc, out_dtype=tl.int32)
+        if W_ZERO:
+            total += tl.sum(x.to(tl.int32), axis=1)
+    channel = group * N + n
+    acc = correct(
+        acc,
+        total,
+        tl.zeros((BLOCK_M,), tl.int32) + zero,
+        tl.load(w_zero + channel, mask=columns, other=0),
+        tl.load(w_sum + channel, mask=columns, other=0),
+        True,
+        W_ZERO,
+    )
+    scale = tl.load(w_scale + channel, mask=columns, other=0.0)
+    shift = scale * 0.0
+    if HAS_BIAS:
+        shift = tl.load(bias + channel, mask=columns, other=0.0)
+    outputs, area = N * tl.num_programs(1), out_height * out_width
+    finish(
+        acc,
+        out,
+        static,
+        scale,
+        shift,
+        to_static,
+        flag,
+        rows,
+        columns,
+        m,
+        channel,
+        outputs,
+        area,
+        low,
+        high,
+        AFTER,
+        HANDS,
+        LAST,
+    )
+
+
+@triton.jit(do_not_specialize=SHAPE)
+def chained_depthwise(
+    q,  # int8 [samples, height, width, channels], contiguous
+    w,  # int8 [taps, N], contiguous
+    out,  # int8 where HANDS, else float32; channels last where LAST, else first; contiguous
+    bias,  # float32 [N]
+    static,  # float32 [4] of q: scale, zero point, qmin, qmax
+    w_scale,  # float32 [N]
+    w_zero,  # int32 [N]
+    to_static,  # float32 [4] of out, where HANDS
+    flag,  # int32 [1]: becomes 1 where out is in doubt
+    M,
+    N,
+    height,
+    width,
+    out_height,
+    out_width,
+    stride_y,
+    stride_x,
+    pad_y,
+    pad_x,
+    dilation_y,
+    dilation_x,
+    channels,
+    low,
+    high,
+    MULTIPLIER: tl.constexpr,  # output channels of one input channel
+    TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr,
+    LAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    AFTER: tl.constexpr,
+    HANDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Compute BLOCK_M pixels × BLOCK_N channels a program, each from one input channel."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = m < M, n < N
+    sample, out_y, out_x = place_of(m % M, out_height, out_width)
+    y0, x0 = out_y * stride_y - pad_y, out_x * stride_x - pad_x
+    first_pixel = (sample * height + y0).to(tl.int64) * width + x0
+    window = q + (first_pixel * channels)[:, None] + (n // MULTIPLIER)[None, :]
+    zero = tl.load(static + 1).to(tl.int32)
+    w_shift = tl.load(w_zero + n, mask=columns, other=0)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for tap in range(TAPS_Y * TAPS_X):
+        dy, dx = tap // TAPS_X * dilation_y, tap % TAPS_X * dilation_x
+        row, column = y0 + dy, x0 + dx
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        offset = (dy * width + dx) * channels
+        x = tl.load(window + offset, mask=inside[:, None] & columns[None, :], other=0)
+        x = tl.where(inside[:, None], x.to(tl.int32) - zero, 0)
+        b = tl.load(w + tap * N + n, mask=columns, other=0).to(tl.int32) - w_shift
+        acc += x * b[None, :]
+    scale = tl.load(w_scale + n, mask=columns, other=0.0)
+    shift = scale * 0.0
+    if HAS_BIAS:
+        shift = tl.load(bias + n, mask=columns, other=0.0)
+    finish(
+        acc,
+        out,
+        static,
+        scale,
+        shift,
+        to_static,
+        flag,
+        rows,
+        columns,
+        m,
+        n,
+        N,
+        out_height * out_width,
+        low,
+        high,
+        AFTER,
+        HANDS,
+        LAST,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 from contextlib import AbstractContextManager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoquant.kernels.gpu.doubt import collecting
 from autoquant.kernels.operation import Operation, Product
 from autoquant.kernels.transformed import transformed
 from autoquant.quant.transforms import InputTransform
@@ -50,8 +50,8 @@ class TritonBackend:
         return None
 
     def collecting(self, flag: Tensor) -> AbstractContextManager[None]:
-        """Leave ``flag`` as it is: no product hands integers on."""
-        return contextlib.nullcontext()
+        """Let products hand integers on inside, and raise ``flag`` where they can't (``doubt``)."""
+        return collecting(flag)
 
     def prepare(
         self,

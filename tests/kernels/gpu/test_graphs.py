@@ -1,71 +1,69 @@
+"""What is recorded as a CUDA graph, and what is refused."""
+
 import pytest
 import torch
 
-from autoquant.kernels.gpu.graphs import Replayed
+from autoquant.kernels.gpu.graphs import CudaRecorder
+from autoquant.kernels.recording import CannotRecord
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
-def test_without_a_gpu_the_function_is_called():
+@pytest.fixture
+def recorder():
+    return CudaRecorder(torch.device("cuda"))
+
+
+def test_a_replay_computes_on_what_lies_there_by_now(recorder):
+    weight, x = torch.randn(16, 16, device="cuda"), torch.randn(4, 16, device="cuda")
     calls = []
 
-    def double(x):
-        calls.append(x)
-        return 2 * x
-
-    replayed = Replayed(double)
-    for n in range(3):
-        assert torch.equal(replayed(torch.full((2,), n)), torch.full((2,), 2 * n))
-    assert len(calls) == 3
-
-
-gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@gpu
-@needs_gpu
-def test_a_replay_returns_what_the_function_does():
-    calls = []
-    weight = torch.randn(16, 16, device="cuda")
-
-    def function(x):
+    def work():
         calls.append(1)
-        return (x @ weight).relu()
+        return [(x @ weight).relu()]
 
-    replayed = Replayed(function)
-    results = []
-    for shape in ((4, 16), (7, 16)):
-        for _ in range(4):
-            x = torch.randn(shape, device="cuda")
-            results.append((replayed(x), (x @ weight).relu()))
-    for result, expected in results:  # an output is not overwritten by a later replay
-        torch.testing.assert_close(result, expected)
+    work()
+    recorded = recorder.record(work)
     made = len(calls)
-    replayed(torch.randn(4, 16, device="cuda"))
+    for _ in range(3):
+        x.normal_()
+        weight.normal_()
+        recorded.replay()
+        torch.testing.assert_close(recorded.outputs[0], (x @ weight).relu())
     assert len(calls) == made
 
 
-@gpu
-@needs_gpu
-def test_what_cannot_be_captured_is_called():
-    def function(x):
-        return x * float(x.sum().cpu())
+def test_graphs_share_memory_one_after_the_other(recorder):
+    x = torch.randn(1 << 20, device="cuda")
+    works = [lambda n=n: [(x * n).exp().sum(0, keepdim=True)] for n in (1, 2, 3)]
+    recorded = []
+    for work in works:
+        work()
+        recorded.append(recorder.record(work))
+    for _ in range(2):
+        for work, made in zip(works, recorded, strict=True):
+            made.replay()
+            torch.testing.assert_close(made.outputs[0].clone(), work()[0])
 
-    replayed = Replayed(function)
-    for _ in range(4):
-        x = torch.rand(8, device="cuda")
-        torch.testing.assert_close(replayed(x), function(x))
 
-
-@gpu
-@needs_gpu
-def test_products_can_be_replayed(backend, device, make_weight, agree):
-    from autoquant.kernels.operation import LINEAR
-    from autoquant.kernels.reference import reference
-    from autoquant.spec.recipe import ActivationScheme
-
-    weight, scheme = make_weight((48, 64)), ActivationScheme(8, "per_token")
-    product = backend.prepare(LINEAR, weight, scheme, device)
-    replayed = Replayed(lambda x: product(x, None))
-    for _ in range(4):
-        x = torch.randn(33, 64, device=device)
-        agree(replayed(x), reference(LINEAR, x, weight, scheme, None))
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: [x * float(x.sum())],
+        lambda x: [x.cpu()],
+        lambda x: [x[x > 0]],
+        lambda x: [x + torch.ones(8).cuda()],
+    ],
+)
+def test_what_waits_for_the_host_is_refused_and_the_device_goes_on(recorder, work):
+    x = torch.rand(8, device="cuda")
+    with pytest.raises(CannotRecord) as refused:
+        recorder.record(lambda: work(x))
+    assert "\n" not in str(refused.value)
+    torch.testing.assert_close(work(x)[0], work(x)[0])
+    good = recorder.record(lambda: [x * 2])
+    good.replay()
+    torch.testing.assert_close(good.outputs[0], x * 2)

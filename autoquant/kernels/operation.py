@@ -6,6 +6,7 @@ A product is one weight, packed once for one activation scheme. It computes what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
@@ -127,6 +128,72 @@ class Chainable(Product, Protocol):
         ``reader`` is another backend's.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A layer norm over the last axis: ``weight`` and ``bias`` [channels], where it has them."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A layer's output plus another tensor, and what comes after that.
+
+    ``total`` is the sum as real numbers, None where that was not asked for; ``real`` what follows
+    it, the sum itself where nothing does; ``integers`` are what each reader makes of ``real``, None
+    for one that this backend does not serve.
+    """
+
+    total: Tensor | None
+    real: Tensor
+    integers: tuple[Tensor | None, ...]
+
+
+class Adding(Chainable, Protocol):
+    """A product that adds another tensor to its output in the same pass.
+
+    That is a residual connection: what comes out is read by several layers and is real, too.
+    """
+
+    def added(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        clamp: Clamp | None,
+        readers: Sequence[Reader],
+        channels_last: bool,
+    ) -> Added | None:
+        """Return the output on bytes ``q`` plus ``other``, clamped, for all ``readers``.
+
+        ``other`` is float32 of the output's shape. None where this can't be computed so: other
+        strides than the output would have, another device.
+        """
+        ...
+
+    def normalized(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        norm: Norm,
+        readers: Sequence[Reader],
+        keeps: bool,
+    ) -> Added | None:
+        """Return the norm of the output on bytes ``q`` plus ``other``, for all ``readers``.
+
+        The sum itself is wanted where it ``keeps``. None where this can't be computed so.
+        """
+        ...
+
+
+def is_adding(product: Product | None) -> TypeGuard[Adding]:
+    """Return whether a product can add another tensor to its output."""
+    return hasattr(product, "added")
 
 
 def is_chainable(product: Product | None) -> TypeGuard[Chainable]:

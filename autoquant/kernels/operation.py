@@ -159,6 +159,10 @@ class Adding(Chainable, Protocol):
     That is a residual connection: what comes out is read by several layers and is real, too.
     """
 
+    def shape(self, q: Tensor) -> tuple[int, ...]:
+        """Return the shape of the output on bytes ``q``."""
+        ...
+
     def added(
         self,
         q: Tensor,

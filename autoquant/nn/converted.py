@@ -25,6 +25,7 @@ from autoquant.errors import UserError
 from autoquant.kernels.operation import Operation, Reader
 from autoquant.nn.layer_output import After
 from autoquant.nn.runtime import SiteRuntime
+from autoquant.nn.sums import Plan
 
 NAME = "_autoquant"
 """The one name in a user's module that is ours."""
@@ -48,8 +49,9 @@ class Converted:
     ``path`` is the module's in the model. ``operation`` says what the layer does, None where no
     kernel can stand in for it; ``channels_last`` makes a 2-d convolution compute in that memory
     format. ``after`` is the ReLU or GELU that is expected to follow, and ``reader`` the layer that
-    alone is expected to read what comes out then: both were seen, and nothing but speed depends on
-    them. ``fold`` is told of every output, where a BatchNorm went into the layer.
+    alone is expected to read what comes out then; ``plan`` says so of an output that something is
+    added to. All that was seen, and nothing but speed depends on it. ``fold`` is told of every
+    output, where a BatchNorm went into the layer.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Converted:
         self.channels_last = False
         self.after: After = None
         self.reader: Converted | None = None
+        self.plan: Plan | None = None
         self.fold: Telling | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

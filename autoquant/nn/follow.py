@@ -18,13 +18,16 @@ from torch.utils import _pytree as pytree
 
 from autoquant.nn.converted import Converted
 from autoquant.nn.layer_output import After, leaves_alone, looks_only, step_of
+from autoquant.nn.sums import NORM, Plan, Sum, norm_of, sum_of
 
 
 @dataclass(eq=False)
 class _Value:
     """What a layer gave: its activation, the layers that read it after that, and other uses.
 
-    ``before`` counts what read it as the layer gave it, but for the activation.
+    ``before`` counts what read it as the layer gave it, but for the activation. ``total`` is what
+    comes of it where something is added to it: followed like an output, from call ``number`` on.
+    ``late`` says that other calls came between the sum and what follows it.
     """
 
     layer: Converted
@@ -32,6 +35,26 @@ class _Value:
     before: int = 0
     readers: list[Converted] = field(default_factory=list)
     others: int = 0
+    total: _Value | None = None
+    number: int = 0
+    late: bool = False
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nobody has used it."""
+        return self.after is None and not self.readers and not self.before + self.others
+
+    def plan(self) -> Plan | None:
+        """Return what follows where something is added to it; None where it does not fit."""
+        total = self.total
+        if total is None or self.before or self.others or self.readers or total.late:
+            return None
+        if isinstance(total.after, tuple) and total.before:
+            return None
+        if isinstance(total.after, str) and total.after != NORM:
+            return None
+        keeps = total.after == NORM and bool(total.before)
+        return Plan(total.after, tuple(total.readers), keeps)
 
 
 class Followers(TorchFunctionMode):
@@ -42,6 +65,7 @@ class Followers(TorchFunctionMode):
         self.values: list[_Value] = []
         self._held: dict[int, tuple[weakref.ref[Tensor], _Value, bool]] = {}
         self._reading: list[_Value | None] = []
+        self._count = 0
 
     def settle(self) -> None:
         """Tell every layer what is expected to follow it: what did each time."""
@@ -50,6 +74,9 @@ class Followers(TorchFunctionMode):
             found.setdefault(id(value.layer), []).append(value)
         for values in found.values():
             first = values[0]
+            plans = [v.plan() for v in values]
+            if all(plan == plans[0] for plan in plans):
+                first.layer.plan = plans[0]
             if all(v.after == first.after and not v.before for v in values):
                 first.layer.after = first.after
             elif any(v.after is not None for v in values):
@@ -87,6 +114,12 @@ class Followers(TorchFunctionMode):
         """Count the uses of what is followed."""
         if leaves_alone(func, args, kwargs):
             return args[0]
+        self._count += not looks_only(func)
+        added = sum_of(func, args, kwargs)
+        if added is not None and (found := self._added(added, func)) is not None:
+            return found
+        if (found := self._normed(func, args, kwargs)) is not None:
+            return found
         step = step_of(func, args, kwargs)
         value, activated = self._find(args[0]) if step is not None else (None, False)
         if step is not None and value is not None and value not in self._reading:
@@ -97,17 +130,50 @@ class Followers(TorchFunctionMode):
                 value.before += 1
             else:
                 value.after = step.after
+                value.late = value.number > 0 and self._count > value.number + 1
                 self._held[id(y)] = weakref.ref(y), value, True
             return y
         if not looks_only(func):
             for leaf in pytree.tree_leaves((args, kwargs)):
-                value, activated = self._find(leaf)
-                if value is not None and value not in self._reading:
-                    if activated or value.after is None:
-                        value.others += 1
-                    if not activated:
-                        value.before += 1
+                self._use(leaf)
         return func(*args, **(kwargs or {}))
+
+    def _added(self, added: Sum, func: Any) -> Tensor | None:
+        """Follow a sum in the place of an output that nobody used before; None for other sums."""
+        operands = (added.first,) if added.inplace else (added.first, added.second)
+        for x in operands:
+            value, activated = self._find(x)
+            if value is None or activated or value in self._reading or not value.fresh:
+                continue
+            if value.total is not None or value.number:
+                continue
+            self._use(added.second if x is added.first else added.first)
+            y: Tensor = func(added.first, added.second)
+            value.total = total = _Value(value.layer, number=self._count)
+            self._held[id(y)] = weakref.ref(y), total, False
+            return y
+        return None
+
+    def _normed(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """Follow the layer norm of a sum; None for any other call."""
+        if norm_of(func, args, kwargs) is None:
+            return None
+        value, activated = self._find(args[0])
+        if value is None or activated or not value.number or not value.fresh:
+            return None
+        y: Tensor = func(*args, **(kwargs or {}))
+        value.after, value.late = NORM, self._count > value.number + 1
+        self._held[id(y)] = weakref.ref(y), value, True
+        return y
+
+    def _use(self, x: Any) -> None:
+        """Count a use of ``x``, where it is followed."""
+        value, activated = self._find(x)
+        if value is not None and value not in self._reading:
+            if activated or value.after is None:
+                value.others += 1
+            if not activated:
+                value.before += 1
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ computed then: nothing depends on a guess about what comes next, only the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ _ASKED = frozenset(
 class LayerOutput(Tensor):
     """An output of which ``held`` is computed: what ``ahead`` makes of it, None for itself.
 
+    ``also`` are the integers of more readers.
+
     With ``reader``, ``held`` are the integers that it makes of that; else real numbers.
     ``compute`` gives the output, which lies in memory as ``stride`` says, from ``source``, the
     integers that the layer read. Nobody writes into ``source`` or into integers.
@@ -58,6 +60,7 @@ class LayerOutput(Tensor):
     done: After
     channels_last: bool
     changes: int
+    also: tuple[tuple[Reader, Tensor], ...]
     _real: Tensor | None
     _made: int
 
@@ -75,12 +78,34 @@ class LayerOutput(Tensor):
         y: LayerOutput = Tensor._make_wrapper_subclass(
             LayerOutput, held.shape, strides=stride, dtype=torch.float32, device=held.device
         )
-        y.held, y.source, y.reader, y.compute = held, source, reader, compute
-        y.ahead, y.done = ahead, done
-        y.channels_last = lies_channels_last(held.shape, stride)
-        y.changes = 0
-        y._real, y._made = None, 0
+        y.begin(held, source, reader, compute, stride, ahead, done)
         return y
+
+    def begin(
+        self,
+        held: Tensor | None,
+        source: Tensor,
+        reader: Reader | None,
+        compute: Compute,
+        stride: tuple[int, ...],
+        ahead: After = None,
+        done: After = None,
+    ) -> None:
+        """Set what ``of`` is given."""
+        self.held, self.source, self.reader, self.compute = held, source, reader, compute
+        self.ahead, self.done = ahead, done
+        self.channels_last = lies_channels_last(self.shape, stride)
+        self.changes = 0
+        self.also = ()
+        self._real, self._made = None, 0
+
+    def finish(
+        self, real: Tensor, readers: Sequence[Reader], integers: Sequence[Tensor | None]
+    ) -> None:
+        """Be these real numbers from here on, of which some readers' integers are known."""
+        self._see(real)
+        pairs = zip(readers, integers, strict=True)
+        self.also = tuple((reader, q) for reader, q in pairs if q is not None)
 
     @property
     def seen(self) -> bool:
@@ -93,12 +118,13 @@ class LayerOutput(Tensor):
         real = self._real
         return real is not None and (real.is_inference() or real._version != self._made)
 
-    @property
-    def integers(self) -> Tensor | None:
-        """The integers that stand for these very numbers, None where there are none."""
-        if self.reader is None or self.ahead is not None or self.written:
+    def integers(self, reader: Reader | None) -> Tensor | None:
+        """Return what ``reader`` makes of these very numbers, None where that is not known."""
+        if reader is None or self.ahead is not None or self.written:
             return None
-        return self.held
+        if self.reader == reader:
+            return self.held
+        return next((q for known, q in self.also if known == reader), None)
 
     def dequantized(self) -> Tensor:
         """Return the real numbers, always the same tensor."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from autoquant.kernels.operation import Operation, Reader
 from autoquant.nn.layer_output import After
+from autoquant.nn.sums import Plan
 
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
 """Activation [..., in], as it is before quantization, and bias [out] or None → [..., out]."""
@@ -32,6 +33,11 @@ class Layer(Protocol):
     @property
     def after(self) -> After:
         """The ReLU or GELU that is expected to follow."""
+        ...
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is expected to be added to the output, and to follow that; None for nothing."""
         ...
 
     @property

@@ -22,6 +22,7 @@ from autoquant.kernels.operation import (
     Operation,
     Product,
     Reader,
+    is_adding,
     is_chainable,
 )
 from autoquant.nn.fixed import Fixed, Tell
@@ -29,6 +30,7 @@ from autoquant.nn.held import HeldWeight
 from autoquant.nn.layer_output import After, LayerOutput, as_real
 from autoquant.nn.runtime import Layer, Multiply, Rows
 from autoquant.nn.sites import Site
+from autoquant.nn.sums import Call, Summand
 from autoquant.quant.activation import wants_gradient
 from autoquant.quant.transforms import InputTransform
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, SiteRecipe
@@ -277,21 +279,35 @@ def _run(product: Product, x: Tensor, bias: Tensor | None, layer: Layer) -> Tens
     """
     wanted = None if layer.reader is None else layer.reader.reads()
     after = layer.after
-    q = x.integers if isinstance(x, LayerOutput) else None
-    if q is not None:
-        assert isinstance(x, LayerOutput)
-        if not (is_chainable(product) and product.reads == x.reader and product.takes(q)):
+    q = None
+    if isinstance(x, LayerOutput) and is_chainable(product):
+        q = x.integers(product.reads)
+        if q is not None and not product.takes(q):
             q = None
     last = x.channels_last if isinstance(x, LayerOutput) else is_channels_last(x)
     if q is None:
         x = as_real(x)
-    ahead = wanted is not None or isinstance(after, tuple)
+    plan = layer.plan if is_adding(product) else None
+    ahead = wanted is not None or isinstance(after, tuple) or plan is not None
     if not is_chainable(product) or (q is None and not ahead):
         return product(x, bias)
     known = product.stored(x) if q is None else q
     if known is None:
         return product(x, bias)
     compute = functools.partial(_real, product, bias, last)
+    if plan is not None and is_adding(product):
+        readers = [r for reader in plan.readers if (r := reader.reads()) is not None]
+        call = Call(
+            product,
+            known,
+            bias,
+            last,
+            plan.after,
+            tuple(dict.fromkeys(readers)),
+            plan.keeps,
+            compute,
+        )
+        return Summand.put_off(call)
     if wanted is not None:
         clamp, gelu = (after, None) if isinstance(after, tuple) else (None, after)
         found = product.handed(known, bias, clamp, wanted, gelu)

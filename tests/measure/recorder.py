@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoquant.kernels.engine import Engine
 from autoquant.kernels.gpu.launch import observing
-from autoquant.kernels.operation import Operation
+from autoquant.kernels.operation import Added, Norm, Operation, Reader
 from autoquant.kernels.recording import CannotRecord, Work
 from autoquant.quant.activation import fake_quantize_activation
 from autoquant.spec.formats import FORMATS
@@ -148,7 +148,9 @@ class EagerProduct:
 
     def __call__(self, x: Tensor, bias: Tensor | None, clamp: Any = None) -> Tensor:
         q = (x / self.scale).round().add(self.zero).clamp(*self.ends)
-        x = (q - self.zero) * self.scale
+        return self.multiplied((q - self.zero) * self.scale, bias)
+
+    def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.operation.kind == "linear":
             return torch.nn.functional.linear(x, self.weight, bias)
         o = self.operation
@@ -156,11 +158,93 @@ class EagerProduct:
         return convolve(x, self.weight, bias, o.stride, o.padding, o.dilation, o.groups)
 
 
+@dataclass(frozen=True, eq=False)
+class EagerReader(Reader):
+    """Makes the integers of one product's activation; equal where it is the very same."""
+
+    product: EagerChain
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EagerReader) and self.product.scale is other.product.scale
+
+    def __hash__(self) -> int:
+        return id(self.product.scale)
+
+    def integers(self, x: Tensor) -> Tensor:
+        p = self.product
+        return (x / p.scale).round().add(p.zero).clamp(*p.ends).to(torch.int8)
+
+
+@dataclass(frozen=True)
+class EagerChain(EagerProduct):
+    """The same, handing integers on, and adding residual connections."""
+
+    @property
+    def reads(self) -> EagerReader:
+        return EagerReader(self)
+
+    def stored(self, x: Tensor) -> Tensor:
+        return self.reads.integers(x)
+
+    def takes(self, q: Tensor) -> bool:
+        return True
+
+    def shape(self, q: Tensor) -> tuple[int, ...]:
+        return tuple(self.multiplied(q.float(), None).shape)
+
+    def real(
+        self, q: Tensor, bias: Tensor | None, clamp: Any = None, channels_last: bool = False
+    ) -> Tensor:
+        y = self.multiplied((q.float() - self.zero) * self.scale, bias)
+        y = y if clamp is None else y.clamp(*clamp)
+        return y.contiguous(memory_format=torch.channels_last) if channels_last else y.contiguous()
+
+    def handed(
+        self, q: Tensor, bias: Tensor | None, clamp: Any, reader: Any, gelu: str | None = None
+    ) -> Tensor:
+        y = self.real(q, bias, clamp, q.dim() == 4)
+        y = y if gelu is None else torch.nn.functional.gelu(y, approximate=gelu)
+        return reader.integers(y)
+
+    def added(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        clamp: Any,
+        readers: Any,
+        channels_last: bool,
+    ) -> Added:
+        ADDED.append("added")
+        y = self.real(q, bias, None, channels_last) + other
+        y = y if clamp is None else y.clamp(*clamp)
+        return Added(None, y, tuple(r.integers(y) for r in readers))
+
+    def normalized(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        norm: Norm,
+        readers: Any,
+        keeps: bool,
+    ) -> Added:
+        ADDED.append("normalized")
+        total = self.real(q, bias) + other
+        shape = total.shape[-1:]
+        y = torch.nn.functional.layer_norm(total, shape, norm.weight, norm.bias, norm.eps)
+        return Added(total if keeps else None, y, tuple(r.integers(y) for r in readers))
+
+
+ADDED: list[str] = []
+"""What products did beside handing on, in order."""
+
+
 class EagerEngine(Engine):
     """Computes by EagerBackend and torch's operators alone: C code leaves nothing to record."""
 
-    def __init__(self) -> None:
-        super().__init__((EagerBackend(),))
+    def __init__(self, product: type[EagerProduct] = EagerProduct) -> None:
+        super().__init__((EagerBackend(product),))
 
     def fake_quantize(self, x: Tensor, scheme: ActivationScheme, kind: str) -> Tensor:
         return fake_quantize_activation(x, scheme, kind)
@@ -177,6 +261,9 @@ class EagerBackend:
 
     name = "eager"
 
+    def __init__(self, product: type[EagerProduct]) -> None:
+        self.product = product
+
     def missing(self, device: torch.device) -> str | None:
         return None
 
@@ -187,7 +274,7 @@ class EagerBackend:
         if activation is None or activation.scale is None or transform is not None:
             return None
         grid = FORMATS[activation.bits]
-        return EagerProduct(
+        return self.product(
             operation,
             weight.dequantize(torch.float32),
             torch.tensor(activation.scale),

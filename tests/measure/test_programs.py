@@ -19,7 +19,7 @@ from autoquant.methods.correction.bias import BiasCorrection
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import prepare
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
-from tests.measure.recorder import EagerEngine, Moved, StandIn
+from tests.measure.recorder import EagerChain, EagerEngine, EagerProduct, Moved, StandIn
 from tests.measure.test_reuse import MODELS, Residual
 
 CHOICES = (
@@ -37,8 +37,13 @@ class Bench:
     """A model that is recorded, beside one that is called."""
 
     def __init__(
-        self, build: Callable[[], nn.Module], shape: tuple[int, ...], most: int = 8
+        self,
+        build: Callable[[], nn.Module],
+        shape: tuple[int, ...],
+        most: int = 8,
+        product: type[EagerProduct] = EagerProduct,
     ) -> None:
+        self.product = product
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = build().eval()
@@ -53,7 +58,7 @@ class Bench:
 
     def _applier(self, model: nn.Module) -> Applier:
         run = lambda m, x=self.batches[0]: m(x.clone())  # noqa: E731
-        prepared = prepare(model, run, engine=EagerEngine())
+        prepared = prepare(model, run, engine=EagerEngine(self.product))
         return Applier(prepared, calibrate(prepared, [b.clone() for b in self.batches], run))
 
     def apply(self, choices: list[int]) -> None:
@@ -72,11 +77,12 @@ class Bench:
             assert same_bits(found, expected)
 
 
+@pytest.mark.parametrize("product", [EagerProduct, EagerChain])
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_replays_give_what_calls_do(name, data):
-    bench = Bench(*MODELS[name], most=data.draw(st.sampled_from([1, 3, 8])))
+def test_replays_give_what_calls_do(name, product, data):
+    bench = Bench(*MODELS[name], data.draw(st.sampled_from([1, 3, 8])), product)
     n = len(bench.sites)
     current = [0] * n
     for _ in range(data.draw(st.integers(2, 6))):

@@ -12,13 +12,21 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from autoquant.kernels.gpu.device import chained, convolution, images, matmul, packed, rows
+from autoquant.kernels.gpu.device import (
+    chained,
+    chained_convolution,
+    convolution,
+    images,
+    matmul,
+    packed,
+    rows,
+)
 
 INT8 = ("q", "a", "b", "w")
 INT32 = ("x_sum", "w_zero", "w_sum", "sums", "flag")
 CUT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}
 CONV = {"PER_SAMPLE": True, "LAST": False, "HAS_BIAS": True, "X_ZERO": True}
-CHAINED = {"HAS_BIAS": True, "HANDS": True}
+CHAINED = {"HAS_BIAS": 1, "HANDS": 1}
 TO_INT8 = {"out": "*i8", "low": "fp32", "high": "fp32"}
 HALF = {"x": "*bf16", "bias": "*bf16", "out": "*bf16"}
 KERNELS = [
@@ -30,20 +38,44 @@ KERNELS = [
     *(
         (
             chained.chained_matmul,
-            CUT | CHAINED | {"W_ZERO": w_zero, "AFTER": after, "EVEN": even},
+            CUT | CHAINED | {"W_ZERO": zero, "AFTER": after, "EVEN": even},
             TO_INT8,
         )
-        for w_zero, after, even in (
-            (False, 0, True),
-            (True, 1, False),
-            (False, 2, True),
-            (False, 3, True),
-        )
+        for zero, after, even in ((0, 0, 1), (1, 1, 0), (0, 2, 1), (0, 3, 1))
     ),
     (
         chained.chained_matmul,
-        CUT | CHAINED | {"HANDS": False, "W_ZERO": True, "AFTER": 1, "EVEN": False},
+        CUT | CHAINED | {"HANDS": 0, "W_ZERO": 1, "AFTER": 1, "EVEN": 0},
         TO_INT8 | {"out": "*fp32"},
+    ),
+    *(
+        (
+            chained_convolution.chained_convolution,
+            CUT
+            | CHAINED
+            | {"WINDOW": window, "PADDED": window > 0, "W_ZERO": zero, "AFTER": after}
+            | {"ALIGNED": 16, "ALIGNED_N": 16, "LAST": 1},
+            TO_INT8,
+        )
+        for window, zero, after in ((0, 0, 1), (1, 0, 1), (2, 0, 0), (1, 1, 2), (2, 1, 1))
+    ),
+    (
+        chained_convolution.chained_convolution,
+        CUT
+        | CHAINED
+        | {"WINDOW": 2, "PADDED": 1, "W_ZERO": 1, "AFTER": 1, "HANDS": 0}
+        | {"ALIGNED": 1, "ALIGNED_N": 1, "LAST": 0},
+        TO_INT8 | {"out": "*fp32"},
+    ),
+    *(
+        (
+            chained_convolution.chained_depthwise,
+            CHAINED
+            | {"MULTIPLIER": 1, "TAPS_Y": 3, "TAPS_X": 3, "HANDS": hands, "LAST": hands}
+            | {"AFTER": 1, "BLOCK_M": 32, "BLOCK_N": 64},
+            TO_INT8 | ({} if hands else {"out": "*fp32"}),
+        )
+        for hands in (1, 0)
     ),
     (chained.quantize_flat, {"BLOCK": 2048}, {}),
     (

@@ -22,15 +22,22 @@ def test_kernels_compile_to_the_instructions_they_are_made_for(tmp_path, capabil
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = {words[0]: words[1:] for words in map(str.split, done.stdout.splitlines())}
-    assert all(int(words[0]) <= SHARED_MEMORY for words in lines.values())
-    for name in ("int8_matmul", "int8_convolution"):
-        assert any("mma" in word and "s8.s8" in word for word in lines[name][1:])
-    assert "cp.async.cg" in lines["int8_convolution"]  # 16 bytes at a time
-    assert any("mma" in word and "bf16" in word for word in lines["packed_matmul"][1:])
-    for name in ("quantize_rows", "quantize_images", "sample_qparams"):
-        assert lines[name][1:] == ["div.rn.f32"]  # IEEE division, and denormals are kept
-    assert not any(".ftz" in word for words in lines.values() for word in words)
+    lines: dict[str, list[list[str]]] = {}
+    for name, *words in map(str.split, done.stdout.splitlines()):
+        lines.setdefault(name, []).append(words)
+    for name in ("int8_matmul", "int8_convolution", "chained_matmul", "chained_convolution"):
+        for words in lines[name]:
+            assert any("mma" in word and "s8.s8" in word for word in words)
+    assert "cp.async.cg" in lines["int8_convolution"][0]  # 16 bytes at a time
+    for words in (*lines["chained_matmul"], *lines["chained_convolution"][:-1]):
+        assert "cp.async.cg" in words
+    assert any("mma" in word and "bf16" in word for word in lines["packed_matmul"][0])
+    for name in ("quantize_rows", "quantize_images", "sample_qparams", "quantize_flat"):
+        for _, *words in lines[name]:
+            assert words == ["div.rn.f32"]  # IEEE division, and denormals are kept
+    for words in (words for kernel in lines.values() for words in kernel):
+        assert int(words[0]) <= SHARED_MEMORY
+        assert not any(".ftz" in word for word in words)
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from autoquant.kernels.gpu.device.affine import ROUNDER
 
 @triton.jit
 def clamp(y, low, high):
-    """Return ``y`` within [low, high]; NaN stays NaN, which minimum and maximum would lose."""
-    y = tl.where(y < low, low, y)
-    return tl.where(y > high, high, y)
+    """Return ``y`` within [low, high]; NaN stays NaN."""
+    y = tl.maximum(y, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(y, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def gelu(y):
     t = 1.0 / (1.0 + 0.3275911 * z)
     p = (((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592
     tail = 0.5 * p * t * tl.exp(-z * z)
-    return y * tl.where(y < 0, tail, 1.0 - tail)
+    return tl.maximum(y, 0.0) - tl.abs(y) * tail
 
 
 @triton.jit

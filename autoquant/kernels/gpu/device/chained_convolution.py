@@ -133,7 +133,7 @@ def chained_convolution(
         elif WINDOW == 1:
             tap = first // depth
             dy, dx = tap // taps_x * dilation_y, tap % taps_x * dilation_x
-            offset = (dy * width + dx) * channels + first % depth + step
+            offset = (dy * width + dx) * channels + (first - tap * depth) + step
             at = window[:, None] + offset[None, :]
             if PADDED:
                 row, column = y0 + dy, x0 + dx

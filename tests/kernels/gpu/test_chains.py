@@ -117,26 +117,27 @@ def close(y, expected):
     assert (y - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+TWO = ["quantize_flat", "chained_matmul", "chained_matmul"]
 MODELS = {
     "gelu": (
         lambda: Feed(nn.GELU()),
         (3, 5, 32),
-        ["quantize_flat", "chained_matmul", "chained_matmul"],
+        TWO,
     ),
     "tanh": (
         lambda: Feed(nn.GELU(approximate="tanh")),
         (3, 5, 32),
-        ["quantize_flat", "chained_matmul", "chained_matmul"],
+        TWO,
     ),
     "relu": (
         lambda: Feed(nn.ReLU()),
         (7, 32),
-        ["quantize_flat", "chained_matmul", "chained_matmul"],
+        TWO,
     ),
     "none": (
         lambda: Feed(nn.Identity()),
         (7, 32),
-        ["quantize_flat", "chained_matmul", "chained_matmul"],
+        TWO,
     ),
     "relus": (
         lambda: nn.Sequential(

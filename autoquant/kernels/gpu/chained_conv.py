@@ -75,11 +75,11 @@ class Convolution:
         self, q: Tensor, bias: Tensor | None, out: Tensor, end: Ending, m: int, last: bool
     ) -> bool:
         g, weight = self.geometry, self.weight
-        n, k = g.outputs // g.groups, g.taps[0] * g.taps[1] * g.depth
+        n, k = g.outputs // g.groups, g.taps[0] * g.taps[1] * g.group_depth
 
         def run(c: Config) -> None:
             tiles = ceil_div(m, c.block("BLOCK_M")) * ceil_div(n, c.block("BLOCK_N"))
-            whole = ONE_TAP if g.depth % c.block("BLOCK_K") == 0 else ANY
+            whole = ONE_TAP if g.group_depth % c.block("BLOCK_K") == 0 else ANY
             launch(
                 chained_convolution,
                 (tiles, g.groups),
@@ -97,11 +97,11 @@ class Convolution:
                 weight.q.shape[1],
                 *self._sizes(q),
                 g.channels,
-                g.depth,
+                g.group_depth,
                 g.taps[1],
                 k,
                 *end.ends,
-                ALIGNED=math.gcd(g.depth, 16),
+                ALIGNED=math.gcd(g.group_depth, 16),
                 ALIGNED_N=math.gcd(n, 16),
                 WINDOW=ONE_PIXEL if g.taps == (1, 1) else whole,
                 PADDED=any(g.padding),

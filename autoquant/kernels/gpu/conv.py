@@ -34,6 +34,7 @@ from autoquant.kernels.gpu.launch import (
     takes,
 )
 from autoquant.kernels.gpu.reading import (
+    FILLED,
     PIXELS,
     DeviceReader,
     Ending,
@@ -43,7 +44,7 @@ from autoquant.kernels.gpu.reading import (
     stored,
 )
 from autoquant.kernels.gpu.tuning import bucket, tuned
-from autoquant.kernels.layout import is_channels_last
+from autoquant.kernels.layout import contiguous_stride, is_channels_last
 from autoquant.kernels.operation import Clamp, Operation, Reader
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
@@ -77,7 +78,7 @@ NAN_PROGRAMS = 512
 class ConvProduct:
     """x [batch, channels, *spatial] convolved with a weight, both as integers.
 
-    By a static scheme it takes int8 and hands int8 on, where a pixel has a byte for each channel.
+    By a static scheme it takes int8 and hands int8 on.
     """
 
     geometry: Geometry
@@ -110,24 +111,32 @@ class ConvProduct:
     def reads(self) -> DeviceReader | None:
         """What makes the int8 that it takes, [batch, channels, *spatial] channels last.
 
-        None where it takes none: a pixel then has more bytes than channels.
+        None where it takes none: where it is dynamic, and where it sums integers of which some only
+        fill a pixel up.
         """
-        if self.activation.dynamic or self.geometry.channels != self._channels:
+        filled = self.geometry.channels != self._channels
+        if self.activation.dynamic or (filled and self.weight.has_zero):
             return None
-        return DeviceReader(self.activation.static, PIXELS)
+        return DeviceReader(self.activation.static, FILLED if filled else PIXELS)
 
     def stored(self, x: Tensor) -> Tensor | None:
         """Return the int8 of a real activation; None where nobody collects doubts (``doubt``)."""
         reader = self.reads
         if reader is None or not self._is_taken(x):
             return None
-        return stored(x, reader) if takes(x, None, self.weight.q, 0) else None
+        if not takes(x, None, self.weight.q, 0):
+            return None
+        return stored(x, reader, self.geometry.channels)
 
     def takes(self, q: Tensor) -> bool:
         """Return whether it can compute with these int8."""
         if self.reads is None or q.dtype != torch.int8 or not self._fits(q):
             return False
-        return q.numel() > 0 and q.movedim(1, -1).is_contiguous()
+        last = q.movedim(1, -1)
+        if self.geometry.channels == self._channels:
+            return q.numel() > 0 and last.is_contiguous()
+        whole = contiguous_stride((*last.shape[:-1], self.geometry.channels))
+        return q.numel() > 0 and last.stride() == whole
 
     def real(
         self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool

@@ -215,7 +215,7 @@ class LinearProduct:
         reader = self.reads
         if reader is None or not self._is_taken(x):
             return None
-        return stored(x, reader) if takes(x, None, self.weight.q, 0) else None
+        return stored(x, reader, self.columns) if takes(x, None, self.weight.q, 0) else None
 
     def takes(self, q: Tensor) -> bool:
         """Return whether it can compute with these int8."""

@@ -14,8 +14,12 @@ from autoquant.kernels.gpu.images import PIXELS as IMAGE_PIXELS
 from autoquant.kernels.gpu.launch import ceil_div, launch, next_power_of_2
 from autoquant.kernels.operation import Clamp, Reader
 
-ROWS, PIXELS = "rows", "pixels"
-"""How integers lie: [..., channels] as rows, or [batch, channels, *spatial] channels last."""
+ROWS, PIXELS, FILLED = "rows", "pixels", "filled pixels"
+"""How integers lie: [..., channels] as rows, or [batch, channels, *spatial] channels last.
+
+Filled pixels have more bytes than channels, so that each starts at a multiple of 4 or 16 bytes. No
+layer hands them on.
+"""
 BLOCK = 2048
 """Numbers that one program quantizes."""
 GELU = {"none": 2, "tanh": 3}
@@ -44,25 +48,26 @@ class DeviceReader(Reader):
         return hash((id(self.static), self.layout))
 
 
-def stored(x: Tensor, reader: DeviceReader) -> Tensor | None:
+def stored(x: Tensor, reader: DeviceReader, width: int) -> Tensor | None:
     """Return the int8 that ``reader`` makes of ``x``, float32 of any strides.
 
-    None while nobody collects doubts: an integer can't say that a number is NaN.
+    A row or pixel takes ``width`` bytes: as many as there are channels, or filled up by 0. None
+    while nobody collects doubts: an integer can't say that a number is NaN.
     """
     flag = current_flag()
     if flag is None or flag.device != x.device:
         return None
-    x, pixels = x.detach(), reader.layout == PIXELS
+    x, pixels = x.detach(), reader.layout != ROWS
     last = x.movedim(1, -1) if pixels else x
-    q = torch.empty(last.shape, dtype=torch.int8, device=x.device)
-    if last.is_contiguous():
+    q = torch.empty(*last.shape[:-1], width, dtype=torch.int8, device=x.device)
+    if last.is_contiguous() and reader.layout != FILLED:
         count = x.numel()
         launch(
             quantize_flat, (ceil_div(count, BLOCK),), x, reader.static, q, flag, count, BLOCK=BLOCK
         )
     else:
         _quantize_strided(x if pixels else _as_image(x), reader.static, q, flag)
-    return q.movedim(-1, 1) if pixels else q
+    return q[..., : last.shape[-1]].movedim(-1, 1) if pixels else q
 
 
 def _as_image(x: Tensor) -> Tensor:
@@ -72,11 +77,11 @@ def _as_image(x: Tensor) -> Tensor:
 
 def _quantize_strided(x: Tensor, static: Tensor, q: Tensor, flag: Tensor) -> None:
     image = x if x.dim() == 4 else x.unsqueeze(2)
-    samples, channels, height, width = image.shape
-    block = min(next_power_of_2(max(channels, 4)), 64)
+    (samples, channels, height, width), stored = image.shape, q.shape[-1]
+    block = min(next_power_of_2(max(stored, 4)), 64)
     launch(
         quantize_images,
-        (samples * ceil_div(height * width, IMAGE_PIXELS), ceil_div(channels, block)),
+        (samples * ceil_div(height * width, IMAGE_PIXELS), ceil_div(stored, block)),
         image,
         static,
         static,
@@ -91,7 +96,7 @@ def _quantize_strided(x: Tensor, static: Tensor, q: Tensor, flag: Tensor) -> Non
         0,
         0,
         *image.stride(),
-        channels,
+        stored,
         PER_SAMPLE=False,
         LAST=image.stride(1) == 1,
         FOLD=False,

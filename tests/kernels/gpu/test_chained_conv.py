@@ -1,6 +1,6 @@
 """Convolutions that are handed int8 and hand int8 on, against the reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoquant.kernels.gpu import chained_conv
+from autoquant.kernels.gpu.reading import FILLED, PIXELS
 from autoquant.kernels.operation import LINEAR, Operation
 from autoquant.kernels.reference import multiply, reference
 from autoquant.quant.affine import quantize
@@ -30,6 +31,8 @@ class Case:
 
 
 CASES = {
+    "filled": Case((2, 3, 6, 7), (9, 3, 3, 3), Operation("conv2d", (2, 2), (1, 1), (1, 1))),
+    "filled_any": Case((1, 37, 4, 5), (9, 37, 2, 3), Operation("conv2d", (1, 1), (1, 1), (1, 1))),
     "any": Case((2, 8, 6, 7), (9, 8, 3, 3), Operation("conv2d", (1, 1), (1, 1), (1, 1))),
     "one_tap": Case((1, 64, 4, 3), (17, 64, 3, 2), Operation("conv2d", (2, 1), (1, 1), (1, 1))),
     "unpadded_tap": Case((1, 32, 4, 3), (5, 32, 2, 2), Operation("conv2d", (1, 1), (0, 0), (1, 1))),
@@ -40,6 +43,7 @@ CASES = {
     "depthwise": Case((2, 9, 6, 5), (9, 1, 3, 3), Operation("conv2d", (2, 1), (1, 1), (1, 1), 9)),
     "multiplied": Case((1, 4, 5, 5), (12, 1, 3, 3), Operation("conv2d", (1, 1), (1, 0), (1, 2), 4)),
     "line": Case((2, 4, 12), (7, 4, 3), Operation("conv1d", (2,), (2,), (1,))),
+    "line_filled": Case((2, 5, 12), (7, 5, 3), Operation("conv1d", (1,), (1,), (1,))),
     "line_depthwise": Case((2, 5, 9), (5, 1, 4), Operation("conv1d", (1,), (1,), (2,), 5)),
 }
 
@@ -61,6 +65,9 @@ def agrees(backend, device, make_weight, agree, case, w_scheme, seed=0):
         agree(product(x, own), expected)
         read = covering(expected, bits, scheme)
         reader = backend.prepare(case.operation, make_weight(case.weight), read, device).reads
+        if product.reads.layout == FILLED:
+            assert product.handed(q, own, None, product.reads) is None
+            reader = replace(reader, layout=PIXELS)
         handed = product.handed(q, own, None, reader)
         check_handed(handed, expected, read)
         assert handed.movedim(1, -1).is_contiguous()
@@ -69,6 +76,11 @@ def agrees(backend, device, make_weight, agree, case, w_scheme, seed=0):
 @pytest.mark.parametrize("w_scheme", SCHEMES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_convolutions(backend, device, make_weight, agree, flag, case, w_scheme):
+    filled = case.operation.groups == 1 and case.weight[1] in (3, 5, 37)
+    if filled and w_scheme == "asymmetric":  # where sums of integers are needed
+        weight = make_weight(case.weight, 8, "per_channel", w_scheme)
+        assert backend.prepare(case.operation, weight, EIGHT, device).reads is None
+        return
     agrees(backend, device, make_weight, agree, case, w_scheme)
     assert flag.item() == 0
 
@@ -98,13 +110,15 @@ def test_shapes(backend, device, make_weight, agree, flag, data):
     groups, taps, dilation = draw(1, 3), (draw(1, 3), draw(1, 4)), (draw(1, 2), draw(1, 2))
     padding = tuple(draw(0, d * (t - 1)) for d, t in zip(dilation, taps, strict=True))
     size = tuple(d * (t - 1) + draw(1, 4) for d, t in zip(dilation, taps, strict=True))
-    depth = 4 * draw(1, 5) if groups == 1 else draw(1, 9)
+    depth, w_scheme = draw(1, 20), data.draw(st.sampled_from(SCHEMES))
+    if groups == 1 and w_scheme == "asymmetric":
+        depth *= 4 if depth < 8 else 16  # so that no pixel is filled up
     operation = Operation("conv2d", (draw(1, 3), draw(1, 3)), padding, dilation, groups)
     case = Case((draw(1, 3), groups * depth, *size), (groups * draw(1, 9), depth, *taps), operation)
-    agrees(backend, device, make_weight, agree, case, data.draw(st.sampled_from(SCHEMES)))
+    agrees(backend, device, make_weight, agree, case, w_scheme)
 
 
-@pytest.mark.parametrize("name", ["any", "depthwise", "line"])
+@pytest.mark.parametrize("name", ["any", "filled", "depthwise", "line"])
 def test_images_of_any_strides_are_stored(backend, device, make_weight, agree, flag, name):
     case = CASES[name]
     weight = make_weight(case.weight)
@@ -114,7 +128,7 @@ def test_images_of_any_strides_are_stored(backend, device, make_weight, agree, f
     last = x.movedim(1, -1).contiguous().movedim(-1, 1)
     for view in (x, last, wide[:, ::2], wide[:, : case.x[1], 1:], x[:1].expand(3, *x.shape[1:])):
         q = product.stored(view)
-        assert q.movedim(1, -1).is_contiguous()
+        assert product.takes(q)
         assert torch.equal(q, quantize(view, qparams(EIGHT, device)))
         assert (
             product(view, None).stride()
@@ -144,10 +158,13 @@ def test_what_is_not_handed(backend, device, make_weight, flag):
     assert not product.takes(x)
     assert product.stored(x[0]) is None
     assert product.stored(x.double()) is None
-    odd = make_weight((4, 5, 3, 3))  # whose pixels are filled up to 8 bytes
-    odd = backend.prepare(case.operation, odd, EIGHT, device)
+    odd = make_weight((4, 5, 3, 3), 8, "per_channel", "asymmetric")
+    odd = backend.prepare(case.operation, odd, EIGHT, device)  # whose pixels are filled up
     assert odd.reads is None
     assert odd.stored(x[:, :5]) is None
+    filled = backend.prepare(case.operation, make_weight((4, 5, 3, 3)), EIGHT, device)
+    assert filled.takes(filled.stored(x[:, :5]))
+    assert not filled.takes(q[:, :5].movedim(1, -1).contiguous().movedim(-1, 1))
     token = ActivationScheme(8, "per_token")
     token = backend.prepare(case.operation, make_weight(case.weight), token, device)
     assert token.reads is None

@@ -160,6 +160,14 @@ MODELS = {
             *("quantize_images", "chained_convolution", "quantize_flat", "chained_matmul"),
         ],
     ),
+    "stem": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        ),
+        (2, 3, 9, 8),
+        ["quantize_images", "chained_convolution", "chained_depthwise"],
+    ),
     "bert": (
         Block,
         (2, 5, 32),

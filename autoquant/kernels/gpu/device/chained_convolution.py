@@ -82,7 +82,7 @@ def chained_convolution(
     dilation_y,
     dilation_x,
     channels,
-    depth,  # channels of a group
+    depth,  # channels of a group, what fills up a pixel included
     taps_x,
     K,  # taps · depth
     low,  # least and largest output, where AFTER is 1
@@ -104,7 +104,8 @@ def chained_convolution(
     """Compute BLOCK_M pixels × BLOCK_N channels of one group a program, as a matrix product.
 
     The window of a pixel is a row of K integers at fixed distances from its first one. What lies
-    beside the image is the integer zero point: the real number 0.
+    beside the image is the integer zero point: the real number 0. Where channels only fill a pixel
+    up, W_ZERO is not set and their weights are 0.
     """
     # Says nothing new, but the compiler sees that 16 neighbours are one load, or one store.
     channels = channels // ALIGNED * ALIGNED

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoquant.errors import TrialError, UserError
-from autoquant.kernels.operation import LINEAR, Operation, Product, SchemeReader, is_chainable
+from autoquant.kernels.gpu.doubt import collecting
+from autoquant.kernels.operation import (
+    LINEAR,
+    Operation,
+    Product,
+    Reader,
+    SchemeReader,
+    is_chainable,
+)
 from autoquant.kernels.reference import multiply, reference
 from autoquant.nn.converted import Converted, converted_modules
 from autoquant.nn.layer_output import After
@@ -123,14 +131,18 @@ def _check(
             product = engine.prepare(operation, stored, done.activation, x.device)
             assert product is not None
             _check_rotated(rotated, product, held.transform, x, name)
-        found = product(given, bias)
-        if found is None:
+        outputs = _outputs(product, given, bias)
+        if not outputs:
             continue
         exact, moved = x, bias
         if x.device.type != "cpu":  # cuDNN's float32 may be no more exact than the kernel
             exact, moved = x.double(), None if bias is None else bias.double()
         expected = reference(operation, exact, stored, done.activation, moved)
-        wrong = _differs(operation, exact, stored, done.activation, moved, expected, found)
+        wrongs = (
+            _differs(operation, exact, stored, done.activation, moved, expected, found)
+            for found in outputs
+        )
+        wrong = next((w for w in wrongs if w is not None), None)
         if wrong is None and layer.reader is not None:
             wrong = _differs_handed(session, layer, product, given, bias, expected.to(x.dtype))
         if wrong is not None:
@@ -138,6 +150,21 @@ def _check(
                 f"{name}: the fast kernel ({product.backend}) and the reference differ on this "
                 f"machine, {wrong}, with {_words(done)}: search with --backend reference"
             )
+
+
+def _outputs(product: Product, x: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Return what a product gives: of numbers, and where it may store them first, of integers."""
+    found = product(x, bias)
+    if found is None or not is_chainable(product) or isinstance(product.reads, SchemeReader):
+        return [] if found is None else [found]
+    flag = _flag(x)
+    with collecting(flag):
+        chained = product(x, bias)
+    return [found] if chained is None or flag.item() else [found, chained]
+
+
+def _flag(x: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=x.device)
 
 
 def _differs(
@@ -179,15 +206,23 @@ def _differs_handed(
     assert reader is not None
     site = next(s for s in session.prepared.sites if (reader.path, "weight") in s.users)
     scheme = session.applier.activation(site.name, ActivationScheme(8))
-    if not is_chainable(product) or (known := product.stored(x)) is None:
+    if not is_chainable(product) or product.reads is None:
         return None
     after = layer.after
     clamp, gelu = (after, None) if isinstance(after, tuple) else (None, after)
     transform = session.prepared.slots[site.name].transform
     if isinstance(transform, Rotation):  # which is handed nothing
         return None
-    found = product.handed(known, bias, clamp, SchemeReader(scheme, transform), gelu)
-    if found is None:
+    to: Reader | None = SchemeReader(scheme, transform)
+    if not isinstance(product.reads, SchemeReader):  # another backend's: its own
+        to = _reads(session, site.name, reader.operation, scheme)
+    flag = _flag(x)
+    with collecting(flag):
+        known = product.stored(x)
+        if known is None or to is None:
+            return None
+        found = product.handed(known, bias, clamp, to, gelu)
+    if found is None or flag.item():
         return None
     real = _done(expected, after)
     real = real if transform is None else transform.of_input(real)
@@ -197,11 +232,23 @@ def _differs_handed(
         torch.tensor(n, dtype=torch.float32) for n in (scheme.scale, scheme.zero_point or 0)
     )
     numbers = QParams(scale, zero_point, scheme.bits)
-    got = dequantize(found.to(torch.int16) - 128, numbers)
+    offset = 128 if found.dtype == torch.uint8 else 0
+    got = dequantize(found.to(torch.int16) - offset, numbers)
     share = _share_that_differs((got - right).abs() / scheme.scale)
     if share is None:
         return None
     return f"in {share:.1%} of the integers that it hands to {site.name}"
+
+
+def _reads(
+    session: Session, name: str, operation: Operation | None, scheme: ActivationScheme
+) -> Reader | None:
+    """Return what a site's layer makes integers by; None where it takes none."""
+    held = session.applier.held(name, SiteRecipe(WeightScheme(8), scheme))
+    if held is None or operation is None:
+        return None
+    product = held.product(operation, scheme, None, session.device)
+    return product.reads if is_chainable(product) else None
 
 
 def _share_that_differs(steps: Tensor) -> float | None:

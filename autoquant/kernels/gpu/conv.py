@@ -135,8 +135,9 @@ class ConvProduct:
         last = q.movedim(1, -1)
         if self.geometry.channels == self._channels:
             return q.numel() > 0 and last.is_contiguous()
-        whole = contiguous_stride((*last.shape[:-1], self.geometry.channels))
-        return q.numel() > 0 and last.stride() == whole
+        whole = (*last.shape[:-1], self.geometry.channels)
+        there = q.untyped_storage().nbytes() - int(q.storage_offset()) >= math.prod(whole)
+        return q.numel() > 0 and there and last.stride() == contiguous_stride(whole)
 
     def real(
         self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool

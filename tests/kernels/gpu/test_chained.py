@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import triton.language as tl
 
 from autoquant.kernels.gpu.device.handing import activated
 from autoquant.kernels.gpu.doubt import collecting, current_flag
-from autoquant.kernels.gpu.launch import launch
-from autoquant.kernels.operation import LINEAR, Reader, SchemeReader, is_chainable
+from autoquant.kernels.gpu.launch import launch, observing
+from autoquant.kernels.operation import LINEAR, Operation, Reader, SchemeReader, is_chainable
 from autoquant.kernels.reference import reference
 from autoquant.quant.affine import quantize
 from autoquant.spec.recipe import ActivationScheme
@@ -161,3 +162,67 @@ def test_readers_are_told_apart_by_their_tensor(backend, device, make_weight):
     assert hash(product.reads) == hash(product.reads)
     assert product.reads != same.reads
     assert product.reads != SchemeReader(EIGHT)
+
+
+def test_infinity_goes_to_the_ends_of_the_grid(backend, device, make_weight, agree, flag):
+    weight = make_weight((7, 16))
+    product = backend.prepare(LINEAR, weight, EIGHT, device)
+    x = numbers((3, 16), device)
+    x[0, 3], x[1, 5], x[2, 0] = math.inf, -math.inf, 1e30
+    q = product.stored(x)
+    assert torch.equal(q, quantize(x, qparams(EIGHT, device)))
+    agree(product.real(q, None, None, False), reference(LINEAR, x, weight, EIGHT, None))
+    assert flag.item() == 0
+
+
+def form(value):
+    """Return what is not data of a product: two of one form differ in numbers alone."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.stride()
+    if is_dataclass(value):
+        return type(value), *(form(getattr(value, f.name)) for f in fields(value))
+    return value
+
+
+def copy(into, value):
+    """Copy the numbers of one product into those of another."""
+    if isinstance(value, torch.Tensor):
+        into.copy_(value)
+    elif is_dataclass(value):
+        for f in fields(value):
+            copy(getattr(into, f.name), getattr(value, f.name))
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (8, 4, 3, 3), (8, 1, 3, 3)])
+def test_recipes_of_one_form_differ_in_numbers_alone(backend, device, make_weight, flag, shape):
+    """Whoever captured the kernels of one recipe computes another by copying its numbers."""
+    operation, x = LINEAR, numbers((5, 32), device)
+    if len(shape) == 4:
+        groups = 8 if shape[1] == 1 else 1
+        operation = Operation("conv2d", (1, 1), (1, 1), (1, 1), groups)
+        x = numbers((2, groups * shape[1], 4, 5), device)
+    bias = numbers(shape[:1], device, 2)
+    schemes = [covering(x, bits, scheme) for bits, scheme in ((8, "asymmetric"), (3, "symmetric"))]
+    products = [
+        backend.prepare(operation, make_weight(shape, bits, "per_channel", kind, n), a, device)
+        for n, (bits, kind, a) in enumerate(
+            (bits, kind, a) for a in schemes for bits, kind in ((8, "symmetric"), (4, "asymmetric"))
+        )
+    ]
+    assert len({form(p) for p in products}) == 1
+    first = products[0]
+    reader = replace(first.reads, static=first.activation.static.clone())
+    launches = []
+    with observing(lambda _, again: launches.append(again)):
+        made = [first.stored(x)]
+        made.append(first.real(made[0], bias, (0.0, 6.0), True))
+        made.append(first.handed(made[0], bias, None, reader))
+    for other in products[1:]:
+        expected = [other.stored(x)]
+        expected.append(other.real(expected[0], bias, (0.0, 6.0), True))
+        expected.append(other.handed(expected[0], bias, None, reader))
+        copy(first, other)
+        for again in launches:
+            again()
+        for found, right in zip(made, expected, strict=True):
+            assert torch.equal(found, right)

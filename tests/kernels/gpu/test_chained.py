@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
 
 import pytest
@@ -226,3 +227,14 @@ def test_recipes_of_one_form_differ_in_numbers_alone(backend, device, make_weigh
             again()
         for found, right in zip(made, expected, strict=True):
             assert torch.equal(found, right)
+
+
+def test_another_thread_has_doubts_of_its_own(device):
+    flags = [torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)]
+    with collecting(flags[0]):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(current_flag).result() is None
+        with collecting(flags[1]):
+            assert current_flag() is flags[1]
+        assert current_flag() is flags[0]
+    assert current_flag() is None

@@ -231,7 +231,7 @@ def readers(prepared):
 
 
 def integers(x):
-    return isinstance(x, LayerOutput) and x.integers is not None
+    return isinstance(x, LayerOutput) and x.integers(x.reader) is not None
 
 
 def straight(m, x):

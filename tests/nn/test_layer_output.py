@@ -157,11 +157,11 @@ def ahead(
 @pytest.mark.parametrize("after", STEPS)
 def test_integers_of_what_follows_are_its_own_and_nobody_elses(after):
     y, asked = ahead(after)
-    assert y.integers is None
+    assert y.integers(SCHEME) is None
     z = STEPS[after](nn.Dropout(0.5).eval()(y))
     assert type(z) is LayerOutput
-    assert z.integers is Q
-    assert STEPS[after](y).integers is Q  # as often as it is asked for
+    assert z.integers(SCHEME) is Q
+    assert STEPS[after](y).integers(SCHEME) is Q  # as often as it is asked for
     assert not asked
     assert torch.equal(z + 0, STEPS[after](REAL))
     assert torch.equal(y + 0, REAL)

@@ -53,4 +53,11 @@ class CudaRecorder:
             raise
         except (RuntimeError, AssertionError) as error:
             # What fails of itself fails again, and visibly, when it is called.
-            raise CannotRecord(str(error).strip().partition("\n")[0]) from error
+            raise CannotRecord(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what went wrong first: the end of a broken capture says only that it is broken."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -124,6 +124,8 @@ def test_doubt_is_raised(backend, device, make_weight):
             bad[6] = value
             product.handed(q, bad, (0.0, 6.0), reader)
             assert current_flag().item() == 1
+            y = product.real(q, bad, (0.0, 6.0), False)
+            assert torch.equal(y[:, 6].isnan(), bad[6].isnan().expand(3))
     huge = ActivationScheme(8, scale=1e36, zero_point=0)
     with collecting(torch.zeros(1, dtype=torch.int32, device=device)):
         product = backend.prepare(LINEAR, weight, huge, device)

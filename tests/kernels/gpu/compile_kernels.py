@@ -69,6 +69,17 @@ KERNELS = [
     ),
     *(
         (
+            chained_convolution.chained_convolution,
+            CUT
+            | CHAINED
+            | {"WINDOW": 2, "PADDED": 1, "W_ZERO": 1, "AFTER": after}
+            | {"ALIGNED": 4, "ALIGNED_N": 1, "LAST": 1},
+            TO_INT8,
+        )
+        for after in (1, 2, 3)
+    ),
+    *(
+        (
             chained_convolution.chained_depthwise,
             CHAINED
             | {"MULTIPLIER": 1, "TAPS_Y": 3, "TAPS_X": 3, "HANDS": hands, "LAST": hands}

@@ -29,7 +29,7 @@ def test_kernels_compile_to_the_instructions_they_are_made_for(tmp_path, capabil
         for words in lines[name]:
             assert any("mma" in word and "s8.s8" in word for word in words)
     assert "cp.async.cg" in lines["int8_convolution"][0]  # 16 bytes at a time
-    for words in (*lines["chained_matmul"], *lines["chained_convolution"][:-1]):
+    for words in (*lines["chained_matmul"], *lines["chained_convolution"][:5]):
         assert "cp.async.cg" in words
     assert any("mma" in word and "bf16" in word for word in lines["packed_matmul"][0])
     for name in ("quantize_rows", "quantize_images", "sample_qparams", "quantize_flat"):

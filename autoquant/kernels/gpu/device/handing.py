@@ -7,6 +7,9 @@ import triton.language as tl
 
 from autoquant.kernels.gpu.device.affine import ROUNDER
 
+# Nothing in here selects (``tl.where``) among outputs: with Triton 3.7 the compiler aborted on that
+# for capability 8.0, where integers are loaded byte by byte and summed.
+
 
 @triton.jit
 def clamp(y, low, high):

@@ -12,7 +12,7 @@ from torch import Tensor
 from autoquant.kernels.gpu.device.chained_convolution import chained_convolution, chained_depthwise
 from autoquant.kernels.gpu.geometry import Geometry
 from autoquant.kernels.gpu.integers import IntegerWeight
-from autoquant.kernels.gpu.launch import Config, ceil_div, config, launch
+from autoquant.kernels.gpu.launch import Config, ceil_div, config, launch, light
 from autoquant.kernels.gpu.reading import Ending
 from autoquant.kernels.gpu.tuning import bucket, tuned
 
@@ -29,6 +29,7 @@ DENSE = (
     config(BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, warps=4, stages=3),
     config(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, GROUP_M=8, warps=4, stages=4),
 )
+SUM_DENSE = light(DENSE)
 GROUPED = (
     config(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, GROUP_M=8, warps=4, stages=3),
     config(BLOCK_M=128, BLOCK_N=16, BLOCK_K=64, GROUP_M=8, warps=4, stages=3),
@@ -91,7 +92,7 @@ class Convolution:
                 weight.scale,
                 weight.zero,
                 weight.sums,
-                *end.to(self.static, weight.zero),
+                *end.to(self.static, weight),
                 m,
                 n,
                 weight.q.shape[1],
@@ -106,15 +107,15 @@ class Convolution:
                 WINDOW=ONE_PIXEL if g.taps == (1, 1) else whole,
                 PADDED=any(g.padding),
                 LAST=last,
+                ALIGNED_AREA=1 if last else math.gcd(out.shape[2] * out.shape[3], 4),
                 HAS_BIAS=bias is not None,
                 W_ZERO=weight.has_zero,
-                AFTER=end.after,
-                HANDS=end.reader is not None,
+                **end.flags,
                 **c.arguments(),
             )
 
-        name = "int8 convolution from int8" if end.reader is None else "int8 convolution to int8"
-        return self._tuned(name, m, GROUPED if n <= 32 else DENSE, run, out, last)
+        name, wide = f"int8 convolution {end.kind}", DENSE if end.addition is None else SUM_DENSE
+        return self._tuned(name, m, GROUPED if n <= 32 else wide, run, out, (last, *end.counts))
 
     def _depthwise(
         self, q: Tensor, bias: Tensor | None, out: Tensor, end: Ending, m: int, last: bool
@@ -133,7 +134,7 @@ class Convolution:
                 self.static,
                 weight.scale,
                 weight.zero,
-                *end.to(self.static, weight.zero),
+                *end.to(self.static, weight),
                 m,
                 n,
                 *self._sizes(q),
@@ -143,15 +144,14 @@ class Convolution:
                 TAPS_Y=g.taps[0],
                 TAPS_X=g.taps[1],
                 LAST=last,
+                ALIGNED_AREA=1 if last else math.gcd(out.shape[2] * out.shape[3], 4),
                 HAS_BIAS=bias is not None,
-                AFTER=end.after,
-                HANDS=end.reader is not None,
+                **end.flags,
                 **c.arguments(),
             )
 
-        real = end.reader is None
-        name = "depthwise convolution from int8" if real else "depthwise convolution to int8"
-        return self._tuned(name, m, DEPTHWISE, run, out, last)
+        name = f"depthwise convolution {end.kind}"
+        return self._tuned(name, m, DEPTHWISE, run, out, (last, *end.counts))
 
     def _sizes(self, q: Tensor) -> tuple[int, ...]:
         """Return height and width of image and output, then stride, padding, dilation."""
@@ -171,10 +171,10 @@ class Convolution:
         choices: Sequence[Config],
         run: Callable[[Config], None],
         out: Tensor,
-        last: bool,
+        more: tuple[int, ...],
     ) -> bool:
         g = self.geometry
-        shape = (bucket(m), g.outputs, g.depth, g.groups, *g.taps, *g.stride, last)
+        shape = (bucket(m), g.outputs, g.depth, g.groups, *g.taps, *g.stride, *more)
         best = tuned(kernel, shape, choices, run, out.device)
         if best is not None:
             run(best)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoquant.kernels.gpu.adding import added, can_add
 from autoquant.kernels.gpu.chained_conv import Convolution
 from autoquant.kernels.gpu.device.convolution import (
     depthwise_convolution,
@@ -45,7 +46,7 @@ from autoquant.kernels.gpu.reading import (
 )
 from autoquant.kernels.gpu.tuning import bucket, tuned
 from autoquant.kernels.layout import contiguous_stride, is_channels_last
-from autoquant.kernels.operation import Clamp, Operation, Reader
+from autoquant.kernels.operation import Added, Clamp, Norm, Operation, Reader
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -161,6 +162,38 @@ class ConvProduct:
         if end is None or not is_bias(bias, self.weight.scale):
             return None
         return self._chained(q, bias, end, True)
+
+    def shape(self, q: Tensor) -> tuple[int, ...]:
+        """Return the shape of the output on int8 ``q``."""
+        size = self.geometry.out_size(*(q.shape[2:] if q.dim() == 4 else (1, q.shape[2])))
+        return (q.shape[0], self.geometry.outputs, *size[4 - q.dim() :])
+
+    def added(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        clamp: Clamp | None,
+        readers: Sequence[Reader],
+        channels_last: bool,
+    ) -> Added | None:
+        """Return it plus ``other``, clamped, as float32 and as int8, all in the same pass."""
+        last = channels_last and q.dim() == 4
+        if not is_bias(bias, self.weight.scale) or not can_add(other, self.shape(q), last, q):
+            return None
+        return added(lambda end: self._chained(q, bias, end, last), other, clamp, readers, PIXELS)
+
+    def normalized(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        norm: Norm,
+        readers: Sequence[Reader],
+        keeps: bool,
+    ) -> None:
+        """Return None: the last axis of a convolution's output is not its channels."""
+        return None
 
     @property
     def _channels(self) -> int:

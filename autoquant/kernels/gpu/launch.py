@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,14 @@ class Config:
 def config(warps: int = 4, stages: int = 3, **blocks: int) -> Config:
     """Return the Config of these block sizes."""
     return Config(tuple(blocks.items()), warps, stages)
+
+
+def light(configs: Sequence[Config]) -> tuple[Config, ...]:
+    """Return those with at most 64 outputs a thread.
+
+    Where the epilogue reads as many numbers again, the registers of a thread hold no more.
+    """
+    return tuple(c for c in configs if c.block("BLOCK_M") * c.block("BLOCK_N") <= 2048 * c.warps)
 
 
 def on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from autoquant.kernels.gpu.adding import added, can_add, is_norm, normalized
 from autoquant.kernels.gpu.device.chained import chained_matmul
 from autoquant.kernels.gpu.device.matmul import int8_matmul
 from autoquant.kernels.gpu.device.rows import quantize_rows
@@ -24,6 +26,7 @@ from autoquant.kernels.gpu.launch import (
     clamped,
     config,
     launch,
+    light,
     next_power_of_2,
     takes,
 )
@@ -37,7 +40,7 @@ from autoquant.kernels.gpu.reading import (
     stored,
 )
 from autoquant.kernels.gpu.tuning import bucket, tuned
-from autoquant.kernels.operation import Clamp, Reader
+from autoquant.kernels.operation import Added, Clamp, Norm, Reader
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -74,6 +77,11 @@ CHAINED_LARGE = (
     config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
     config(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=8, stages=3),
     config(BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
+)
+
+SUM_LARGE = (
+    *light(CHAINED_LARGE),
+    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=8, stages=3),
 )
 
 
@@ -247,6 +255,43 @@ class LinearProduct:
             return None
         return self._chained(q, bias_for(bias, self.weight.scale), end)
 
+    def shape(self, q: Tensor) -> tuple[int, ...]:
+        """Return the shape of the output on int8 ``q``."""
+        return (*q.shape[:-1], self.weight.scale.shape[0])
+
+    def added(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        clamp: Clamp | None,
+        readers: Sequence[Reader],
+        channels_last: bool,
+    ) -> Added | None:
+        """Return it plus ``other``, clamped, as float32 and as int8, all in the same pass."""
+        if not self._can_add(q, bias, other):
+            return None
+        bias = bias_for(bias, self.weight.scale)
+        return added(lambda end: self._chained(q, bias, end), other, clamp, readers, ROWS)
+
+    def normalized(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        norm: Norm,
+        readers: Sequence[Reader],
+        keeps: bool,
+    ) -> Added | None:
+        """Return the norm of it plus ``other``, as float32 and as int8, in a second pass."""
+        if not self._can_add(q, bias, other) or not is_norm(norm, self.weight.scale):
+            return None
+        y = self._chained(q, bias_for(bias, self.weight.scale), Ending())
+        return None if y is None else normalized(y, other, norm, readers, keeps)
+
+    def _can_add(self, q: Tensor, bias: Tensor | None, other: Tensor) -> bool:
+        return is_bias(bias, self.weight.scale) and can_add(other, self.shape(q), False, q)
+
     def _is_taken(self, x: Tensor) -> bool:
         if x.dtype != torch.float32 or x.dim() == 0 or x.shape[-1] != self.columns:
             return False
@@ -270,24 +315,23 @@ class LinearProduct:
                 weight.scale,
                 weight.zero,
                 weight.sums,
-                *end.to(self.activation.static, weight.zero),
+                *end.to(self.activation.static, weight),
                 m,
                 n,
                 k,
                 *end.ends,
                 HAS_BIAS=bias is not None,
                 W_ZERO=weight.has_zero,
-                AFTER=end.after,
-                HANDS=end.reader is not None,
+                **end.flags,
                 EVEN=k % c.block("BLOCK_K") == 0,
                 **c.arguments(),
             )
 
         count = bucket(m)
-        name = "int8 matmul from int8" if end.reader is None else "int8 matmul to int8"
-        shape = (count, n, k, bias is not None, weight.has_zero, end.after)
-        choices = CHAINED_SMALL if count <= 32 else CHAINED_LARGE
-        best = tuned(name, shape, choices, run, q.device)
+        shape = (count, n, k, bias is not None, weight.has_zero, end.after, *end.counts)
+        large = CHAINED_LARGE if end.addition is None else SUM_LARGE
+        choices = CHAINED_SMALL if count <= 32 else large
+        best = tuned(f"int8 matmul {end.kind}", shape, choices, run, q.device)
         if best is None:
             return None
         run(best)

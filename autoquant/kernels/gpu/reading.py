@@ -11,6 +11,7 @@ from autoquant.kernels.gpu.device.chained import quantize_flat
 from autoquant.kernels.gpu.device.images import quantize_images
 from autoquant.kernels.gpu.doubt import current_flag
 from autoquant.kernels.gpu.images import PIXELS as IMAGE_PIXELS
+from autoquant.kernels.gpu.integers import IntegerWeight
 from autoquant.kernels.gpu.launch import ceil_div, launch, next_power_of_2
 from autoquant.kernels.operation import Clamp, Reader
 
@@ -106,16 +107,50 @@ def _quantize_strided(x: Tensor, static: Tensor, q: Tensor, flag: Tensor) -> Non
 
 
 @dataclass(frozen=True, slots=True)
+class Addition:
+    """What is added to an output, ``other``, float32 as the output lies, and who reads the sum.
+
+    ``integers`` are what each of ``statics`` makes of it, to be filled in the same pass.
+    """
+
+    other: Tensor
+    statics: tuple[Tensor, ...]
+    integers: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
     """What the epilogue of a product does with its output: a ``clamp`` or GELU, then ``reader``'s.
 
-    Without ``reader`` the output is real.
+    Without ``reader`` the output is real. An ``addition`` comes before all that.
     """
 
     clamp: Clamp | None = None
     gelu: str | None = None
     reader: DeviceReader | None = None
     flag: Tensor | None = None
+    addition: Addition | None = None
+
+    @property
+    def kind(self) -> str:
+        """How the names of kernels end that are tuned for it."""
+        if self.addition is not None:
+            return "to sum"
+        return "from int8" if self.reader is None else "to int8"
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many read a sum, which is a kernel of its own: it belongs to the shape."""
+        return () if self.addition is None else (len(self.addition.statics),)
+
+    @property
+    def flags(self) -> dict[str, bool | int]:
+        """What of it kernels are compiled for."""
+        return {
+            "AFTER": self.after,
+            "HANDS": self.reader is not None,
+            "ADDS": self.addition is not None,
+        }
 
     @property
     def after(self) -> int:
@@ -130,11 +165,18 @@ class Ending:
         low, high = self.clamp or (0.0, 0.0)
         return float(low), float(high)
 
-    def to(self, static: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reader's numbers and the flag, or in their places what a kernel won't read."""
+    def to(self, static: Tensor, weight: IntegerWeight) -> tuple[Tensor | tuple[Tensor, ...], ...]:
+        """Return the reader's numbers, the flag, and the fields of the addition.
+
+        In the places of those that aren't there stands what a kernel won't read.
+        """
+        a = Addition(weight.scale, (), ()) if self.addition is None else self.addition
         return (
             static if self.reader is None else self.reader.static,
-            flag if self.flag is None else self.flag,
+            weight.zero if self.flag is None else self.flag,
+            a.other,
+            a.statics,
+            a.integers,
         )
 
     @property

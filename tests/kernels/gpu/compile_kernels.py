@@ -1,14 +1,20 @@
 """Compiles every kernel for a GPU that need not be there: ``python compile_kernels.py 80``.
 
 The interpreter takes what the compiler refuses. Prints one line a kernel: its name, the bytes of
-shared memory, and the instructions that matter.
+shared memory, the bytes of a thread's stack, which is where registers are spilled to, and the
+instructions that matter.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -18,6 +24,7 @@ from autoquant.kernels.gpu.device import (
     convolution,
     images,
     matmul,
+    normalizing,
     packed,
     rows,
 )
@@ -26,8 +33,11 @@ INT8 = ("q", "a", "b", "w")
 INT32 = ("x_sum", "w_zero", "w_sum", "sums", "flag")
 CUT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}
 CONV = {"PER_SAMPLE": True, "LAST": False, "HAS_BIAS": True, "X_ZERO": True}
-CHAINED = {"HAS_BIAS": 1, "HANDS": 1}
-TO_INT8 = {"out": "*i8", "low": "fp32", "high": "fp32"}
+CHAINED = {"HAS_BIAS": 1, "HANDS": 1, "ADDS": 0}
+SUM = CHAINED | {"HANDS": 0, "ADDS": 1}
+TO_INT8 = {"out": "*i8", "low": "fp32", "high": "fp32", "statics": (), "integers": ()}
+EVEN = "i32, a multiple of 16"
+TO_SUM = TO_INT8 | {"out": "*fp32", "statics": 3 * ("*fp32",), "integers": 3 * ("*i8",)}
 HALF = {"x": "*bf16", "bias": "*bf16", "out": "*bf16"}
 KERNELS = [
     (
@@ -54,7 +64,7 @@ KERNELS = [
             CUT
             | CHAINED
             | {"WINDOW": window, "PADDED": window > 0, "W_ZERO": zero, "AFTER": after}
-            | {"ALIGNED": 16, "ALIGNED_N": 16, "LAST": 1},
+            | {"ALIGNED": 16, "ALIGNED_N": 16, "ALIGNED_AREA": 4, "LAST": 1},
             TO_INT8,
         )
         for window, zero, after in ((0, 0, 1), (1, 0, 1), (2, 0, 0), (1, 1, 2), (2, 1, 1))
@@ -64,7 +74,7 @@ KERNELS = [
         CUT
         | CHAINED
         | {"WINDOW": 2, "PADDED": 1, "W_ZERO": 1, "AFTER": 1, "HANDS": 0}
-        | {"ALIGNED": 1, "ALIGNED_N": 1, "LAST": 0},
+        | {"ALIGNED": 1, "ALIGNED_N": 1, "ALIGNED_AREA": 1, "LAST": 0},
         TO_INT8 | {"out": "*fp32"},
     ),
     *(
@@ -73,20 +83,65 @@ KERNELS = [
             CUT
             | CHAINED
             | {"WINDOW": 2, "PADDED": 1, "W_ZERO": 1, "AFTER": after}
-            | {"ALIGNED": 4, "ALIGNED_N": 1, "LAST": 1},
+            | {"ALIGNED": 4, "ALIGNED_N": 1, "ALIGNED_AREA": 1, "LAST": 1},
             TO_INT8,
         )
         for after in (1, 2, 3)
     ),
     *(
         (
+            chained_convolution.chained_convolution,
+            CUT
+            | SUM
+            | {"WINDOW": 2, "PADDED": 1, "W_ZERO": 1, "AFTER": 1}
+            | {"ALIGNED": 4, "ALIGNED_N": 1, "ALIGNED_AREA": 1, "LAST": last},
+            TO_SUM,
+        )
+        for last in (1, 0)
+    ),
+    *(
+        (
             chained_convolution.chained_depthwise,
             CHAINED
             | {"MULTIPLIER": 1, "TAPS_Y": 3, "TAPS_X": 3, "HANDS": hands, "LAST": hands}
-            | {"AFTER": 1, "BLOCK_M": 32, "BLOCK_N": 64},
+            | {"AFTER": 1, "ALIGNED_AREA": 4, "BLOCK_M": 32, "BLOCK_N": 64},
             TO_INT8 | ({} if hands else {"out": "*fp32"}),
         )
         for hands in (1, 0)
+    ),
+    *(
+        (
+            chained.chained_matmul,
+            CUT | SUM | {"W_ZERO": zero, "AFTER": after, "EVEN": 1},
+            TO_SUM | {"N": EVEN},
+        )
+        for zero, after in ((0, 0), (1, 1))
+    ),
+    *(
+        (
+            chained_convolution.chained_convolution,
+            CUT
+            | SUM
+            | {"WINDOW": window, "PADDED": window > 0, "W_ZERO": 0, "AFTER": 1}
+            | {"ALIGNED": 16, "ALIGNED_N": 16, "ALIGNED_AREA": 4, "LAST": last},
+            TO_SUM,
+        )
+        for window, last in ((0, 1), (1, 1), (2, 0))
+    ),
+    *(
+        (
+            chained_convolution.chained_depthwise,
+            SUM
+            | {"MULTIPLIER": 1, "TAPS_Y": 3, "TAPS_X": 3, "LAST": last}
+            | {"AFTER": 1, "ALIGNED_AREA": 4, "BLOCK_M": 32, "BLOCK_N": 64},
+            TO_SUM | {"N": EVEN},
+        )
+        for last in (1, 0)
+    ),
+    (
+        normalizing.normalize_rows,
+        {"HAS_WEIGHT": 1, "HAS_BIAS": 1, "KEEPS": 1, "ROWS": 1, "BLOCK": 1024},
+        {"N": EVEN, "eps": "fp32", "statics": 4 * ("*fp32",), "integers": 4 * ("*i8",)},
     ),
     (chained.quantize_flat, {"BLOCK": 2048}, {}),
     (
@@ -142,18 +197,21 @@ POINTERS = (
     "x_scale",
     "x_zero",
     "w_scale",
+    "other",
+    "y",
+    "weight",
 )
 MORE_POINTERS = ("lows", "highs")
 TELLING = (
     r"\b((?:wg)?mma[\w.]*s32[\w.]*|(?:wg)?mma[\w.]*bf16[\w.]*"
-    r"|cp\.async\.c[ag]|div\.\w+\.f32|\w+\.ftz[\w.]*)"
+    r"|(?:ld|st)\.global\.v4\.b32|cp\.async\.c[ag]|div\.\w+\.f32|\w+\.ftz[\w.]*)"
 )
 
 
-def type_of(name: str, types: dict[str, str]) -> str:
+def type_of(name: str, types: dict[str, Any]) -> Any:
     """Return the Triton type of an argument."""
     if name in types:
-        return types[name]
+        return "i32" if types[name] == EVEN else types[name]
     if name in INT8:
         return "*i8"
     if name in INT32:
@@ -163,22 +221,38 @@ def type_of(name: str, types: dict[str, str]) -> str:
     return "*fp32" if name in POINTERS + MORE_POINTERS else "i32"
 
 
+def multiples(signature: dict[str, Any], types: dict[str, Any]) -> Iterator[tuple[int, ...]]:
+    """Return where a signature has multiples of 16: pointers, also in tuples, and even numbers."""
+    for i, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            yield from ((i, j) for j in range(len(kind)))
+        elif kind.startswith("*") or types.get(name) == EVEN:
+            yield (i,)
+
+
+def stack(cubin: bytes) -> int:
+    """Return the bytes of a thread's stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(n) for n in re.findall(r"STACK:(\d+)", said))
+
+
 def main(capability: int) -> None:
     """Compile everything; raise what the compiler does."""
     for kernel, constants, types in KERNELS:
         signature = {
             n: "constexpr" if n in constants else type_of(n, types) for n in kernel.arg_names
         }
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, n in enumerate(kernel.arg_names)
-            if signature[n].startswith("*")
-        }
+        aligned = {place: [["tt.divisibility", 16]] for place in multiples(signature, types)}
         source = ASTSource(kernel, signature, constants, aligned)
         options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
         made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         telling = sorted(set(re.findall(TELLING, made.asm["ptx"])))
-        print(kernel.__name__, made.metadata.shared, *telling)
+        spilled = stack(made.asm["cubin"])
+        print(kernel.__name__, made.metadata.shared, spilled, *telling)
 
 
 if __name__ == "__main__":

@@ -159,8 +159,8 @@ MODELS = {
         Residual,
         (2, 8, 9, 8),
         [
-            *("quantize_images", "chained_convolution", "chained_convolution"),
-            *("quantize_images", "chained_convolution", "quantize_flat", "chained_matmul"),
+            *(2 * ["quantize_images", "chained_convolution"]),
+            *("chained_convolution", "quantize_flat", "chained_matmul"),
         ],
     ),
     "stem": (
@@ -174,7 +174,10 @@ MODELS = {
     "bert": (
         Block,
         (2, 5, 32),
-        [*5 * ["quantize_flat", "chained_matmul"], "chained_matmul"],
+        [
+            *(4 * ["quantize_flat", "chained_matmul"]),
+            *("normalize_rows", "chained_matmul", "chained_matmul", "normalize_rows"),
+        ],
     ),
 }
 

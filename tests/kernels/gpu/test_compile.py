@@ -9,6 +9,10 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 SHARED_MEMORY = 99 * 1024
 """What a program of the smallest GPUs of capability 8 may have."""
 
+STACK = 32
+"""Bytes that a thread may have where its registers are too few: next to nothing."""
+WIDE = {"ld.global.v4.b32", "st.global.v4.b32"}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
@@ -29,14 +33,22 @@ def test_kernels_compile_to_the_instructions_they_are_made_for(tmp_path, capabil
         for words in lines[name]:
             assert any("mma" in word and "s8.s8" in word for word in words)
     assert "cp.async.cg" in lines["int8_convolution"][0]  # 16 bytes at a time
-    for words in (*lines["chained_matmul"], *lines["chained_convolution"][:5]):
+    sums = [
+        words
+        for name in ("chained_matmul", "chained_convolution", "chained_depthwise", "normalize_rows")
+        for words in lines[name]
+        if set(words) >= WIDE
+    ]
+    assert len(sums) == 8  # what is added, and the sum, 16 bytes at a time
+    for words in (*lines["chained_matmul"], *lines["chained_convolution"][:5], *sums[:5]):
         assert "cp.async.cg" in words
     assert any("mma" in word and "bf16" in word for word in lines["packed_matmul"][0])
     for name in ("quantize_rows", "quantize_images", "sample_qparams", "quantize_flat"):
-        for _, *words in lines[name]:
+        for _, _, *words in lines[name]:
             assert words == ["div.rn.f32"]  # IEEE division, and denormals are kept
     for words in (words for kernel in lines.values() for words in kernel):
         assert int(words[0]) <= SHARED_MEMORY
+        assert int(words[1]) <= STACK
         assert not any(".ftz" in word for word in words)
 
 

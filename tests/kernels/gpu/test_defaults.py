@@ -5,7 +5,7 @@ from importlib import resources
 
 import pytest
 
-from autoquant.kernels.gpu import conv, linear, weight_only
+from autoquant.kernels.gpu import chained_conv, conv, linear, weight_only
 from autoquant.kernels.gpu.defaults import (
     TOLERANCE,
     Gpu,
@@ -244,6 +244,9 @@ def test_near_estimates_take_the_first_listed():
         *((name, name) for name in OFFERED),
         ("int8 matmul to int8", "int8 matmul"),
         ("int8 convolution to int8", "int8 convolution"),
+        ("int8 matmul to sum", "int8 matmul"),
+        ("int8 convolution to sum", "int8 convolution"),
+        ("depthwise convolution to sum", "depthwise convolution"),
         ("depthwise to int8", "depthwise convolution"),
         ("packed anything", "packed vector"),
         ("attention", None),
@@ -251,6 +254,19 @@ def test_near_estimates_take_the_first_listed():
 )
 def test_families(kernel, family):
     assert family_of(kernel, tuple(t.family for t in table().tiles)) == family
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda g: g.capability)
+def test_sums_take_listed_tiles_that_leave_registers(gpu):
+    for kernel, offered, shapes in (
+        ("int8 matmul to sum", linear.SUM_LARGE, [(4096, *s) for s in BERT]),
+        ("int8 convolution to sum", chained_conv.SUM_DENSE, RESNET),
+    ):
+        for shape in shapes:
+            best = preferred(kernel, shape, offered, gpu)[0]
+            m, n, _ = tile(best)
+            assert best in table().listed(kernel, gpu.capability)
+            assert m * n <= 64 * 32 * best.warps
 
 
 def test_an_unknown_kernel_takes_the_first_that_fits():

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from autoquant.kernels.gpu.device.affine import quantize
-from autoquant.kernels.gpu.device.epilogue import correct, to_real
-from autoquant.kernels.gpu.device.handing import activated, raise_doubt, to_integers
+from autoquant.kernels.gpu.device.epilogue import correct
+from autoquant.kernels.gpu.device.handing import finish
 from autoquant.kernels.gpu.device.matmul import tile_of
 
 
@@ -42,6 +42,9 @@ def chained_matmul(
     w_sum,  # int32 [N]
     to_static,  # float32 [4] of out, where HANDS
     flag,  # int32 [1]: becomes 1 where out is in doubt
+    other,  # float32, lies as out: where ADDS it is added, before what is after
+    statics,  # a tuple of float32 [4]
+    integers,  # as many, int8 [M, N]: what each makes of out
     M,
     N,
     K,  # a multiple of 16
@@ -51,13 +54,14 @@ def chained_matmul(
     W_ZERO: tl.constexpr,
     AFTER: tl.constexpr,  # see ``activated``
     HANDS: tl.constexpr,
+    ADDS: tl.constexpr,
     EVEN: tl.constexpr,  # whether BLOCK_K divides K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Compute one tile of out = after(dequantized(a) · dequantized(b)ᵀ + bias) a program."""
+    """Compute one tile of out = after(real(a) · real(b)ᵀ + bias + other) a program."""
     # Says nothing new, but the compiler sees that 16 neighbours are one load.
     K = K // 16 * 16
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -96,11 +100,27 @@ def chained_matmul(
     shift = scale * 0.0
     if HAS_BIAS:
         shift = tl.load(bias + n, mask=columns, other=0.0)
-    x_scale = tl.load(static)
-    y = to_real(acc, tl.zeros((BLOCK_M,), tl.float32) + x_scale, scale, shift)
-    y = activated(y, low, high, AFTER)
-    if HANDS:
-        raise_doubt(flag, x_scale, scale, shift, columns)
-        y = to_integers(y, to_static)
-    to = out + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(to, y, mask=rows[:, None] & columns[None, :])
+    finish(
+        acc,
+        out,
+        static,
+        scale,
+        shift,
+        to_static,
+        flag,
+        other,
+        statics,
+        integers,
+        rows,
+        columns,
+        m,
+        n,
+        N,
+        1,
+        low,
+        high,
+        AFTER,
+        HANDS,
+        ADDS,
+        True,
+    )

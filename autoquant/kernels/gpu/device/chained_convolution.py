@@ -6,54 +6,13 @@ import triton
 import triton.language as tl
 
 from autoquant.kernels.gpu.device.convolution import place_of
-from autoquant.kernels.gpu.device.epilogue import correct, to_real
-from autoquant.kernels.gpu.device.handing import activated, raise_doubt, to_integers
+from autoquant.kernels.gpu.device.epilogue import correct
+from autoquant.kernels.gpu.device.handing import finish
 from autoquant.kernels.gpu.device.matmul import tile_of
 
 # As in ``convolution``: one compiled kernel for many shapes.
 SHAPE = ["M", "height", "width", "out_height", "out_width"]
 SHAPE += ["stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"]
-
-
-@triton.jit
-def finish(
-    acc,
-    out,
-    static,
-    scale,
-    shift,
-    to_static,
-    flag,
-    rows,
-    columns,
-    m,
-    channel,
-    outputs,
-    area,
-    low,
-    high,
-    AFTER: tl.constexpr,
-    HANDS: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """Store the outputs of exact sums ``acc`` [M, N]: pixels ``m`` of ``channel``.
-
-    ``scale`` and ``shift`` are float32 [N], ``area`` is the pixels of a sample. Neighbouring
-    threads go along the last axis of a block, so it has to be the one that is dense in memory.
-    """
-    x_scale = tl.load(static)
-    y = to_real(acc, tl.zeros_like(m).to(tl.float32) + x_scale, scale, shift)
-    y = activated(y, low, high, AFTER)
-    if HANDS:
-        raise_doubt(flag, x_scale, scale, shift, columns)
-        y = to_integers(y, to_static)
-    if LAST:
-        to = out + m.to(tl.int64)[:, None] * outputs + channel[None, :]
-        tl.store(to, y, mask=rows[:, None] & columns[None, :])
-    else:
-        at = (m // area).to(tl.int64) * outputs * area + m % area
-        to = out + channel.to(tl.int64)[:, None] * area + at[None, :]
-        tl.store(to, tl.trans(y), mask=columns[:, None] & rows[None, :])
 
 
 @triton.jit(do_not_specialize=[*SHAPE, "N", "w_width", "channels", "depth", "taps_x", "K"])
@@ -68,6 +27,9 @@ def chained_convolution(
     w_sum,  # int32 [groups · N]
     to_static,  # float32 [4] of out, where HANDS
     flag,  # int32 [1]: becomes 1 where out is in doubt
+    other,  # float32, lies as out: where ADDS it is added, before what is after
+    statics,  # a tuple of float32 [4]
+    integers,  # as many, int8 channels last: what each makes of out
     M,  # output pixels of all samples
     N,  # output channels of a group
     w_width,
@@ -92,10 +54,12 @@ def chained_convolution(
     WINDOW: tl.constexpr,  # 0: one pixel; 1: BLOCK_K divides depth; 2: any
     PADDED: tl.constexpr,
     LAST: tl.constexpr,
+    ALIGNED_AREA: tl.constexpr,  # at most 4; divides the output pixels of a sample
     HAS_BIAS: tl.constexpr,
     W_ZERO: tl.constexpr,
     AFTER: tl.constexpr,  # see ``activated``
     HANDS: tl.constexpr,
+    ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,6 +77,8 @@ def chained_convolution(
     K = K // ALIGNED * ALIGNED
     w_width = w_width // 16 * 16
     N = N // ALIGNED_N * ALIGNED_N
+    M = M // ALIGNED_AREA * ALIGNED_AREA
+    area = out_height * out_width // ALIGNED_AREA * ALIGNED_AREA
     group = tl.program_id(1)
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -173,7 +139,6 @@ def chained_convolution(
     shift = scale * 0.0
     if HAS_BIAS:
         shift = tl.load(bias + channel, mask=columns, other=0.0)
-    outputs, area = N * tl.num_programs(1), out_height * out_width
     finish(
         acc,
         out,
@@ -182,16 +147,20 @@ def chained_convolution(
         shift,
         to_static,
         flag,
+        other,
+        statics,
+        integers,
         rows,
         columns,
         m,
         channel,
-        outputs,
+        N * tl.num_programs(1),
         area,
         low,
         high,
         AFTER,
         HANDS,
+        ADDS,
         LAST,
     )
 
@@ -207,6 +176,9 @@ def chained_depthwise(
     w_zero,  # int32 [N]
     to_static,  # float32 [4] of out, where HANDS
     flag,  # int32 [1]: becomes 1 where out is in doubt
+    other,  # float32, lies as out: where ADDS it is added, before what is after
+    statics,  # a tuple of float32 [4]
+    integers,  # as many, int8 channels last: what each makes of out
     M,
     N,
     height,
@@ -226,13 +198,18 @@ def chained_depthwise(
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
     LAST: tl.constexpr,
+    ALIGNED_AREA: tl.constexpr,  # at most 4; divides the output pixels of a sample
     HAS_BIAS: tl.constexpr,
     AFTER: tl.constexpr,
     HANDS: tl.constexpr,
+    ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Compute BLOCK_M pixels × BLOCK_N channels a program, each from one input channel."""
+    # As above: 4 neighbours are one store.
+    M = M // ALIGNED_AREA * ALIGNED_AREA
+    area = out_height * out_width // ALIGNED_AREA * ALIGNED_AREA
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, columns = m < M, n < N
@@ -264,15 +241,19 @@ def chained_depthwise(
         shift,
         to_static,
         flag,
+        other,
+        statics,
+        integers,
         rows,
         columns,
         m,
         n,
         N,
-        out_height * out_width,
+        area,
         low,
         high,
         AFTER,
         HANDS,
+        ADDS,
         LAST,
     )

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from autoquant.kernels.gpu.device.affine import ROUNDER
+from autoquant.kernels.gpu.device.epilogue import to_real
 
 # Nothing in here selects (``tl.where``) among outputs: with Triton 3.7 the compiler aborted on that
 # for capability 8.0, where integers are loaded byte by byte and summed.
@@ -74,3 +75,74 @@ def raise_doubt(flag, x_scale, w_scale, bias, columns):
     largest = w_scale * 2147483648.0 * x_scale + tl.abs(bias)
     doubtful = (largest < float("inf")) == 0
     tl.store(flag + tl.zeros_like(largest).to(tl.int32), 1, mask=columns & doubtful)
+
+
+@triton.jit
+def raise_doubt_of(flag, y, mask):
+    """Store 1 to ``flag`` where one of the outputs ``y`` is NaN or infinite."""
+    doubtful = mask & ((tl.abs(y) < float("inf")) == 0)
+    tl.store(flag, 1, mask=tl.max(doubtful.to(tl.int32)) > 0)
+
+
+@triton.jit
+def hand_to_all(y, statics, integers, flag, at, mask):
+    """Store what each of ``statics`` makes of ``y`` to ``at`` in its integers; none is no work.
+
+    What was added can be NaN or infinite, so doubts are looked for among the outputs.
+    """
+    if len(statics) > 0:
+        raise_doubt_of(flag, y, mask)
+    for i in tl.static_range(len(statics)):
+        tl.store(integers[i] + at, to_integers(y, statics[i]), mask=mask)
+
+
+@triton.jit
+def finish(
+    acc,
+    out,
+    static,
+    scale,
+    shift,
+    to_static,
+    flag,
+    other,
+    statics,
+    integers,
+    rows,
+    columns,
+    m,
+    channel,
+    outputs,
+    area,
+    low,
+    high,
+    AFTER: tl.constexpr,
+    HANDS: tl.constexpr,
+    ADDS: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Store the outputs of exact sums ``acc`` [M, N]: rows or pixels ``m`` of ``channel``.
+
+    ``scale`` and ``shift`` are float32 [N], ``area`` is the pixels of a sample, which matter where
+    channels are not LAST. Neighbouring threads go along the last axis of a block, so it has to be
+    the one that is dense in memory.
+    """
+    last = m.to(tl.int64)[:, None] * outputs + channel[None, :]
+    mask = rows[:, None] & columns[None, :]
+    if LAST:
+        to, to_mask = last, mask
+    else:
+        at = (m // area).to(tl.int64) * outputs * area + m % area
+        to = channel.to(tl.int64)[:, None] * area + at[None, :]
+        to_mask = columns[:, None] & rows[None, :]
+    x_scale = tl.load(static)
+    y = to_real(acc, tl.zeros_like(m).to(tl.float32) + x_scale, scale, shift)
+    if ADDS:
+        addend = tl.load(other + to, mask=to_mask, other=0.0)
+        y += addend if LAST else tl.trans(addend)
+    y = activated(y, low, high, AFTER)
+    if HANDS:
+        raise_doubt(flag, x_scale, scale, shift, columns)
+        y = to_integers(y, to_static)
+    tl.store(out + to, y if LAST else tl.trans(y), mask=to_mask)
+    hand_to_all(y, statics, integers, flag, last, mask)

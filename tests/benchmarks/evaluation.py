@@ -2,7 +2,8 @@
 
 Real models with every layer at 8 bits, weights and activations. Float32 and bfloat16 as PyTorch
 runs them, PyTorch's fake-quantize operators, and this engine take turns in one process; medians.
-Writes a report for each kind of processor, ``reports/evaluation-….md``.
+Writes a report for each kind of processor, ``reports/evaluation-….md``. With ``--device cuda``:
+see ``tests.benchmarks.gpu_evaluation``.
 """
 
 from __future__ import annotations
@@ -233,9 +234,17 @@ def line(cells: list[str]) -> str:
 
 @click.command()
 @click.option("--repeats", default=9, show_default=True, help="Runs of each, after a warm-up.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--quick", is_flag=True, help="On a GPU: compile nothing, write no report.")
+@click.option("--simulate", is_flag=True, help="Try on the CPU what runs on a GPU: no measurement.")
 @click.argument("names", nargs=-1)
-def main(repeats: int, names: tuple[str, ...]) -> None:
+def main(repeats: int, device: str, quick: bool, simulate: bool, names: tuple[str, ...]) -> None:
     """Measure and write the report of this kind of processor."""
+    if device == "cuda" or simulate:
+        from tests.benchmarks import gpu_evaluation
+
+        gpu_evaluation.main(names, repeats, quick=quick, simulate=simulate)
+        return
     with tempfile.TemporaryDirectory() as folder:
         benches = [Bench(c, Path(folder)) for c in CASES if not names or c.name in names]
     # First as a user's process is, then with freed memory kept, as ``autoquant search`` has it.

@@ -36,6 +36,11 @@ def kind() -> str:
     return "-".join(words.lower().split())
 
 
+def gpu_kind() -> str:
+    """Return the kind of the current GPU, as a part of a file's name."""
+    return "-".join(re.sub(r"[^a-z0-9]+", " ", torch.cuda.get_device_name().lower()).split())
+
+
 def describe_machine() -> str:
     """Return processor, cores and library versions."""
     versions = f"torch {torch.__version__}, Optuna {optuna.__version__}, NumPy {numpy.__version__}"

@@ -3,7 +3,8 @@
 #
 #   --device cuda|cpu   cpu tries the script itself where there is no GPU (default: cuda)
 #   --seconds N         stop after so long; what is left is then said to have not run (default: 290)
-#   --only NAME         run one part: demo devices recipes kernels mobilenet speed (repeatable)
+#   --only NAME         run one part (repeatable): demo devices recipes rank kernels mobilenet
+#                       evaluation speed
 #   --logs DIR          keep the whole output of each part there (default: a temporary folder)
 #
 # Needs no network and no installation: autoquant runs from a copy of this tree, beside the wheels in
@@ -89,9 +90,14 @@ names=() results=() failed=0
 
 wanted() { [ ${#only[@]} -eq 0 ] || [[ " ${only[*]} " == *" $1 "* ]]; }
 
-# begin NAME LIMIT COMMAND…: run it beside what follows, for LIMIT seconds at most.
+# begin NAME LIMIT COMMAND…: run it beside what follows, for LIMIT seconds at most. What is timed comes
+# last: the other parts leave it KEPT seconds.
+kept=0
+! wanted evaluation || kept=$((kept + 60))
+! wanted speed || kept=$((kept + 40))
+[ "$kept" -le $((seconds / 2)) ] || kept=$((seconds / 2))
 begin() {
-    local name=$1 limit=$2 left=$((seconds - SECONDS)) from=$SECONDS
+    local name=$1 limit=$2 left=$((seconds - SECONDS - kept)) from=$SECONDS
     shift 2
     wanted "$name" || return 0
     if [ "$left" -lt 8 ]; then
@@ -128,6 +134,9 @@ finish() {
 print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda,
       torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
 
+simulate=()
+[ "$device" = cuda ] || simulate=(--simulate)
+
 # Tests keep the processor busy, searches the GPU: they run side by side. What is timed runs alone.
 begin devices 200 "${device_tests[@]}"
 begin kernels 250 "${kernel_tests[@]}"
@@ -135,11 +144,16 @@ begin demo 100 "$python" -m tests.gpu.recipes search demo "$device" "$folder"
 finish demo
 begin recipes 80 "$python" -m tests.gpu.recipes evaluate "$device" "$folder"
 finish recipes
+begin rank 60 "$python" -m tests.gpu.recipes rank "$device" "$folder"
+finish rank
 begin mobilenet 170 "$python" -m tests.gpu.recipes search mobilenet_v2 "$device" "$folder"
 finish devices
 finish mobilenet
 finish kernels
-begin speed 60 "$python" -m tests.gpu.speed "$device"
+kept=0
+begin evaluation 70 "$python" -m tests.benchmarks.evaluation --quick --device "$device" "${simulate[@]}"
+finish evaluation
+begin speed 50 "$python" -m tests.gpu.speed "$device"
 finish speed
 
 # --- what came of it ------------------------------------------------------------------------------

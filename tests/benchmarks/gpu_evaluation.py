@@ -351,7 +351,8 @@ def main(names: tuple[str, ...], repeats: int, *, quick: bool, simulate: bool) -
     if not place.real:
         print(f"\n{NO_MEASUREMENT}")
     else:
-        print(f"\n{len(rows)} models with random weights, {len(zoo_rows)} with their data")
+        at = HEAD.index("replayed")
+        print("\n" + "; ".join(f"{cells[0]}: {cells[at]} ms (≤ {cells[1]})" for cells in rows))
 
 
 def report(text: str, repeats: int) -> str:

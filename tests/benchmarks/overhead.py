@@ -84,15 +84,16 @@ def calibrated(site: SiteRecipe) -> SiteRecipe:
 
 
 class Clock:
-    """Notes the time between trials."""
+    """Notes the time between trials, by the clock ``now``."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.times: list[float] = []
-        self.last = time.perf_counter()
+        self.last = now()
 
     def trial(self, *_: object) -> None:
         """Note one trial."""
-        now = time.perf_counter()
+        now = self.now()
         self.times.append(now - self.last)
         self.last = now
 
@@ -105,8 +106,12 @@ def through_autoquant(
     make: Callable[[Ledger, ParameterMap, Profile, Goal], Proposer],
     layers: int = LAYERS,
     trials: int = TRIALS,
+    now: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Run a study through the trial loop; return the seconds of each trial but the uniform ones."""
+    """Run a study through the trial loop; return the seconds of each trial but the uniform ones.
+
+    Seconds are those of the clock ``now``.
+    """
     names = [f"layer{i}" for i in range(layers)]
     mapping = ParameterMap({n: SiteSpace(CHOICES) for n in names})
     assert len(mapping.distributions) == 4 * layers
@@ -127,7 +132,7 @@ def through_autoquant(
         ledger = Ledger.create(name, f"{folder}/study.journal", {"made": "up"})
         proposer = Baselines(plain, mapping, make(ledger, mapping, profile, goal))
         stop = Stop(len(plain) + trials, None)
-        clock = Clock()
+        clock = Clock(now)
         run_trials(ledger, mapping, proposer, goal, measure, stop, clock)
     return clock.times[len(plain) :]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -60,33 +60,70 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-Launch = Callable[[], None]
-"""One launch of a kernel, to be repeated on the same memory."""
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch of a kernel; called, it is done again on the same memory."""
 
-_observers: list[Callable[[str, Launch], None]] = []
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What the kernel is called."""
+        name: str = self.kernel.fn.__name__
+        return name
+
+    def named(self) -> dict[str, Any]:
+        """Return its arguments and options by their names."""
+        names = self.kernel.arg_names
+        return dict(zip(names, self.arguments, strict=False)) | dict(self.options)
+
+    def __call__(self) -> None:
+        """Launch it on the device of its first tensor."""
+        with on(next(a for a in self.arguments if isinstance(a, Tensor))):
+            self.kernel[self.grid](*self.arguments, **self.options, **OPTIONS)
+
+
+Observe = Callable[[str, Launch], None]
+
+_observers: list[Observe] = []
+_counters: list[Observe] = []
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel on the device of its first tensor; whoever observes is told after that."""
-    first = next(a for a in arguments if isinstance(a, Tensor))
-
-    def run() -> None:
-        with on(first):
-            kernel[grid](*arguments, **options, **OPTIONS)
-
-    run()
+    made = Launch(kernel, grid, arguments, options)
+    if _counters:
+        _counters[-1](made.name, made)
+        return
+    made()
     for observe in _observers:
-        observe(kernel.fn.__name__, run)
+        observe(made.name, made)
 
 
 @contextlib.contextmanager
-def observing(observe: Callable[[str, Launch], None]) -> Iterator[None]:
+def observing(observe: Observe) -> Iterator[None]:
     """Tell ``observe`` the name of every kernel launched inside, and how to launch it again."""
-    _observers.append(observe)
+    with _told(_observers, observe):
+        yield
+
+
+@contextlib.contextmanager
+def counting(observe: Observe) -> Iterator[None]:
+    """Tell ``observe`` of every launch inside, and launch nothing: tensors are never written."""
+    with _told(_counters, observe):
+        yield
+
+
+@contextlib.contextmanager
+def _told(those: list[Observe], observe: Observe) -> Iterator[None]:
+    those.append(observe)
     try:
         yield
     finally:
-        _observers.remove(observe)
+        those.remove(observe)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from autoquant.errors import UserError
 from autoquant.kernels.engine import Engine, make_engine
 from autoquant.kernels.gpu.launch import observing
 from autoquant.kernels.recording import Recorder
@@ -43,6 +44,8 @@ from tests.zoo.conftest import HERE, task_module
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports"
 ZOO = ("resnext", "g2p")
+ABSENT = (FileNotFoundError, ImportError, UserError)
+"""What is raised where the data of a model are not there."""
 SAMPLES = 32
 """Most samples of a batch that ranges are calibrated on."""
 NO_MEASUREMENT = "No measurement: small models on a CPU, by a recorder that stands in for graphs."
@@ -329,7 +332,7 @@ def main(names: tuple[str, ...], repeats: int, *, quick: bool, simulate: bool) -
         if name in MODELS:
             try:
                 cells, more = row(MODELS[name], place, repeats, compiled=place.real and not quick)
-            except RuntimeError as error:  # one model that fails does not end the others
+            except Exception as error:  # one model that fails does not end the others
                 failed.append(f"{name}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)
                 continue
@@ -342,7 +345,7 @@ def main(names: tuple[str, ...], repeats: int, *, quick: bool, simulate: bool) -
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     zoo_rows.append(zoo_row(name, opened(name, place.device, Path(folder))))
-            except (FileNotFoundError, ImportError) as error:
+            except ABSENT as error:
                 print(f"{name} is left out: {error}", flush=True)
                 continue
             print(line(zoo_rows[-1]), flush=True)

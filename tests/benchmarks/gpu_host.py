@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +27,8 @@ from autoquant.kernels.engine import Engine
 from autoquant.kernels.recording import Work
 from autoquant.session import session as sessions
 from autoquant.session.session import Session
-from tests.benchmarks.gpu_evaluation import candidates_a_second, drawn, opened
+from tests.benchmarks.gpu_evaluation import Bench, Place, candidates_a_second, drawn, opened
+from tests.benchmarks.gpu_models import Sized
 from tests.benchmarks.overhead import knapsack, through_autoquant
 from tests.measure.recorder import EagerEngine, EagerProduct, StandIn
 
@@ -133,6 +134,21 @@ def of_session(session: Session, rounds: int = ROUNDS) -> tuple[float, float, fl
             rows.append((middle - start, inside[0] - computing[0], reading))
     switching, by_programs, reading = (1e3 * statistics.median(c) for c in zip(*rows, strict=True))
     return switching, by_programs, reading
+
+
+def forward_ms(case: Sized, rounds: int = ROUNDS) -> float:
+    """Return the milliseconds that the host takes around the replay of one forward.
+
+    The model is as deep as it is, and thin, so that copying its inputs costs nothing.
+    """
+    place = Place(CPU, still_engine, StillRecorder(), real=False)
+    bench = Bench(replace(case, small=case.thin), place)
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        bench.replayed()
+        times.append(time.process_time() - start)
+    return 1e3 * statistics.median(times)
 
 
 def measure(name: str) -> HostCost:

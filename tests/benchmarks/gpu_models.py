@@ -157,12 +157,13 @@ def images(batch: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sized:
-    """A model and its inputs, whole and small."""
+    """A model and its inputs, whole and small; ``thin`` is as deep as the whole."""
 
     name: str
     title: str
     build: Callable[[], nn.Module]
     small: Callable[[], nn.Module]
+    thin: Callable[[], nn.Module]
     inputs: Callable[..., Tensor]
     sizes: tuple[int, int]
     small_sizes: tuple[int, int]
@@ -189,6 +190,7 @@ MODELS = {
             title="BERT-base, 32 × 128 tokens",
             build=Encoder,
             small=lambda: Encoder(2, 32, 2),
+            thin=lambda: Encoder(width=32, heads=2),
             inputs=tokens,
             sizes=(32, 128),
             small_sizes=(2, 8),
@@ -199,6 +201,7 @@ MODELS = {
             title="BERT-base of transformers, 32 × 128 tokens",
             build=HuggingFaceBert,
             small=lambda: HuggingFaceBert(2, 32, 2),
+            thin=lambda: HuggingFaceBert(width=32, heads=2),
             inputs=tokens,
             sizes=(32, 128),
             small_sizes=(2, 8),
@@ -209,6 +212,7 @@ MODELS = {
             title="ResNet-50, 64 photos of 224²",
             build=ResNet,
             small=lambda: ResNet((1, 2), 8),
+            thin=lambda: ResNet(width=8),
             inputs=images,
             sizes=(64, 224),
             small_sizes=(4, 32),
@@ -219,6 +223,7 @@ MODELS = {
             title="MobileNetV2, 256 photos of 224²",
             build=mobilenet,
             small=mobilenet,
+            thin=mobilenet,
             inputs=images,
             sizes=(256, 224),
             small_sizes=(4, 32),

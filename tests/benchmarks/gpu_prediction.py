@@ -33,7 +33,8 @@ from tests.benchmarks.gpu_counting import (
     interpreted,
     steps_of,
 )
-from tests.benchmarks.gpu_host import HostCost, measure
+from tests.benchmarks.gpu_evaluation import ABSENT
+from tests.benchmarks.gpu_host import HostCost, forward_ms, measure
 from tests.benchmarks.gpu_models import MODELS, Sized
 from tests.benchmarks.machine import describe_machine
 
@@ -228,23 +229,6 @@ def quantized_once(steps: Sequence[Step]) -> list[Step]:
     return left
 
 
-def stem_ended(steps: Sequence[Step]) -> list[Step]:
-    """Return what is left where a stem's ReLU, and int8, are computed with it."""
-    left: list[Step] = []
-    stem: frozenset[int] = frozenset()
-    for step in steps:
-        if step.name == "int8_convolution":
-            stem = step.results
-        elif step.sources & stem and step.kind == ADDING:
-            continue
-        elif step.sources & stem and step.name == "quantize_flat":
-            left[-1] = replace(left[-1], written=left[-1].written // 4)
-            continue
-        if step.name != "spread_nan":
-            left.append(step)
-    return left
-
-
 # --- the report -----------------------------------------------------------------------------------
 
 
@@ -276,8 +260,8 @@ def cells(name: str, steps: Sequence[Step], rates: Rates) -> list[str]:
     ]
 
 
-def section(case: Sized, steps: Sequence[Step], rates: Rates = H200) -> str:
-    """Return what is foretold for one model."""
+def section(case: Sized, steps: Sequence[Step], host: float, rates: Rates = H200) -> str:
+    """Return what is foretold for one model; ``host`` are the host's milliseconds, measured."""
     whole, products = rates.ms(steps), rates.ms(s for s in steps if s.kind == PRODUCT)
     kinds = by(steps, lambda s: s.kind)
     rows = [cells(kind, kinds[kind], rates) for kind in KINDS if kind in kinds]
@@ -305,16 +289,19 @@ def section(case: Sized, steps: Sequence[Step], rates: Rates = H200) -> str:
         "parts of the kernels beside them",
         fused(steps, rates),
     )
-    once, ended = quantized_once(steps), stem_ended(steps)
+    once = quantized_once(steps)
     without("If no tensor were quantized twice", rates.ms(once))
-    without("If the stem's activation were computed with it", rates.ms(ended))
-    without("If all of this were so", fused(stem_ended(once), rates))
+    without("If both were so", fused(once, rates))
     for kind in (ATTENTION, DEPTHWISE):
         if kind in kinds:
             field = kind.split()[0]
             changed = (replace(rates, **{field: getattr(rates, field) * f}) for f in (0.5, 2))
             half, double = (r.ms(steps) for r in changed)
             lines.append(f"With half the rate of {kind}: {half:.2f} ms; with double: {double:.2f}.")
+    lines.append(
+        f"Beside it the host takes {host:.2f} ms of this CPU (measured, a replay that does nothing)"
+        " before and after each replay."
+    )
     return (
         f"## {case.title}\n\n"
         + table(HEAD, [*rows, cells("all", steps, rates)])
@@ -415,13 +402,13 @@ def main(write: bool, names: tuple[str, ...]) -> None:
     wanted = names or (*NAMES, *ZOO)
     sections = []
     for name in (n for n in NAMES if n in wanted):
-        sections.append(section(MODELS[name], counted(MODELS[name])))
+        sections.append(section(MODELS[name], counted(MODELS[name]), forward_ms(MODELS[name])))
         print(sections[-1], end="\n\n", flush=True)
     costs = []
     for name in (n for n in ZOO if n in wanted):
         try:
             costs.append(measure(name))
-        except FileNotFoundError as error:
+        except ABSENT as error:
             print(f"{name} is left out: {error}")
     text = report(sections, costs)
     if write and not names:

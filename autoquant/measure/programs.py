@@ -89,6 +89,10 @@ class Programs:
         self._round = 0
         self._current: dict[tuple[Call, object], Program] = {}
         self._addresses: list[int] = []
+        # Walking all modules for every batch would take longer than a replay.
+        self._holders = [
+            those for m in self.model.modules() for those in (m._parameters, m._buffers)
+        ]
         self._flag = torch.zeros(1, dtype=torch.int32, device=recorder.device)
 
     def switch_off(self, reason: str) -> None:
@@ -141,7 +145,8 @@ class Programs:
             self._fixed[i] = slot.make_fixed(self._tell)
 
     def _begin(self) -> None:
-        addresses = [t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers())]
+        held = (t for those in self._holders for t in those.values() if t is not None)
+        addresses = [t.data_ptr() for t in held]
         if addresses != self._addresses:  # what was recorded reads the old ones
             self.clear()
             self._addresses = addresses

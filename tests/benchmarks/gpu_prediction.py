@@ -386,9 +386,9 @@ def report(sections: Sequence[str], costs: Sequence[HostCost]) -> str:
         "# What a GPU may make of a candidate",
         FIRST,
         rates,
-        "## How far off the model is where it is known\n\nTwo hand-written programs, measured before "
-        "on one H200 with torch 2.11 and Triton 3.6; their launches are listed by their sizes.\n\n"
-        + calibration(),
+        "## How far off the model is where it is known\n\nTwo hand-written programs, measured "
+        "before on one H200 with torch 2.11 and Triton 3.6; their launches follow from their "
+        "sizes.\n\n" + calibration(),
         *sections,
         *([host] if costs else []),
         describe_machine(),

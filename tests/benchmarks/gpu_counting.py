@@ -61,21 +61,29 @@ WRITTEN = {
     "quantize_rows": ("q", "scales", "zeros", "sums"),
     "sample_qparams": ("scales", "zeros"),
 }
-"""Arguments that kernels write; the others write ``out`` alone."""
+"""Arguments that kernels write; the others write ``out`` and, where they add, ``integers``."""
 
 
 def of_kernel(launch: Launch) -> Step:
     """Return a launch of one of this project's kernels as a step."""
     named = launch.named()
-    written = WRITTEN.get(launch.name, ("out",))
-    tensors = {n: t for n, t in named.items() if isinstance(t, Tensor)}
+    norm = launch.name == "normalize_rows"
+    if not (norm or named.get("ADDS")):  # what stands there is not touched
+        named = {n: x for n, x in named.items() if n not in ("other", "statics", "integers")}
+    tensors = {
+        n: [t for t in pytree.tree_leaves(x) if isinstance(t, Tensor)] for n, x in named.items()
+    }
+    written = WRITTEN.get(launch.name, ("out", "integers", *(["y"] if named.get("KEEPS") else [])))
     if launch.name == "spread_nan":  # looks at its flag, and is done
-        return Step(launch.name, OTHER, tensors["flag"].nbytes, 0)
-    outs = {id(t) for n, t in tensors.items() if n in written}
-    given = {id(t): t for t in tensors.values() if id(t) not in outs}
-    read, wrote = sum(t.nbytes for t in given.values()), sum(tensors[n].nbytes for n in written)
+        return Step(launch.name, OTHER, tensors["flag"][0].nbytes, 0)
+    outs = {id(t): t for n in written for t in tensors.get(n, ())}
+    inputs = [t for n, row in tensors.items() if n == "y" or n not in written for t in row]
+    given = {id(t): t for t in inputs if id(t) not in outs or norm}
+    read, wrote = (sum(t.nbytes for t in those.values()) for those in (given, outs))
     operations, kind = 0, QUANTIZING if launch.name not in ("sample_qparams",) else OTHER
-    if "N" in named:
+    if norm:
+        kind = NORMS
+    elif "N" in named:
         depthwise = "TAPS_Y" in named
         kind = DEPTHWISE if depthwise else PRODUCT
         groups = launch.grid[1] if "convolution" in launch.name and not depthwise else 1
@@ -85,9 +93,10 @@ def of_kernel(launch: Launch) -> Step:
         if named.get("stride_x", 1) > 1 and depth == named.get("depth"):
             # One tap that skips pixels reads those alone that it meets.
             met = named["M"] * depth * groups
-            read -= max(tensors["q"].nbytes - met, 0)
+            read -= max(tensors["q"][0].nbytes - met, 0)
     first = [next(t for t in launch.arguments if isinstance(t, Tensor))]
-    sources, results = _memory(first), _memory(tensors[n] for n in written)
+    first += tensors.get("other", [])
+    sources, results = _memory(first), _memory(outs.values())
     return Step(launch.name, kind, read, wrote, operations, sources, results)
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 @click.command(
     epilog="Example: autoquant search model.pt --task task.py --max-drop 1% --timeout 10m; "
-    "as fast as possible: autoquant search model.pt --task task.py --objective latency"
+    "as fast as possible: autoquant search model.pt --task task.py --objective latency; to be "
+    "deployed in bfloat16: autoquant search model.pt --task task.py --rest bf16"
 )
 @click.argument("model", type=click.Path())
 @task_options
@@ -105,6 +106,14 @@ if TYPE_CHECKING:
     help="After the trials fit the layers of good recipes to each other, on the calibration data: "
     "layer, none, or auto: layer, where that is no more work than twice the trials.",
 )
+@click.option(
+    "--rest",
+    metavar="FORMAT",
+    default="float32",
+    show_default=True,
+    help="Format of all that stays in float (attention, norms, layers that are not quantized): "
+    "float32, or bf16, as models are deployed on many GPUs. What that costs counts as drop.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
 @memory_option
 @click.option(
@@ -137,6 +146,7 @@ def command(
     backend: str,
     prune: bool,
     tune: str,
+    rest: str,
     seed: int,
     memory: str | None,
     out: str,
@@ -172,6 +182,7 @@ def command(
         prune=prune,
         memory=memory,
         tune=tune,
+        rest=rest,
     )
     check(options)
     if task is not None and data is not None:

@@ -118,7 +118,8 @@ def reconstruct(
         if done[site.name].weight is not None and site.activation and site.kind in KINDS
     ]
     applier.to_float()
-    clean = _float_inputs(applier, chosen, batches, run)
+    with prepared.in_float32():
+        clean = _float_inputs(applier, chosen, batches, run)
     applier.apply(done)
     correction = CORRECTIONS.get("bias")()
     for site in chosen:

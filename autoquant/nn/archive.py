@@ -129,7 +129,7 @@ def load_archive(path: Path, model: nn.Module) -> nn.Module:
     model = take(model)
     model.eval()
     try:
-        prepared = prepare(model, folded=recipe.folded)
+        prepared = prepare(model, folded=recipe.folded).lowered(recipe.rest)
         transform_as(prepared, recipe.transforms)
         known = {site.name: site for site in prepared.sites}
         missing = [name for name in recipe.sites if name not in known]

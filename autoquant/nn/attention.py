@@ -31,6 +31,7 @@ class QuantizedMultiheadAttention:
     def __init__(self, converted: Converted) -> None:
         self.layer: Any = converted.module
         self.sites = converted.sites
+        self.rest = converted.rest
 
     def __call__(
         self,
@@ -56,6 +57,7 @@ class QuantizedMultiheadAttention:
             raise RuntimeError(
                 "is_causal is only a hint about attn_mask, and there is no attn_mask"
             )
+        query, key, value = self._rounded(query, key, value)
         batched = query.dim() == 3
         q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
         if is_causal and key_padding_mask is None and not need_weights:
@@ -76,6 +78,13 @@ class QuantizedMultiheadAttention:
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         return self.layer.out_proj(self._join(heads, batched)), weights
+
+    def _rounded(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return what is given in the format of the rest; what is the same stays the same."""
+        if self.rest is None:
+            return given
+        once = {id(x): x.to(self.rest) for x in given}
+        return tuple(once[id(x)] for x in given)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the projections of the quantized ``query``, ``key`` and ``value``.

@@ -6,6 +6,7 @@ its weight and activation. ``deploy`` returns a copy that carries packed integer
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,18 +35,20 @@ from autoquant.nn.layouts import layout_of
 from autoquant.nn.modules import QUANTIZED, computing
 from autoquant.nn.operations import operation_of
 from autoquant.nn.packed import PackedSite
+from autoquant.nn.rest import Rest, drop_door, lowered
 from autoquant.nn.sites import Site, find_sites
 from autoquant.nn.slots import SiteSlot
 from autoquant.nn.untouched import look
 from autoquant.quant.weight import QuantizedWeight
-from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme
+from autoquant.spec.recipe import FLOAT32, FLOAT_SITE, ActivationScheme
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A model whose sites can be switched from one recipe to the next.
 
-    ``sites`` are in execution order; ``folds`` are the BatchNorms that went into layers.
+    ``sites`` are in execution order; ``folds`` are the BatchNorms that went into layers. ``rest``
+    is what stays in float, where that is of a lower format than float32.
     """
 
     model: nn.Module
@@ -54,6 +57,17 @@ class Prepared:
     slots: Mapping[str, SiteSlot]
     folds: Folds
     engine: Engine
+    rest: Rest | None = None
+
+    def lowered(self, name: str) -> Prepared:
+        """Return it with its rest in the format ``name``, from here on; float32 changes nothing."""
+        if name == FLOAT32:
+            return self
+        return replace(self, rest=lowered(self.model, self.slots.values(), name))
+
+    def in_float32(self) -> contextlib.AbstractContextManager[None]:
+        """Have the rest in float32 inside."""
+        return contextlib.nullcontext() if self.rest is None else self.rest.suspended()
 
     @property
     def folded(self) -> Mapping[str, str]:
@@ -248,13 +262,14 @@ def deploy(
             slot = prepared.slots[site.name]
             stored = slot.parameter if weight is None else weight
             dtype, transform = slot.parameter.dtype, slot.transform
-            packed = PackedSite(site.kind, dtype, stored, activation, transform)
+            rest = None if prepared.rest is None else prepared.rest.dtype
+            packed = PackedSite(site.kind, dtype, stored, activation, transform, rest)
         for path, name in site.users:
             module = model.get_submodule(path)
             if packed is not None:
                 packed_sites.setdefault(id(module), {})[name] = packed
             if shifts and site.name in shifts:
-                _shift(module, shifts[site.name])
+                _shift(module, shifts[site.name], prepared.rest)
     # A module's children come first: attention asks whether its own are packed.
     for module in reversed(list(model.modules())):
         _settle(module, packed_sites.get(id(module)))
@@ -264,6 +279,7 @@ def deploy(
 def restored(prepared: Prepared) -> nn.Module:
     """Return a copy of the model as it was before: the architecture, with weights that fold."""
     model = deploy(prepared, {})
+    drop_door(model)
     for norm, layer in prepared.folded.items():
         unfold(model.get_submodule(norm))
         vars(model.get_submodule(layer)).pop("forward", None)
@@ -278,11 +294,17 @@ def find_converted(prepared: Prepared) -> tuple[Site, ...]:
     return tuple(slot.site for slot in prepared.slots.values())
 
 
-def _shift(module: nn.Module, shift: Tensor) -> None:
+def _shift(module: nn.Module, shift: Tensor, rest: Rest | None) -> None:
     """Move the bias of one layer for good."""
     own = module._parameters["bias"]
-    moved = shift.clone() if own is None else (own.detach().float() + shift).to(own.dtype)
+    if own is not None:
+        moved = (own.detach().float() + shift).to(own.dtype)
+    else:
+        moved = shift.clone() if rest is None else shift.to(rest.dtype)
     module._parameters["bias"] = nn.Parameter(moved, requires_grad=False)
+
+
+FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
 def _settle(module: nn.Module, packed: dict[str, PackedSite] | None) -> None:
@@ -293,8 +315,12 @@ def _settle(module: nn.Module, packed: dict[str, PackedSite] | None) -> None:
     remove(module)
     # Attention in float would read the weight of its out_proj instead of calling it.
     calls = isinstance(module, nn.MultiheadAttention) and is_carrying(module.out_proj)
-    if packed is not None or calls or converted.fold is not None:
-        carried = carry(module, converted.path, packed or {}, converted.compute)
+    # What torch fuses rounds to a lower format elsewhere than what was measured does.
+    fused = converted.rest is not None and isinstance(module, FUSED)
+    if packed is not None or calls or fused or converted.fold is not None:
+        carried = carry(
+            module, converted.path, packed or {}, converted.compute, rest=converted.rest
+        )
         carried.channels_last = converted.channels_last
         carried.fold = converted.fold
 

@@ -51,7 +51,8 @@ class Converted:
     format. ``after`` is the ReLU or GELU that is expected to follow, and ``reader`` the layer that
     alone is expected to read what comes out then; ``plan`` says so of an output that something is
     added to. All that was seen, and nothing but speed depends on it. ``fold`` is told of every
-    output, where a BatchNorm went into the layer.
+    output, where a BatchNorm went into the layer. ``rest`` is the lower format of the model around,
+    None where that is float32 (``nn.rest``).
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Converted:
         self.reader: Converted | None = None
         self.plan: Plan | None = None
         self.fold: Telling | None = None
+        self.rest: torch.dtype | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns, computed with its sites."""
@@ -201,7 +203,11 @@ def remove(module: nn.Module) -> None:
 
 
 def carry(
-    module: nn.Module, path: str, packed: Mapping[str, nn.Module], compute: Compute
+    module: nn.Module,
+    path: str,
+    packed: Mapping[str, nn.Module],
+    compute: Compute,
+    rest: torch.dtype | None = None,
 ) -> Converted:
     """Put packed sites in the place of a module's parameters of these names, as submodules."""
     sites: Any = {}
@@ -212,7 +218,10 @@ def carry(
         sites = nn.ModuleDict(packed)
         module.add_module(NAME, sites)
         held["_buffers"] = Lent(held["_buffers"], sites)
+        if rest is not None:  # the bias that is computed with is not the one that is kept, either
+            held["_parameters"] = Lent(held["_parameters"], sites)
     held["forward"] = converted = Converted(module, path, sites, compute)
+    converted.rest = rest
     if packed and isinstance(module, nn.RNNBase):
         # The list of weights for the fused kernel would keep real ones alive; by this name there
         # is none.

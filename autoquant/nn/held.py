@@ -31,21 +31,25 @@ class HeldWeight:
         self.engine = engine
         self.shift = shift
         self.transform = transform
-        self._real: Tensor | None = None
+        self._reals: dict[torch.dtype, Tensor] = {}
         self._bias: tuple[Tensor, int, Tensor] | None = None
         self._parts: dict[Rows, QuantizedWeight] = {None: quantized}
         self._products: dict[tuple[Operation, ActivationScheme | None, Rows], Product | None] = {}
 
-    def real(self, parameter: nn.Parameter) -> Tensor:
-        """Return the real numbers in the shape, dtype and memory format of ``parameter``."""
-        if self._real is None:
-            real = torch.empty_like(parameter, requires_grad=False)
+    def real(self, parameter: nn.Parameter, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the real numbers in the shape and memory format of ``parameter``.
+
+        In its dtype, unless another is asked for.
+        """
+        dtype = dtype or parameter.dtype
+        if dtype not in self._reals:
+            real = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
             if self.transform is None:
-                found = self.quantized.dequantize(parameter.dtype)
+                found = self.quantized.dequantize(dtype)
             else:
                 found = self.transform.weight_back(self.quantized.dequantize(torch.float32))
-            self._real = real.copy_(found)
-        return self._real
+            self._reals[dtype] = real.copy_(found)
+        return self._reals[dtype]
 
     def bias(self, own: Tensor | None) -> Tensor | None:
         """Return the bias to compute with, where the layer's ``own`` one may be None."""
@@ -90,6 +94,4 @@ class HeldWeight:
         total = self.quantized.q.numel()
         if any(product is not None for product in self._products.values()):
             total += 2 * self.quantized.q.numel()
-        if self._real is not None:
-            total += self._real.numel() * self._real.element_size()
-        return total
+        return total + sum(real.nbytes for real in self._reals.values())

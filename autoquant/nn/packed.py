@@ -6,7 +6,8 @@ exported program needs nothing but torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,8 @@ class PackedSite(nn.Module):
     quantized. ``like`` is an empty parameter: its dtype and device are those of the weight, for
     code that asks the model's parameters what they are. ``smoothing`` float32 [input channels] are
     the factors of a smoothed input, whose weight is packed; ``hadamard`` [block, block] is what the
-    blocks of a rotated one are multiplied by.
+    blocks of a rotated one are multiplied by. With a ``rest`` the model around is of that format,
+    and the layer computes in float32 between its input and its output, as a slot does.
     """
 
     parameter = None
@@ -56,8 +58,11 @@ class PackedSite(nn.Module):
         weight: QuantizedWeight | Tensor,
         activation: ActivationScheme | None,
         transform: InputTransform | None = None,
+        rest: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.rest = rest
+        self.wide = False
         device = weight.device if isinstance(weight, Tensor) else weight.q.device
         like = torch.empty(0, dtype=dtype, device=device)
         self.like = nn.Parameter(like, requires_grad=False)
@@ -92,13 +97,14 @@ class PackedSite(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight in its own shape."""
+        dtype = torch.float32 if self.wide else self.like.dtype
         if not self.quantized:
-            return self.unquantized
+            return self.unquantized.to(dtype)
         matrix = self._dequantize(unpack(self.packed, self.scheme.bits, self.columns), None)
         found = from_matrix(matrix, self.shape, self.channel_axis)
         if (transform := self.transform) is not None:
             found = transform.weight_back(found)
-        return found.to(self.like.dtype)
+        return found.to(dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows of the dequantized weight, dequantizing only those: an embedding."""
@@ -140,7 +146,7 @@ class PackedSite(nn.Module):
 
     def bias(self, own: Tensor | None) -> Tensor | None:
         """Return the layer's bias: a saved model's is corrected already."""
-        return own
+        return own.to(torch.float32) if self.wide and own is not None else own
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the activation as the quantized model sees it."""
@@ -159,7 +165,24 @@ class PackedSite(nn.Module):
         compute: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Return a layer's output on ``x``; a saved model has its ReLUs as modules."""
-        return compute(self.quantize_input(x))
+        if self.rest is None:
+            return compute(self.quantize_input(x))
+        with self._widened(x):
+            y = compute(self.quantize_input(x.to(self.rest).to(torch.float32)))
+        return y.to(self.rest)
+
+    @contextlib.contextmanager
+    def _widened(self, x: Tensor) -> Iterator[None]:
+        """Compute in float32 inside: whoever reads weight or bias gets that."""
+        self.wide = True
+        try:
+            if torch.is_autocast_enabled(x.device.type):
+                with torch.autocast(x.device.type, enabled=False):
+                    yield
+            else:
+                yield
+        finally:
+            self.wide = False
 
     def reads(self, operation: Operation | None) -> Reader | None:
         """Return None: a saved model computes with real numbers."""
@@ -167,10 +190,30 @@ class PackedSite(nn.Module):
 
     def linear(self, *parts: Rows) -> tuple[Multiply, ...]:
         """Return the products with the weight, a matrix: with each of some of its rows."""
+        if self.rest is not None:
+            return self._wide_linear(self.rest, *parts)
         weight = self.weight
 
         def product(rows: Rows) -> Multiply:
             part = weight if rows is None else weight[slice(*rows)]
             return lambda x, bias: F.linear(self.quantize_input(x), part, bias)
+
+        return tuple(map(product, parts))
+
+    def _wide_linear(self, rest: torch.dtype, *parts: Rows) -> tuple[Multiply, ...]:
+        """Return the same in float32, rounded once where the activation was of the lower format."""
+        with self._widened(self.like):
+            weight = self.weight
+
+        def product(rows: Rows) -> Multiply:
+            part = weight if rows is None else weight[slice(*rows)]
+
+            def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+                with self._widened(x):
+                    wide = self.quantize_input(x.to(torch.float32))
+                    y = F.linear(wide, part, None if bias is None else bias.to(torch.float32))
+                return y.to(rest) if x.dtype == rest else y
+
+            return multiply
 
         return tuple(map(product, parts))

@@ -44,12 +44,32 @@ class _Sited:
     def __init__(self, converted: Converted) -> None:
         self.layer: Any = converted.module
         self.sites = converted.sites
+        self.rest = converted.rest
+
+    def _own(self, name: str) -> Tensor | None:
+        """Return a bias or a weight in the format that is computed in, None where there is none."""
+        own: Tensor | None = getattr(self.layer, name, None)
+        return own if own is None or self.rest is None else own.to(torch.float32)
+
+    def _given(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return what the layer is given: rounded to the rest's format, and computed with as it is.
+
+        Gates and states are float32 within a call, whatever the rest is.
+        """
+        if self.rest is None:
+            return tensors
+        return tuple(x.to(self.rest).to(torch.float32) for x in tensors)
+
+    def _gives(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return what the layer gives, in the format of the rest."""
+        return tensors if self.rest is None else tuple(x.to(self.rest) for x in tensors)
 
     def _product(self, name: str) -> Multiply:
         """Return the product with the weight ``name``."""
         if name in self.sites:
             return self.sites[name].linear(None)[0]
-        weight = getattr(self.layer, name)
+        weight = self._own(name)
+        assert weight is not None
         return lambda x, bias: F.linear(x, weight, bias)
 
     def _engine(self) -> Engine | None:
@@ -151,9 +171,10 @@ class _Recurrent(_Sited):
         """Return the bias of the input projection: both, unless a subclass keeps them apart."""
         if not self.layer.bias:
             return None
-        one, other = (getattr(self.layer, f"bias_{part}_{suffix}") for part in ("ih", "hh"))
-        bias: Tensor = one + other
-        return bias
+        one, other = (self._own(f"bias_{part}_{suffix}") for part in ("ih", "hh"))
+        assert one is not None
+        assert other is not None
+        return one + other
 
     def _step(self, suffix: str) -> Step:
         raise NotImplementedError
@@ -200,8 +221,18 @@ class _Recurrent(_Sited):
         self, x: Tensor | PackedSequence, initial: State | None
     ) -> tuple[Tensor | PackedSequence, State]:
         """Return what the float layer's forward returns, with the states as a tuple."""
+        initial = None if initial is None else self._given(*initial)
         if isinstance(x, PackedSequence):
-            return self._run_packed(x, initial)
+            (data,) = self._given(x.data)
+            output, final = self._run_packed(x._replace(data=data), initial)
+            (data,) = self._gives(output.data)
+            return output._replace(data=data), self._gives(*final)
+        (x,) = self._given(x)
+        y, final = self._run_padded(x, initial)
+        (y,) = self._gives(y)
+        return y, self._gives(*final)
+
+    def _run_padded(self, x: Tensor, initial: State | None) -> tuple[Tensor, State]:
         if x.dim() not in (2, 3):
             raise ValueError(f"{self.layer.mode}: expected a 2-D or 3-D input, got {x.dim()}-D")
         batched = x.dim() == 3
@@ -300,11 +331,11 @@ class QuantizedGRU(_OneState):
     """A GRU with quantized input and recurrent weights and their inputs."""
 
     def _input_bias(self, suffix: str) -> Tensor | None:
-        return getattr(self.layer, f"bias_ih_{suffix}") if self.layer.bias else None
+        return self._own(f"bias_ih_{suffix}") if self.layer.bias else None
 
     def _step(self, suffix: str) -> Step:
         product = self._product(f"weight_hh_{suffix}")
-        return _gru_step(product, getattr(self.layer, f"bias_hh_{suffix}", None), self._engine())
+        return _gru_step(product, self._own(f"bias_hh_{suffix}"), self._engine())
 
 
 class QuantizedRNN(_OneState):
@@ -322,13 +353,17 @@ class _Cell(_Sited):
     """What the cells share; a subclass gives its step and how many states it carries."""
 
     def _sum_of_biases(self) -> Tensor | None:
-        bias: Tensor | None = self.layer.bias_ih
-        return None if bias is None else bias + self.layer.bias_hh
+        one, other = self._own("bias_ih"), self._own("bias_hh")
+        return None if one is None or other is None else one + other
 
     def _advance(self, x: Tensor, state: State, bias: Tensor | None, step: Step) -> State:
         """Return the state after ``x`` ([batch, features] or [features], like the states)."""
         if x.dim() not in (1, 2) or any(s.dim() != x.dim() for s in state):
             raise ValueError("a recurrent cell takes 1-D or 2-D input, and states that match it")
+        x, *given = self._given(x, *state)
+        return self._gives(*self._next(x, tuple(given), bias, step))
+
+    def _next(self, x: Tensor, state: State, bias: Tensor | None, step: Step) -> State:
         projected = self._product("weight_ih")(x, bias)
         if x.dim() == 2:
             return step(projected, tuple(s.to(projected.dtype) for s in state))
@@ -358,8 +393,8 @@ class QuantizedGRUCell(_Cell):
     def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h in the shape of ``nn.GRUCell``'s."""
         state = (hx if hx is not None else self._zero(input),)
-        step = _gru_step(self._product("weight_hh"), self.layer.bias_hh, self._engine())
-        return self._advance(input, state, self.layer.bias_ih, step)[0]
+        step = _gru_step(self._product("weight_hh"), self._own("bias_hh"), self._engine())
+        return self._advance(input, state, self._own("bias_ih"), step)[0]
 
 
 class QuantizedRNNCell(_Cell):

@@ -5,9 +5,10 @@ A slot is switched from one recipe to the next in place, without touching the mo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class SiteSlot:
     ``stand_in`` is set, it computes with that weight and bias. ``choice`` names what the slot was
     switched to, None where that has no name; ``used`` is told before anything depends on it.
     ``refused`` says what the model's code did that a quantized weight can't have. ``fixed`` is the
-    memory to compute in where that has to stay where it is.
+    memory to compute in where that has to stay where it is. With a ``rest`` all else in the model
+    is of that format (``nn.rest``): ``exact`` is the weight before it was rounded to it.
 
     Where there is a ``transform``, all that is quantized, calibrated or probed is on its other
     side: the input that it makes and the weight that meets that (``target``). Float layers, and
@@ -74,6 +76,9 @@ class SiteSlot:
         self.refused: str | None = None
         self.fixed: Fixed | None = None
         self.transform: InputTransform | None = None
+        self.rest: torch.dtype | None = None
+        self.exact: Tensor | None = None
+        self._wide = False
         self._target: Tensor | None = None
 
     def transform_input(self, transform: InputTransform | None) -> None:
@@ -85,10 +90,15 @@ class SiteSlot:
     def target(self) -> Tensor:
         """The weight that is to be quantized."""
         if self.transform is None:
-            return self.parameter.detach()
+            return self.source
         if self._target is None:
-            self._target = self.transform.of_weight(self.parameter.detach().to(torch.float32))
+            self._target = self.transform.of_weight(self.source.to(torch.float32))
         return self._target
+
+    @property
+    def source(self) -> Tensor:
+        """The weight as the float model has it."""
+        return self.parameter.detach() if self.exact is None else self.exact
 
     def use(self) -> None:
         """Say that what follows depends on ``choice``; every way to compute calls this first."""
@@ -123,6 +133,9 @@ class SiteSlot:
             return self.stand_in[1]
         moved: Tensor | None = self._settled(("bias", own))
         found = own if moved is None else moved
+        if self.rest is not None and found is not None:
+            found = found.to(self.rest)
+            return found.to(torch.float32) if self._wide else found
         if self.offset is None:
             return found
         return self.offset if found is None else found + self.offset
@@ -136,8 +149,15 @@ class SiteSlot:
     def _real(self) -> Tensor:
         if self.stand_in is not None:
             return self.stand_in[0]
+        if self._wide:
+            return self._wide_weight()
         real: Tensor | None = self._settled(("weight",))
         return self.parameter if real is None else real
+
+    def _wide_weight(self) -> Tensor:
+        """Return the weight in float32; one that stays in float was rounded to ``rest``."""
+        real: Tensor | None = self._settled(("wide weight",))
+        return self.parameter.to(torch.float32) if real is None else real
 
     def make_fixed(self, tell: Tell) -> Fixed:
         """Return memory that stays where it is for all that is computed with here."""
@@ -157,6 +177,10 @@ class SiteSlot:
                 return self._own_product(operation, rows)
             case ("weight",):
                 return None if held is None else held.real(self.parameter)
+            case ("wide weight",):
+                return None if held is None else held.real(self.parameter, torch.float32)
+            case ("quantized",):
+                return held is not None or self.activation is not None
             case ("bias", own):
                 return None if held is None or held.shift is None else held.bias(own)
             case ("activation",):
@@ -178,7 +202,7 @@ class SiteSlot:
                 self.refused = "runs inside a transform of torch.func or a trace of torch.jit"
                 return x
             with torch.autocast(x.device.type, enabled=False):
-                self.observe(self._transformed(x))
+                self.observe(self._transformed(x if self.rest is None else x.float()))
         activation: ActivationScheme | None = self._settled(("activation",))
         if self.probe is None and activation is None:
             return x
@@ -201,7 +225,38 @@ class SiteSlot:
         bias: Tensor | None,
         compute: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Return a layer's output on ``x``, by a kernel or by ``compute``."""
+        """Return a layer's output on ``x``, by a kernel or by ``compute``.
+
+        Where the rest is of a lower format, a quantized layer takes its input and gives its output
+        in that, and computes in float32 between the two.
+        """
+        if self.rest is None or not self._settled(("quantized",)):
+            return self._layer(layer, x, bias, compute)
+        bias = None if bias is None else bias.to(torch.float32)
+        with self._widened(x):
+            y = self._layer(layer, x.to(self.rest).to(torch.float32), bias, compute)
+        return y.to(self.rest)
+
+    @contextlib.contextmanager
+    def _widened(self, x: Tensor) -> Iterator[None]:
+        """Compute in float32 inside: whoever reads weight or bias gets that."""
+        self._wide = True
+        try:
+            if torch.is_autocast_enabled(x.device.type):
+                with torch.autocast(x.device.type, enabled=False):
+                    yield
+            else:
+                yield
+        finally:
+            self._wide = False
+
+    def _layer(
+        self,
+        layer: Layer,
+        x: Tensor,
+        bias: Tensor | None,
+        compute: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         start = time.perf_counter()
         product = None
         if layer.operation is not None and not wants_gradient(x):
@@ -241,6 +296,16 @@ class SiteSlot:
     def _multiply(
         self, product: Product | None, rows: Rows, x: Tensor, bias: Tensor | None
     ) -> Tensor:
+        """Return one product; with a lower rest in float32 where it is quantized, or ``x`` is."""
+        low = self.rest
+        if low is None or (x.dtype == low and not self._settled(("quantized",))):
+            return self._times(product, rows, x, bias)
+        bias = None if bias is None else bias.to(torch.float32)
+        with self._widened(x):
+            y = self._times(product, rows, x.to(torch.float32), bias)
+        return y.to(low) if x.dtype == low else y
+
+    def _times(self, product: Product | None, rows: Rows, x: Tensor, bias: Tensor | None) -> Tensor:
         start = time.perf_counter()
         if product is not None and not wants_gradient(x):
             y = product(as_real(x), bias)

@@ -60,13 +60,13 @@ def transform_as(prepared: Prepared, texts: Mapping[str, str]) -> None:
     for name, text in texts.items():
         if name not in known:
             raise SpecError(f"transforms: layer {name!r} is not in the model")
-        site, parameter = known[name], prepared.slots[name].parameter
+        site, weight = known[name], prepared.slots[name].source
         can, done = can_smooth, "smoothed"
         if is_rotation(text):
             can, done = can_rotate, "rotated"
-        if not can(site, parameter.dtype):
+        if not can(site, weight.dtype):
             raise SpecError(f"transforms: layer {name!r} has no input channels that can be {done}")
-        found[name] = transform_from_text(text, layout_of(site), parameter.detach(), name)
+        found[name] = transform_from_text(text, layout_of(site), weight, name)
     transform(prepared, found)
 
 

@@ -177,6 +177,7 @@ def _open(
         say=reporter.say,
         splits=splits,
         transforms=header.transforms,
+        rest=options.rest,
     )
     if [s.name for s in session.prepared.sites] != [s.name for s in header.sites]:
         raise StudyError(

@@ -29,6 +29,7 @@ from autoquant.session.preflight import Preflight, preflight
 from autoquant.session.session import Session, choose_device, open_session
 from autoquant.session.transforms import transform_inputs
 from autoquant.spec.options import AUTO, Options, check, check_budget, parse_size
+from autoquant.spec.recipe import FLOAT32
 from autoquant.spec.space import SearchSpace, SiteSpace
 from autoquant.study.checks import SEEN, seen_samples
 from autoquant.study.ledger import Ledger, StudyTaken
@@ -62,6 +63,7 @@ def search(
     max_latency: str | None = None,
     objective: str | None = None,
     tune: str = AUTO,
+    rest: str = FLOAT32,
 ) -> SearchResult:
     """Find the best recipe for ``model`` and write it to ``out``/recipe.yaml.
 
@@ -78,7 +80,8 @@ def search(
     "0") is what results of layers may take so that they are not computed again, None for 2 GiB or a
     quarter of what is free. ``tune`` says whether the layers of good recipes are fitted to each
     other after the trials: "layer", "none" or "auto", which is where that takes no longer than
-    twice the trials. Raises UserError, in one line, on anything the user can mend.
+    twice the trials. ``rest`` ("float32", "bf16") is the format of all that stays in float. Raises
+    UserError, in one line, on anything the user can mend.
     """
     own = None if isinstance(sampler, str) else sampler
     name = sampler if isinstance(sampler, str) else type(sampler).__name__
@@ -97,6 +100,7 @@ def search(
         prune=prune,
         memory=memory,
         tune=tune,
+        rest=rest,
     )
     # Before the task runs, which may change the working directory.
     place, folder = Storage.parse(storage), Path(os.path.abspath(out))
@@ -161,6 +165,7 @@ def start(request: Request, reporter: Reporter) -> SearchResult:
         choose_device(options.device),
         backend=options.backend,
         say=reporter.say,
+        rest=options.rest,
     )
     spaces = request.space.resolve(session.prepared.sites)
     transform_inputs(session, spaces, reporter.say)

@@ -24,11 +24,12 @@ from autoquant.models.usercode import guarded, interruptible
 from autoquant.nn.archive import SUFFIX, is_archive, save_archive
 from autoquant.nn.convert import prepare
 from autoquant.nn.intake import copied
+from autoquant.nn.rest import check_float32
 from autoquant.nn.transforms import transform_as
 from autoquant.session.session import open_session
 from autoquant.spec.needs import needs_of
 from autoquant.spec.outputs import check_target
-from autoquant.spec.recipe import Recipe
+from autoquant.spec.recipe import FLOAT32, Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a model, by position and by name."""
@@ -81,6 +82,9 @@ def quantize(
     if reason is not None:
         raise SpecError(f"{reason}; give --task or --data")
     prepared = prepare(move(loaded.module, device), folded=recipe.folded)
+    if recipe.rest != FLOAT32:
+        check_float32(prepared.model, recipe.rest)
+        prepared = prepared.lowered(recipe.rest)
     transform_as(prepared, recipe.transforms)
     return _deployed(Applier(prepared, {}, read_learned(recipe)), recipe)
 

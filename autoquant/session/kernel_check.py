@@ -124,6 +124,7 @@ def _check(
             continue
         stored = held.quantized.as_matrix() if operation == LINEAR else held.quantized
         bias = held.bias(own)
+        bias = None if bias is None else bias.to(x.dtype)
         given = x if held.transform is None else held.transform.input_back(x)
         if isinstance(held.transform, Rotation):
             # Its sums round in another order, so integers next to the middle go to either side.

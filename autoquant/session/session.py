@@ -39,6 +39,7 @@ from autoquant.models.task import Task
 from autoquant.models.usercode import guarded
 from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.convert import Prepared, prepare, use_channels_last
+from autoquant.nn.rest import check_float32, naming
 from autoquant.nn.sites import Site
 from autoquant.nn.transforms import transform_as, transforms_of
 from autoquant.quant.weight import QuantizedWeight
@@ -46,7 +47,7 @@ from autoquant.sensitivity.fisher import Candidates, Sensitivity, measure_sensit
 from autoquant.session.surgery import Untouched
 from autoquant.spec.goal import Measurement
 from autoquant.spec.needs import Need, needs_of
-from autoquant.spec.recipe import ModelIdentity, Recipe, SiteRecipe, WeightScheme
+from autoquant.spec.recipe import FLOAT32, ModelIdentity, Recipe, SiteRecipe, WeightScheme
 from autoquant.spec.techniques import Correction
 
 REUSE_BYTES = 2 << 30
@@ -206,18 +207,21 @@ class Session:
     ) -> Sensitivity | str:
         """Return what each candidate does to the outputs on calibration data, or why not.
 
-        On fewer samples where not all fit into ``seconds``.
+        On fewer samples where not all fit into ``seconds``. Gradients are float32, and so are all
+        layers meanwhile, whatever the rest is.
         """
         if self.task.evaluate is not None and not self.splits.calibrate:
             return "the task gives no calibration data"
-        return measure_sensitivity(
-            self.applier,
-            self.evaluator.outputs,
-            [b for b in self.splits.calibrate if b is not None],
-            candidates,
-            classes=self.baseline("search").by_classes,
-            seconds=seconds,
-        )
+        classes = self.baseline("search").by_classes
+        with self.prepared.in_float32():
+            return measure_sensitivity(
+                self.applier,
+                self.evaluator.outputs,
+                [b for b in self.splits.calibrate if b is not None],
+                candidates,
+                classes=classes,
+                seconds=seconds,
+            )
 
     def quantized(
         self, site: Site, scheme: WeightScheme, correction: Correction
@@ -249,12 +253,32 @@ class Session:
     def recipe(self, sites: Mapping[str, SiteRecipe]) -> Recipe:
         """Return calibrated ``sites`` as a recipe of this model."""
         transforms = transforms_of(self.prepared)
-        return Recipe(sites, self.identity, None, self.prepared.folded, transforms=transforms)
+        rest = FLOAT32 if self.prepared.rest is None else self.prepared.rest.name
+        return Recipe(
+            sites, self.identity, None, self.prepared.folded, transforms=transforms, rest=rest
+        )
 
 
 def default_memory(device: torch.device) -> int:
     """Return the bytes that kept results may take on ``device``, unless told otherwise."""
     return min(REUSE_BYTES, free_bytes(device) // 4)
+
+
+def _lowered(prepared: Prepared, rest: str, tour: Callable[[nn.Module], None]) -> Prepared:
+    """Return a model with its rest in a lower format; UserError where it does not run in that."""
+    prepared = prepared.lowered(rest)
+    try:
+        with torch.no_grad():
+            tour(prepared.model)
+    except UserError:
+        with naming(prepared.model) as last, torch.no_grad():
+            try:
+                tour(prepared.model)
+            except UserError as error:
+                raise UserError(
+                    f"{last()} does not run with the rest in {rest}: {error}; --rest float32 does"
+                ) from error
+    return prepared
 
 
 def choose_device(name: str) -> torch.device:
@@ -278,6 +302,7 @@ def open_session(
     splits: Splits | None = None,
     baselines: tuple[str, ...] = ("search", "confirm"),
     transforms: Mapping[str, str] | None = None,
+    rest: str = FLOAT32,
 ) -> Session:
     """Prepare a model for its task: read the data, fold, find the sites, calibrate.
 
@@ -285,14 +310,20 @@ def open_session(
     and what is done is held against it. A session of one ``recipe`` repeats its folds instead of
     looking for them, and calibrates what it needs alone; without one, all that any recipe may need.
     ``splits`` are the task's data, where they have been read already. ``transforms`` are those of a
-    study that goes on, None for the recipe's, or none.
+    study that goes on, None for the recipe's, or none. ``rest`` is the format of what stays in
+    float, that of a ``recipe`` where there is one: the model takes it after it was held against
+    the untouched one, and before activations are calibrated, which are then those of the model
+    that is measured.
     """
+    rest = rest if recipe is None else recipe.rest
     if splits is None:
         say("reading the data")
         splits = make_splits(task)
     evaluator = Evaluator(task, splits, device)
     evaluator.say = say
     model = move(loaded.module, device)
+    if rest != FLOAT32:
+        check_float32(model, rest)
     example = evaluator.example()
 
     def run(m: nn.Module, inputs: Any = None) -> Any:
@@ -325,6 +356,8 @@ def open_session(
         use_channels_last(model)
     untouched.check(prepared, fixed=recipe is not None, splits=("calibrate", "search"))
     prepared.folds.settle()
+    if rest != FLOAT32:
+        prepared = _lowered(prepared, rest, untouched.tour)
     if recipe is not None:
         transform_as(prepared, recipe.transforms)
     elif transforms:

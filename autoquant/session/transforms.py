@@ -101,7 +101,7 @@ def _choose(
 
 def _allows(session: Session, site: Site, space: SiteSpace) -> bool:
     """Return whether the input of a site may be transformed."""
-    dtype = session.prepared.slots[site.name].parameter.dtype
+    dtype = session.prepared.slots[site.name].source.dtype
     return (can_smooth(site, dtype) and max(space.smoothing) > 0) or (
         can_rotate(site, dtype) and max(space.rotation) > 0
     )
@@ -118,7 +118,7 @@ def _ways(
     found: list[Make] = []
     exponents = sorted({a for site in sites for a in spaces[site.name].smoothing if a > 0})
     if exponents:
-        smoothed = [site for site in sites if can_smooth(site, slots[site.name].parameter.dtype)]
+        smoothed = [site for site in sites if can_smooth(site, slots[site.name].source.dtype)]
         largest = _largest_inputs(session, smoothed, batches)
 
     def smoothing(exponent: float, site: Site) -> Smoothing | None:
@@ -128,11 +128,11 @@ def _ways(
         return None if factors is None else Smoothing(factors, layout_of(site))
 
     def rotation(most: int, site: Site) -> Rotation | None:
-        parameter, layout = slots[site.name].parameter.detach(), layout_of(site)
-        if most not in spaces[site.name].rotation or not can_rotate(site, parameter.dtype):
+        weight, layout = slots[site.name].source, layout_of(site)
+        if most not in spaces[site.name].rotation or not can_rotate(site, weight.dtype):
             return None
         block = block_of(layout.channels, most)
-        return None if block is None else Rotation(hadamard(block, parameter), layout)
+        return None if block is None else Rotation(hadamard(block, weight), layout)
 
     found += [functools.partial(smoothing, exponent) for exponent in exponents]
     blocks = sorted({b for site in sites for b in spaces[site.name].rotation if b > 0})
@@ -192,7 +192,7 @@ def _factors(session: Session, site: Site, inputs: Tensor | None, exponent: floa
     """Return the factors [channels] of a site by an exponent; None where they are all 1."""
     if inputs is None:
         return None
-    weight = session.prepared.slots[site.name].parameter.detach().float()
+    weight = session.prepared.slots[site.name].source.float()
     if site.kind.startswith("conv"):
         columns = weight.reshape(site.groups, site.shape[0] // site.groups, site.shape[1], -1)
         largest = columns.abs().amax((1, 3)).flatten()

@@ -12,6 +12,7 @@ from typing import Any
 from autoquant.errors import UserError
 from autoquant.spec.costs import OBJECTIVES, average_bits
 from autoquant.spec.formats import FLOAT_BITS
+from autoquant.spec.recipe import FLOAT32, RESTS
 from autoquant.spec.space import SiteSpace
 
 MAX_DROP = "1%"
@@ -31,7 +32,8 @@ class Options:
     AUTO as many as it takes.
 
     ``max_drop`` None is MAX_DROP, which nobody asked for where there is a budget. ``memory`` is the
-    size that results of layers may take, "0" for none, None for the default.
+    size that results of layers may take, "0" for none, None for the default. ``rest`` is the format
+    of what stays in float.
     """
 
     max_drop: str | None = None
@@ -48,6 +50,7 @@ class Options:
     prune: bool = True
     memory: str | None = None
     tune: str = AUTO
+    rest: str = FLOAT32
 
     @property
     def most_drop(self) -> str:
@@ -154,6 +157,13 @@ def check(options: Options) -> None:
         raise UserError(f"--seed {options.seed}: give an integer from 0 to {2**32 - 1}")
     if options.tune not in TUNINGS:
         raise UserError(f"--tune {options.tune!r}: give {', '.join(TUNINGS)}")
+    if options.rest not in RESTS:
+        raise UserError(f"--rest {options.rest!r}: give {' or '.join(RESTS)}")
+    if options.rest != FLOAT32 and options.asks_latency:
+        raise UserError(
+            f"--rest {options.rest}: layers are timed with the rest in float32, so neither "
+            "--max-latency nor --objective latency goes with it"
+        )
     trials = options.trials
     if isinstance(trials, str) and trials != AUTO:
         raise UserError(f"--trials {trials!r}: give a number, or {AUTO}")

@@ -23,6 +23,10 @@ VERSION = 2
 READABLE = (1, 2)
 """Versions that are read; a file of another one is refused."""
 
+FLOAT32 = "float32"
+RESTS = (FLOAT32, "bf16")
+"""What stays in float may be computed in: as the model is, or bfloat16."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightScheme:
@@ -188,7 +192,7 @@ class Recipe:
     ``seed`` fixes what learning draws at random. ``reconstruction`` says how layers were learned
     together, and ``learned`` where the result is. ``transforms`` maps a layer to what its
     input is transformed by (``quant.transforms``): ``hadamard_64``, or factors, a letter for each
-    input channel.
+    input channel. ``rest`` is the format of all that stays in float, one of RESTS.
     """
 
     sites: Mapping[str, SiteRecipe]
@@ -199,6 +203,7 @@ class Recipe:
     reconstruction: Reconstruction | None = None
     learned: LearnedFile | None = None
     transforms: Mapping[str, str] = field(default_factory=dict)
+    rest: str = FLOAT32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transforms", MappingProxyType(dict(self.transforms)))

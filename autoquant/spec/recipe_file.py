@@ -21,7 +21,9 @@ from autoquant.spec.documents import (
 from autoquant.spec.evidence_file import evidence_to_plain, take_evidence
 from autoquant.spec.outputs import check_target, is_signed, signed, write_text
 from autoquant.spec.recipe import (
+    FLOAT32,
     READABLE,
+    RESTS,
     VERSION,
     LearnedFile,
     ModelIdentity,
@@ -66,6 +68,9 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
     seed = fields.integer("seed", 0, low=0)
     folded = _texts(fields, "folded", "names of BatchNorm layers and of the layers before")
     transforms = _transforms(fields)
+    rest = fields.take("rest", FLOAT32)
+    if not is_one_of(rest, RESTS):
+        raise fields.fail("rest", rest, " or ".join(RESTS))
     layers = fields.take("layers")
     reconstruction = None
     if "reconstruction" in fields:
@@ -86,7 +91,9 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
         if name not in sites:
             raise SpecError(f"{where}: transforms: {label(name)} is not among the layers")
     identity = _model(model, where)
-    return Recipe(sites, identity, evidence, folded, seed, reconstruction, learned, transforms)
+    return Recipe(
+        sites, identity, evidence, folded, seed, reconstruction, learned, transforms, rest
+    )
 
 
 def _transforms(fields: Fields) -> dict[str, str]:
@@ -136,6 +143,8 @@ def dumps(recipe: Recipe) -> str:
     if recipe.evidence is not None:
         head |= evidence_to_plain(recipe.evidence)
     head["seed"] = recipe.seed
+    if recipe.rest != FLOAT32:
+        head["rest"] = recipe.rest
     if recipe.folded:
         head["folded"] = dict(recipe.folded)
     if recipe.reconstruction is not None:

@@ -65,8 +65,16 @@ def trial_recipe(trial: FrozenTrial, sites: Mapping[str, SiteRecipe], header: He
         layer_weight_bits=_layer_bits(sites, header, m["average_weight_bits"]),
     )
     calibrated = with_scales(sites, trial.user_attrs.get(SCALES, {}))
-    seed, transforms = header.options.seed, header.transforms
-    return Recipe(calibrated, header.model, evidence, header.folded, seed, transforms=transforms)
+    options = header.options
+    return Recipe(
+        calibrated,
+        header.model,
+        evidence,
+        header.folded,
+        options.seed,
+        transforms=header.transforms,
+        rest=options.rest,
+    )
 
 
 def _layer_bits(sites: Mapping[str, SiteRecipe], header: Header, average: float) -> float | None:

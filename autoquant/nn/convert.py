@@ -280,9 +280,10 @@ def restored(prepared: Prepared) -> nn.Module:
     """Return a copy of the model as it was before: the architecture, with weights that fold."""
     model = deploy(prepared, {})
     drop_door(model)
+    for carrying in list(computed_modules(model)):
+        vars(carrying.module).pop("forward")
     for norm, layer in prepared.folded.items():
         unfold(model.get_submodule(norm))
-        vars(model.get_submodule(layer)).pop("forward", None)
         if not prepared.folds.biased(norm):
             model.get_submodule(layer)._parameters["bias"] = None
     drop_hooks(model)

@@ -193,7 +193,7 @@ def _calls(module: nn.Module, task: Task) -> list[Call] | str:
     def failed(reason: str) -> UserError:
         return UserError(f"{what} failed on the quantized model: {reason}")
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
     try:
         with guarded(failed, task.source), torch.no_grad():
             if task.evaluate is not None:

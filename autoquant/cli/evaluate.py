@@ -57,6 +57,7 @@ def command(
     from autoquant.report.tables import describe_bits, megabytes, plain_number
     from autoquant.report.verdicts import verdict_line
     from autoquant.session.apply import check_model
+    from autoquant.spec.recipe import FLOAT32
     from autoquant.study.source import Source
 
     source = Source(model, task, data, metric, trust_pickle)
@@ -84,5 +85,6 @@ def command(
         print(
             f"{describe_bits(found.average_weight_bits, found.layer_weight_bits)}, "
             f"{megabytes(found.size_bytes)} of {megabytes(found.float_size_bytes)}"
+            + ("" if found.rest == FLOAT32 else f", the rest in {found.rest}")
         )
     return status

@@ -1,6 +1,14 @@
 """The definition of what a quantized layer computes, and the oracle of every backend.
 
 Weight and activation are quantized and dequantized in so many words, and the product is float32.
+
+With the rest of the model in bfloat16 (``nn.rest``) a quantized layer is the same between a cast at
+either end: its input, which is bfloat16, is taken for float32 as it is; integers, product, scales
+and the sum with the bias are float32; the output is rounded to bfloat16 once. The weight is
+quantized from the float32 one; a bias is rounded to bfloat16 first, once it is corrected, and so
+are weights that stay in float. A layer all of whose weights stay in float computes in bfloat16 as
+torch does. Recurrent layers are float32 from their input to their output, gates and states too,
+whatever of them is quantized; of multi-head attention each projection is a layer of its own.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from autoquant.models.task import Task
 from autoquant.selection.confirmation import confirm_one
 from autoquant.session.session import choose_device, open_session
 from autoquant.spec.goal import Goal
-from autoquant.spec.recipe import Recipe, SplitResult
+from autoquant.spec.recipe import FLOAT32, Recipe, SplitResult
 from autoquant.spec.verdict import Verdict
 
 
@@ -31,6 +31,7 @@ class Evaluation:
     size_bytes: int
     float_size_bytes: int
     verdict: Verdict | None = None
+    rest: str = FLOAT32
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON takes it."""
@@ -48,6 +49,7 @@ class Evaluation:
             "metric": {"name": self.metric, "higher_is_better": self.higher_is_better},
             "splits": rows,
             "verdict": None if self.verdict is None else self.verdict.plain(),
+            "rest": self.rest,
             "average_weight_bits": self.average_weight_bits,
             "layer_weight_bits": self.layer_weight_bits,
             "size_bytes": self.size_bytes,
@@ -97,6 +99,7 @@ def measure_recipe(
         evidence.size_bytes,
         evidence.float_size_bytes,
         evidence.verdict,
+        FLOAT32 if recipe is None else recipe.rest,
     )
 
 

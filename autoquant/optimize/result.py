@@ -92,6 +92,7 @@ class SearchResult:
                 "drop": evidence.search.drop,
             },
             "verdict": None if evidence.verdict is None else evidence.verdict.plain(),
+            "rest": self.recipe.rest,
             "average_weight_bits": evidence.average_weight_bits,
             "layer_weight_bits": evidence.of_layers,
             "size_bytes": evidence.size_bytes,

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autoquant.libraries import unchanged
 from autoquant.models.direction import in_words
 from autoquant.spec.costs import LatencyEvidence, describe_seconds
-from autoquant.spec.recipe import Recipe, SiteRecipe
+from autoquant.spec.recipe import FLOAT32, Recipe, SiteRecipe
 from autoquant.spec.techniques import NEAREST
 from autoquant.spec.transforms import describe_transform
 from autoquant.study.ledger import REASON
@@ -92,7 +92,8 @@ def describe_activation(site: SiteRecipe) -> str:
 
 def layers_table(recipe: Recipe) -> Table:
     """Return what was chosen for each layer."""
-    table = _table("recipe", "layer", "weight", "activation")
+    title = "recipe" if recipe.rest == FLOAT32 else f"recipe, the rest in {recipe.rest}"
+    table = _table(title, "layer", "weight", "activation")
     for name, site in recipe.sites.items():
         text = recipe.transforms.get(name)
         how = "" if text is None else f", {describe_transform(text)}"

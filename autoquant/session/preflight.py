@@ -90,14 +90,20 @@ def preflight(session: Session, spaces: Mapping[str, SiteSpace]) -> Preflight:
         session.prepared.float_parts,
         parameters,
         reading.seconds,
-        (*session.splits.notes, *session.prepared.engine.notes, *_transformed(session)),
+        (*session.splits.notes, *session.prepared.engine.notes, *_of_the_model(session)),
         higher_is_better=reading.metric.higher_is_better,
         warnings=_no_better_than_chance(session, reading),
     )
 
 
+def _of_the_model(session: Session) -> tuple[str, ...]:
+    """Return notes on the rest, and on how many layers have smoothed or rotated inputs."""
+    rest = session.prepared.rest
+    said = () if rest is None else (f"what stays in float is computed in {rest.name}",)
+    return said + _transformed(session)
+
+
 def _transformed(session: Session) -> tuple[str, ...]:
-    """Return notes on how many layers have smoothed or rotated inputs, where any has."""
     kinds = [t.kind for s in session.prepared.slots.values() if (t := s.transform) is not None]
     return tuple(
         f"the inputs of {kinds.count(kind)} of {len(session.prepared.sites)} layers are {kind}"

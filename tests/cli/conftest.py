@@ -28,6 +28,7 @@ KEYS = {
     "device",
     "candidates_per_second",
     "layers_computed_by",
+    "rest",
     "searched",
     "verdict",
 }

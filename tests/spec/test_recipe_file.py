@@ -495,3 +495,15 @@ def test_factors_of_smoothed_inputs_are_read_as_they_were_written(letters):
     found = loads(dumps(recipe))
     assert dict(found.transforms) == {"a": letters, "off": letters}
     assert found == recipe
+
+
+def test_a_recipe_says_what_its_rest_is_where_that_is_not_float32():
+    sites = {"a": SiteRecipe(WeightScheme(8))}
+    assert "rest" not in dumps(Recipe(sites))
+    assert loads(dumps(Recipe(sites))).rest == "float32"
+    low = Recipe(sites, rest="bf16")
+    assert "\nrest: bf16\n" in dumps(low)
+    assert loads(dumps(low)) == low != Recipe(sites)
+    with pytest.raises(SpecError) as raised:
+        loads(dumps(low).replace("bf16", "fp8"))
+    assert str(raised.value) == "recipe: rest: found 'fp8', allowed: float32 or bf16"

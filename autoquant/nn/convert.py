@@ -35,7 +35,7 @@ from autoquant.nn.layouts import layout_of
 from autoquant.nn.modules import QUANTIZED, computing
 from autoquant.nn.operations import operation_of
 from autoquant.nn.packed import PackedSite
-from autoquant.nn.rest import Rest, drop_door, lowered
+from autoquant.nn.rest import Rest, drop_door, hang_door, lowered
 from autoquant.nn.sites import Site, find_sites
 from autoquant.nn.slots import SiteSlot
 from autoquant.nn.untouched import look
@@ -253,6 +253,9 @@ def deploy(
     """
     prepared.reset()
     model = copied(prepared.model)
+    if prepared.rest is not None:  # of the hooks of a graph there are no copies
+        drop_door(model)
+        hang_door(model, prepared.rest.dtype)
     by_name = {site.name: site for site in find_converted(prepared)}
     packed_sites: dict[int, dict[str, PackedSite]] = {}
     for site in by_name.values():

@@ -11,6 +11,7 @@ mix of the two in float32; what refuses to (products, attention, norms) gets bfl
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +77,27 @@ class _Mixing(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError):
-            alike = self._alike(func, args, kwargs)
+            alike = self._alike(func, args, kwargs) or self._within(args, kwargs)
             if alike is None:
                 raise
         return func(*alike[0], **alike[1])
+
+    def _within(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Return the arguments with plain numbers that ``dtype`` has, None where it has them all.
+
+        Such as the least float32, which masks are filled with: bfloat16 ends a little before.
+        """
+        most = torch.finfo(self.dtype).max
+
+        def beyond(leaf: Any) -> bool:
+            return isinstance(leaf, float) and most < abs(leaf) < math.inf
+
+        if not any(map(beyond, pytree.tree_leaves((args, kwargs)))):
+            return None
+        within: tuple[Any, Any] = pytree.tree_map(
+            lambda leaf: math.copysign(most, leaf) if beyond(leaf) else leaf, (args, kwargs)
+        )
+        return within
 
     def _alike(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Return the arguments with all real numbers in one format, None where they are already.
@@ -134,6 +152,14 @@ class _Door:
             return None
         mixing.__exit__(None, None, None)
         return in_dtype(outputs, torch.float32)
+
+
+def hang_door(model: nn.Module, dtype: torch.dtype) -> _Door:
+    """Put a door before and behind a model."""
+    door = _Door(dtype)
+    model.register_forward_pre_hook(door.enter, with_kwargs=True)
+    model.register_forward_hook(door.leave, always_call=True)
+    return door
 
 
 _HOOKS = (
@@ -218,9 +244,7 @@ def lowered(model: nn.Module, slots: Iterable[SiteSlot], name: str) -> Rest:
     layers = tuple(converted_modules(model))
     for layer in layers:
         layer.after = layer.reader = None
-    door = _Door(dtype)
-    model.register_forward_pre_hook(door.enter, with_kwargs=True)
-    model.register_forward_hook(door.leave, always_call=True)
+    door = hang_door(model, dtype)
     rest = Rest(name, dtype, door, mine, layers, tuple(swaps))
     rest._turn(on=True)
     return rest

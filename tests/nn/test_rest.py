@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import Prepared, prepare
 from autoquant.nn.rest import PRODUCTS, check_float32, in_dtype
+from autoquant.nn.transforms import transform_as
 from autoquant.quant.activation import fake_quantize_activation
 from autoquant.spec.recipe import FLOAT_SITE, ActivationScheme, Recipe, SiteRecipe, WeightScheme
 from autoquant.spec.techniques import CORRECTIONS
@@ -26,6 +28,12 @@ BF16 = torch.bfloat16
 W, A = WeightScheme(8), ActivationScheme(8)
 RECIPES = (SiteRecipe(W, A), SiteRecipe(WeightScheme(4), None), SiteRecipe(None, A), FLOAT_SITE)
 KINDS = (nn.Embedding, nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -221,11 +229,92 @@ def test_code_that_mixes_formats_goes_on_working(recipe, equal):
     applier.apply(sites)
     found = applier.prepared.model(x)
     assert found.dtype == torch.float32
-    assert float((found - exact).detach().abs().max()) <= 0.25 * float(exact.abs().max())
+    assert float((found - exact).abs().max()) <= 0.25 * float(exact.abs().max())
     deployed = applier.deploy(sites)
     assert torch.equal(deployed(x), found)
     program = torch.export.export(deployed, (x,), strict=False).module()
     assert torch.equal(program(x), found)
+
+
+LEAST = torch.finfo(torch.float32).min
+
+
+class Calls(nn.Module):
+    """A layer, and one call of torch with what it gives and with float32."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.norm, self.call = nn.Linear(8, 8), nn.LayerNorm(8), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, self.layer(x), torch.linspace(-1, 1, 24).reshape(3, 8))
+
+
+def _written(_: Any, y: Tensor, c: Tensor) -> Tensor:
+    c[c[:, 0] < 2] = y
+    return c
+
+
+CALLS: dict[str, Any] = {
+    "a mask": lambda _, y, c: y.masked_fill(c > 0, LEAST).softmax(-1),
+    "an addend": lambda _, y, c: (y + torch.where(c > 0, LEAST, 0.0)).softmax(-1),
+    "a norm": lambda m, y, c: m.norm(y + c),
+    "written into": _written,
+    "scattered": lambda _, y, c: c.scatter_add(1, torch.zeros(3, 8, dtype=torch.int64), y),
+    "scattered in place": lambda _, y, c: c.index_add_(0, torch.tensor([2, 0, 1]), y),
+    "a product": lambda _, y, c: y @ c.T,
+    "a product into": lambda _, y, c: torch.matmul(y, c.T, out=torch.empty(3, 3)),
+    "by a list": lambda _, y, c: torch.einsum("ij,kj->ik", [y, c]),
+    "between": lambda _, y, c: torch.lerp(y, c, 0.5),
+    "cast": lambda _, y, c: torch.view_as_real(torch.fft.rfft(y.float() + c)),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_a_call_that_mixes_formats_gives_nearly_what_float32_does(what):
+    model, x = Calls(CALLS[what]).eval(), torch.randn(3, 8)
+    exact = model(x)
+    prepared = prepare(model, lambda m: m(x)).lowered("bf16")
+    found = prepared.model(x)
+    assert found.dtype == torch.float32
+    assert 0 < float((found - exact).abs().max()) <= 0.02 * float(exact.abs().max())
+
+
+def test_a_copy_of_a_graph_has_its_door_again():
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval())
+    x = torch.randn(3, 8)
+    applier = lowered(model, lambda m: m(x))
+    sites = {"0": SiteRecipe(W, A)}
+    applier.apply(sites)
+    found = applier.prepared.model(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(applier.deploy(sites)(x), found)
+
+
+@pytest.mark.parametrize("text", ["hadamard_8", "mmmmaaaaffffbbbb"])
+def test_a_transformed_input_is_transformed_in_float32(text):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(5, 16)
+    weight = model[0].weight.detach().clone()
+    applier = lowered(model, lambda m: m(x))
+    transform_as(applier.prepared, {"0": text})
+    transform = applier.prepared.slots["0"].transform
+    assert transform is not None
+    scheme = ActivationScheme(8, scale=0.02, zero_point=0)
+    made = applier.weight(applier.prepared.sites[0], SiteRecipe(W))
+    assert made is not None
+    near = made.dequantize() - transform.of_weight(weight)
+    assert float((near.abs() / made.qparams.scale).max()) <= 0.5001
+    applier.apply({"0": SiteRecipe(W, scheme)})
+    found = model(x)
+    seen = transform.input_back(
+        fake_quantize_activation(transform.of_input(rounded(x)), scheme, "linear")
+    )
+    expected = F.linear(seen, transform.weight_back(made.dequantize()), rounded(model[0].bias))
+    torch.testing.assert_close(found, rounded(expected), atol=1e-2, rtol=2**-7)
+    assert float((found == rounded(expected)).float().mean()) > 0.9
+    assert torch.equal(applier.deploy({"0": SiteRecipe(W, scheme)})(x), found)
 
 
 def test_integers_are_not_touched_and_what_is_raised_leaves_nothing_behind():

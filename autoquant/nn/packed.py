@@ -50,6 +50,9 @@ class PackedSite(nn.Module):
     hadamard: Tensor
     layout: Layout | None = None
     """Where the input channels lie that are transformed; None in models that were kept before."""
+    rest: torch.dtype | None = None
+    wide = False
+    """Whether weight and bias are read in float32 just now, where the rest is of a lower format."""
 
     def __init__(
         self,
@@ -62,7 +65,6 @@ class PackedSite(nn.Module):
     ) -> None:
         super().__init__()
         self.rest = rest
-        self.wide = False
         device = weight.device if isinstance(weight, Tensor) else weight.q.device
         like = torch.empty(0, dtype=dtype, device=device)
         self.like = nn.Parameter(like, requires_grad=False)
@@ -97,14 +99,13 @@ class PackedSite(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight in its own shape."""
-        dtype = torch.float32 if self.wide else self.like.dtype
         if not self.quantized:
-            return self.unquantized.to(dtype)
+            return self.unquantized.to(torch.float32) if self.wide else self.unquantized
         matrix = self._dequantize(unpack(self.packed, self.scheme.bits, self.columns), None)
         found = from_matrix(matrix, self.shape, self.channel_axis)
         if (transform := self.transform) is not None:
             found = transform.weight_back(found)
-        return found.to(dtype)
+        return found.to(torch.float32 if self.wide else self.like.dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows of the dequantized weight, dequantizing only those: an embedding."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -133,6 +133,11 @@ class _Door:
         self.dtype = dtype
         self.on = True
         self._inside: list[_Mixing | None] = []
+
+    @property
+    def inside(self) -> bool:
+        """Whether the model is running."""
+        return bool(self._inside)
 
     def enter(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         """Cast what the model is given."""
@@ -265,17 +270,35 @@ def check_float32(model: nn.Module, name: str) -> None:
             )
 
 
+@dataclass
+class Calls:
+    """Calls of a lowered model's modules: which are ``running``, by name, the innermost last.
+
+    ``alone`` are modules that were called from outside of the model, past its door.
+    """
+
+    running: list[str] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> str:
+        """What was running when an error came up."""
+        return self.running[-1] if self.running else "the code around the model"
+
+
 @contextlib.contextmanager
-def naming(model: nn.Module) -> Iterator[Callable[[], str]]:
-    """Give what names the module that was running last inside, for an error that came up there."""
-    running: list[str] = []
-    names = {id(module): path for path, module in model.named_modules()}
+def watched(model: nn.Module, rest: Rest) -> Iterator[Calls]:
+    """Watch the calls of a lowered model inside."""
+    calls, names = Calls(), {id(module): path for path, module in model.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
-        running.append(f"{names.get(id(module), '')} ({type(module).__name__})".strip())
+        name = f"{names[id(module)] or 'the model'} ({type(module).__name__})"
+        if module is not model and not rest.door.inside:
+            calls.alone.append(name)
+        calls.running.append(name)
 
     def leave(module: nn.Module, args: Any, outputs: Any) -> None:
-        running.pop()
+        calls.running.pop()
 
     handles = []
     for module in model.modules():
@@ -284,7 +307,7 @@ def naming(model: nn.Module) -> Iterator[Callable[[], str]]:
             module.register_forward_hook(leave),
         ]
     try:
-        yield lambda: running[-1] if running else "the code around the model"
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

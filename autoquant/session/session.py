@@ -36,10 +36,10 @@ from autoquant.models.data import Splits, batch_size, make_splits
 from autoquant.models.exported import move
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
-from autoquant.models.usercode import guarded
+from autoquant.models.usercode import describe, guarded
 from autoquant.nn.calibrate import SiteStatistics, calibrate
 from autoquant.nn.convert import Prepared, prepare, use_channels_last
-from autoquant.nn.rest import check_float32, naming
+from autoquant.nn.rest import check_float32, watched
 from autoquant.nn.sites import Site
 from autoquant.nn.transforms import transform_as, transforms_of
 from autoquant.quant.weight import QuantizedWeight
@@ -264,20 +264,27 @@ def default_memory(device: torch.device) -> int:
     return min(REUSE_BYTES, free_bytes(device) // 4)
 
 
-def _lowered(prepared: Prepared, rest: str, tour: Callable[[nn.Module], None]) -> Prepared:
+def _lowered(prepared: Prepared, name: str, tour: Callable[[nn.Module], None]) -> Prepared:
     """Return a model with its rest in a lower format; UserError where it does not run in that."""
-    prepared = prepared.lowered(rest)
-    try:
-        with torch.no_grad():
+    prepared = prepared.lowered(name)
+    assert prepared.rest is not None
+    failure: UserError | None = None
+    with watched(prepared.model, prepared.rest) as calls, torch.no_grad():
+        try:
             tour(prepared.model)
-    except UserError:
-        with naming(prepared.model) as last, torch.no_grad():
-            try:
-                tour(prepared.model)
-            except UserError as error:
-                raise UserError(
-                    f"{last()} does not run with the rest in {rest}: {error}; --rest float32 does"
-                ) from error
+        except UserError as error:
+            failure = error
+    if calls.alone:
+        raise UserError(
+            f"--rest {name}: the task calls a part of the model by itself, {calls.alone[0]}; only "
+            "what goes through the model's own forward can be rounded: --rest float32"
+        ) from failure
+    if failure is not None:
+        cause = failure.__cause__
+        why = str(failure) if cause is None else describe(cause)
+        raise UserError(
+            f"{calls.last} does not run with the rest in {name}: {why}; --rest float32 does"
+        ) from failure
     return prepared
 
 

@@ -214,7 +214,7 @@ class Recipe:
         return hash(self.key())
 
     def key(self) -> str:
-        """Return a digest of the choices alone: equal keys, equal quantized models."""
+        """Return a digest of the choices alone: equal keys, equal models within one study."""
         return choices_key(self.sites)
 
     def with_sites(self, sites: Mapping[str, SiteRecipe]) -> Recipe:

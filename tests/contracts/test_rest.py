@@ -172,6 +172,30 @@ def test_a_model_that_does_not_run_in_bfloat16_is_refused_by_the_name_of_its_par
     with pytest.raises(UserError) as raised:
         search(Sound().eval(), task, rest="bf16", study="s", trials=2)
     said = str(raised.value)
-    assert said.startswith("spectrum (Spectrum) does not run with the rest in bf16: ")
+    begins = "spectrum (Spectrum) does not run with the rest in bf16: RuntimeError: "
+    assert said.startswith(begins)
     assert said.endswith("; --rest float32 does")
     assert "\n" not in said
+
+
+def test_a_task_that_calls_parts_of_a_model_is_refused():
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def embed(self, x: Tensor) -> Tensor:
+            return self.head(self.words(x.long().clamp(0, 8)).mean(1).mean(1))
+
+    task = Task(
+        evaluation_data=lambda: [(x, y[:, :2]) for x, y in DATA],
+        forward=lambda model, x: model.embed(x),
+        metric="mse",
+    )
+    with pytest.raises(UserError) as raised:
+        search(Parts().eval(), task, rest="bf16", study="s", trials=2)
+    assert str(raised.value) == (
+        "--rest bf16: the task calls a part of the model by itself, words (Embedding); only what "
+        "goes through the model's own forward can be rounded: --rest float32"
+    )
+    assert search(Parts().eval(), task, study="s", trials=2, tune="none").recipe.rest == "float32"

@@ -72,8 +72,10 @@ class _Mixing(TorchFunctionMode):
         if func in PRODUCTS:
             args, kwargs = self._alike(func, args, kwargs) or (args, kwargs)
         elif func is F.scaled_dot_product_attention:  # whose mask may be of another
-            alike = self._alike(func, args[:3], {k: v for k, v in kwargs.items() if k in "qkv"})
-            args = args if alike is None else (*alike[0], *args[3:])
+            named = {name: kwargs[name] for name in ("query", "key", "value") if name in kwargs}
+            alike = self._alike(func, args[:3], named)
+            if alike is not None:
+                args, kwargs = (*alike[0], *args[3:]), kwargs | alike[1]
         try:
             return func(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError):

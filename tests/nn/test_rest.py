@@ -265,6 +265,7 @@ CALLS: dict[str, Any] = {
     "scattered in place": lambda _, y, c: c.index_add_(0, torch.tensor([2, 0, 1]), y),
     "a product": lambda _, y, c: y @ c.T,
     "a product into": lambda _, y, c: torch.matmul(y, c.T, out=torch.empty(3, 3)),
+    "attention": lambda _, y, c: F.scaled_dot_product_attention(y, c, value=y, attn_mask=c[:, :3]),
     "by a list": lambda _, y, c: torch.einsum("ij,kj->ik", [y, c]),
     "between": lambda _, y, c: torch.lerp(y, c, 0.5),
     "cast": lambda _, y, c: torch.view_as_real(torch.fft.rfft(y.float() + c)),

@@ -250,7 +250,7 @@ def lowered(model: nn.Module, slots: Iterable[SiteSlot], name: str) -> Rest:
         slot.exact = exactly.get(id(slot.parameter))
     layers = tuple(converted_modules(model))
     for layer in layers:
-        layer.after = layer.reader = None
+        layer.after = layer.reader = layer.plan = None
     door = hang_door(model, dtype)
     rest = Rest(name, dtype, door, mine, layers, tuple(swaps))
     rest._turn(on=True)

@@ -18,6 +18,7 @@ from autoquant.methods.applier import Applier
 from autoquant.nn.archive import load_archive, save_archive
 from autoquant.nn.calibrate import calibrate
 from autoquant.nn.convert import Prepared, prepare
+from autoquant.nn.converted import converted_modules
 from autoquant.nn.rest import PRODUCTS, check_float32, in_dtype
 from autoquant.nn.transforms import transform_as
 from autoquant.quant.activation import fake_quantize_activation
@@ -121,6 +122,8 @@ def test_weights_are_quantized_from_what_they_were(case):
 def test_the_fast_kernels_round_as_the_reference_does(case):
     engine = make_engine(torch.device("cpu"))
     applier = lowered(copy.deepcopy(case.model), case.run, engine)
+    for layer in converted_modules(applier.prepared.model):  # nothing is handed on unrounded
+        assert layer.after is layer.reader is layer.plan is None
     applier.apply({s.name: RECIPES[0] for s in applier.prepared.sites})
     found = case.run(applier.prepared.model)
     with engine.reference():

@@ -13,6 +13,9 @@ from autoquant.kernels.forms import same_memory
 from autoquant.measure.outputs import CONSTANTS, KNOWN, is_plain
 from autoquant.nn.layer_output import as_real, version_of
 
+MOST_LENGTHS = 4096
+"""Most numbers of a tensor on the CPU that are taken for constants."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -58,8 +61,30 @@ class _Place:
         self.number = number
 
 
+@dataclass(frozen=True, eq=False)
+class _Lengths:
+    """Stands for integers that the host knows, such as those of a packed sequence: a constant."""
+
+    tensor: Tensor
+    numbers: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Lengths:
+        return _Lengths(tensor.clone(), (*tensor.shape, *tensor.flatten().tolist()))
+
+
+def _is_lengths(leaf: Any, device: torch.device) -> bool:
+    """Return whether a tensor is on the CPU where the model is not: its numbers make the program.
+
+    Kernels can't read it, and what it decides (shapes, steps) was decided when it was recorded.
+    """
+    if not isinstance(leaf, Tensor) or leaf.device.type != "cpu" or device.type == "cpu":
+        return False
+    return leaf.numel() <= MOST_LENGTHS and leaf.dtype in (torch.int64, torch.int32, torch.bool)
+
+
 def _filled(leaves: tuple[Any, ...], tensors: list[Tensor]) -> list[Any]:
-    return [tensors[x.number] if isinstance(x, _Place) else x for x in leaves]
+    return [tensors[x.number] if isinstance(x, _Place) else getattr(x, "tensor", x) for x in leaves]
 
 
 def _taken(leaves: list[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
@@ -84,6 +109,7 @@ def given(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -
     if problem is not None:
         return problem
     leaves = [_own(as_real(leaf)) for leaf in leaves]
+    leaves = [_Lengths.of(leaf) if _is_lengths(leaf, device) else leaf for leaf in leaves]
     kept, tensors = _taken(leaves)
     elsewhere = [t for t in tensors if t.device != device]
     if elsewhere:
@@ -91,7 +117,9 @@ def given(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -
     memories = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
     if len(set(memories)) < len(memories):
         return "is given two tensors of one memory"
-    constants = tuple(x.number if isinstance(x, _Place) else (type(x), x) for x in kept)
+    constants = tuple(
+        x.number if isinstance(x, _Place) else (type(x), getattr(x, "numbers", x)) for x in kept
+    )
     forms = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
     versions = tuple(map(version_of, tensors))
     return Given(kept, spec, tensors, (constants, forms, spec), versions)

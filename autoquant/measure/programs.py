@@ -141,6 +141,7 @@ class Programs:
         """Forget what was recorded: its memory is free."""
         self._programs.clear()
         self._current.clear()
+        self._state = []
         for i, slot in enumerate(self._slots):
             self._fixed[i] = slot.make_fixed(self._tell)
 

@@ -18,9 +18,6 @@ from autoquant.kernels.forms import form_of, same_memory, tensors_of, with_tenso
 
 T = TypeVar("T")
 
-KNOWN = 512
-"""Most values of a site whose forms are remembered."""
-
 
 @dataclass(frozen=True, slots=True)
 class Use:
@@ -32,6 +29,8 @@ class Use:
 
 
 Tell = Callable[[Use], None]
+Forms = dict[int, tuple[Any, Hashable]]
+"""Forms by the identity of the values that have them, which are kept with them."""
 
 
 class _Place:
@@ -46,14 +45,17 @@ class _Place:
 class Fixed:
     """The fixed memory of one site.
 
-    ``ask`` returns what the site computes with under the recipe that it has now, by key.
+    ``ask`` returns what the site computes with under the recipe that it has now, by key, and
+    ``forms`` where the forms of such values are kept: no longer than the values themselves.
     """
 
-    def __init__(self, ask: Callable[[Hashable], Any], tell: Tell) -> None:
+    def __init__(
+        self, ask: Callable[[Hashable], Any], tell: Tell, forms: Callable[[], Forms]
+    ) -> None:
         self._ask = ask
         self._tell = tell
+        self._forms = forms
         self._places: dict[tuple[Hashable, Hashable], _Place] = {}
-        self._forms: dict[int, tuple[Any, Hashable]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Return None: a copy of the model computes with memory of its own."""
@@ -81,11 +83,10 @@ class Fixed:
         return self._places.get((use.key, use.form))
 
     def _form(self, value: Any) -> Hashable:
-        known = self._forms.get(id(value))
+        forms = self._forms()
+        known = forms.get(id(value))
         if known is None or known[0] is not value:
-            if len(self._forms) >= KNOWN:
-                self._forms.clear()
-            known = self._forms[id(value)] = value, form_of(value)
+            known = forms[id(value)] = value, form_of(value)
         return known[1]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from autoquant.kernels.engine import Engine
 from autoquant.kernels.operation import LINEAR, Operation, Product
+from autoquant.nn.fixed import Forms
 from autoquant.nn.runtime import Rows
 from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
@@ -15,6 +16,8 @@ from autoquant.spec.recipe import ActivationScheme
 
 class HeldWeight:
     """One quantized weight: its products, and its real numbers where something asks for them.
+
+    ``forms`` are those of what is recorded with it (``fixed``).
 
     ``shift`` [channels], float32, is what the layer's bias moves by, None where it stays. With a
     ``transform`` the quantized weight is the one that meets what it makes.
@@ -31,6 +34,7 @@ class HeldWeight:
         self.engine = engine
         self.shift = shift
         self.transform = transform
+        self.forms: Forms = {}
         self._reals: dict[torch.dtype, Tensor] = {}
         self._bias: tuple[Tensor, int, Tensor] | None = None
         self._parts: dict[Rows, QuantizedWeight] = {None: quantized}

@@ -161,7 +161,7 @@ class SiteSlot:
 
     def make_fixed(self, tell: Tell) -> Fixed:
         """Return memory that stays where it is for all that is computed with here."""
-        return Fixed(self._ask, tell)
+        return Fixed(self._ask, tell, lambda: {} if self.held is None else self.held.forms)
 
     @property
     def is_watched(self) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -248,6 +250,20 @@ def test_weights_that_moved_are_recorded_anew():
         bench.recorder.tapes[0].replay()
     bench.compare()
     assert bench.programs.recordings == 2
+
+
+def test_what_a_recipe_was_made_of_is_let_go_with_it():
+    bench = Bench(Residual, (4, 8))
+    n = len(bench.sites)
+    held = []
+    for choice in (2, 3, 4):
+        bench.compare([choice] * n)
+        held.append(weakref.ref(next(iter(bench.ours.prepared.slots.values())).held))
+    bench.ours._weights.clear()  # as where there is no room for more
+    bench.ours.to_float()
+    bench.programs.clear()
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3
 
 
 def test_hooks_of_parts_are_called_and_what_observes_sees_every_call():

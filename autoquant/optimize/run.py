@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from optuna.samplers import BaseSampler
 from torch import nn
@@ -128,6 +128,9 @@ def search(
     return start(request, reporter or Silent())
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Request:
     """What a new search is asked for.
@@ -215,8 +218,7 @@ def _check(request: Request) -> None:
     if request.own is None:
         registry.check(options.sampler)
     check_out(request.out, request.source)
-    name = request.study or new_name(request.loaded.name, request.storage)
-    Ledger.check_free(name, request.storage)
+    _named(request, lambda name: Ledger.check_free(name, request.storage))
 
 
 def _check_session(
@@ -250,10 +252,18 @@ def _check_time(schedule: Schedule, options: Options, began: float) -> None:
 
 
 def _create(request: Request, header: Callable[[str], Mapping[str, Any]]) -> Ledger:
+    return _named(request, lambda name: Ledger.create(name, request.storage, header(name)))
+
+
+def _named(request: Request, use: Callable[[str], T]) -> T:
+    """Return what ``use`` makes of the study's name; a free one, where nobody asked for one.
+
+    Other processes may take a name between two looks at the storage.
+    """
     while True:
         name = request.study or new_name(request.loaded.name, request.storage)
         try:
-            return Ledger.create(name, request.storage, header(name))
+            return use(name)
         except StudyTaken:  # where nobody asked for that name, another one does as well
             if request.study is not None:
                 raise

@@ -1,4 +1,4 @@
-"""Techniques: what repairs a layer after calibration, as values that recipes hold and spaces list.
+"""Techniques: what repairs or trains a layer, as values that recipes hold and spaces list.
 
 A technique is a frozen dataclass whose fields are its options, and what a space may search. Its
 life: a recipe or a space names it, with or without options; what it ``needs`` is collected by the
@@ -6,9 +6,10 @@ one calibration pass and kept as long as any recipe may ask for it; the applier 
 the first time that a candidate has it there, and keeps the result; what comes of it is never worse
 than nearest rounding on the calibration data.
 
-The name of a technique is that of its file below ``autoquant.methods``; other distributions add
-theirs by an entry point of the technique's name, in the group ``autoquant.rounding`` or
-``autoquant.correction``. A file imports torch only in functions: recipes are read without it.
+The name of a technique is that of its file below ``autoquant.methods``, for gradient estimators
+below ``autoquant.quant.estimators``; other distributions add theirs by an entry point of the
+technique's name, in the group ``autoquant.rounding``, ``autoquant.correction`` or
+``autoquant.estimator``. A file imports torch only in functions: recipes are read without it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from autoquant.errors import SpecError
 from autoquant.registry import Registry, unknown
 from autoquant.spec.documents import Fields, as_number, show
 from autoquant.spec.need import Need
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 METHOD = "method"
 LARGEST = sys.float_info.max
@@ -125,6 +129,59 @@ class Reconstruction(Technique):
     """How the weights of many layers are learned together, each for what those before it became."""
 
 
+class Estimator(Technique):
+    """How a gradient passes the rounding and the clipping of a quantizer.
+
+    Its life: a space or a recipe names it, with or without options; whoever trains a quantized
+    model gives it to each of its quantizers; in forward it rounds, in backward it says what becomes
+    of the gradient, of the number and of its scale. It has no state, and nothing of it is left in
+    the model that was trained: that one rounds to the nearest point of its grid.
+
+    All tensors are float32 and of one shape, but for ``lo`` and ``hi``, the ends of the grid, which
+    are numbers or broadcast against them: ``r`` = x / scale, finite, is the position of a number in
+    units of the grid, the zero point taken off; ``q`` the integer that it became; ``g`` = dL/dq.
+    What is returned is computed element by element, from arguments that are left as they are, and
+    grows as g does: for c > 0, c · g passes as c times what g passes as. So g may as well be the
+    gradient of the real number scale · q, and what is returned is then per scale, too.
+    """
+
+    draws: ClassVar[bool] = False
+    """Whether ``round`` draws at random where it has a generator."""
+
+    def round(self, r: Tensor, generator: Generator | None) -> Tensor:
+        """Return the integers of ``r``, positions within the grid; NaN stays NaN.
+
+        ``generator`` is None but in training. Both ``r`` and the result may be overwritten.
+        """
+        return r.round_()
+
+    def position(
+        self, g: Tensor, r: Tensor, q: Tensor, lo: Tensor | float, hi: Tensor | float
+    ) -> Tensor:
+        """Return the estimate of dL/dr."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        g: Tensor,
+        r: Tensor,
+        q: Tensor,
+        lo: Tensor | float,
+        hi: Tensor | float,
+        passed: Tensor,
+    ) -> Tensor:
+        """Return what each number adds to the estimate of dL/d log(scale).
+
+        ``passed`` is what ``position`` returned. With v = scale · q, and q a function of
+        r = x / scale, dv/d log(scale) = scale · (q − r · dq/dr): hence g · q − passed · r.
+        """
+        return (g * q).addcmul_(passed, r, value=-1.0)
+
+    def factor(self, numbers: int, lo: Tensor | float, hi: Tensor | float) -> Tensor | float:
+        """Return what the gradient of a scale of ``numbers`` numbers is multiplied by."""
+        return 1.0
+
+
 ROUNDINGS: Registry[type[Rounding]] = Registry(
     "rounding", "autoquant.methods.rounding", "autoquant.rounding"
 )
@@ -133,6 +190,9 @@ CORRECTIONS: Registry[type[Correction]] = Registry(
 )
 RECONSTRUCTIONS: Registry[type[Reconstruction]] = Registry(
     "reconstruction", "autoquant.methods.reconstruction", "autoquant.reconstruction"
+)
+ESTIMATORS: Registry[type[Estimator]] = Registry(
+    "estimator", "autoquant.quant.estimators", "autoquant.estimator"
 )
 
 

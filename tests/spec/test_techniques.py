@@ -21,6 +21,7 @@ from autoquant.spec.recipe_file import dumps, load, loads
 from autoquant.spec.space import SearchSpace
 from autoquant.spec.techniques import (
     CORRECTIONS,
+    ESTIMATORS,
     NEAREST,
     ROUNDINGS,
     UNCORRECTED,
@@ -286,7 +287,9 @@ def test_whatever_is_written_is_an_offer_or_one_line(data):
 def test_built_in_techniques_are_known_by_the_names_of_their_files():
     assert ROUNDINGS.names() == ("nearest", "coordinate_descent", "gptq", "learned_rounding")
     assert CORRECTIONS.names() == ("none", "bias")
-    for registry in (ROUNDINGS, CORRECTIONS):
+    straight = ("clipped", "straight_through", "stochastic", "pact", "lsq", "magnitude_aware")
+    assert set(ESTIMATORS.names()) == {*straight, "ewgs", "dsq", "reste"}
+    for registry in (ROUNDINGS, CORRECTIONS, ESTIMATORS):
         for name in registry.names():
             assert registry.get(name).method == name
 

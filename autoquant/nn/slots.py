@@ -9,6 +9,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,17 @@ Listen = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], Rows], Tensor]
 """Stands behind a layer: (input, output, compute, rows of the weight) → output."""
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """What a site computes with instead of its own: a weight, and what ``bias`` makes of its own.
+
+    The weight has the parameter's shape and dtype; gradients may pass through both.
+    """
+
+    weight: Tensor
+    bias: Callable[[Tensor | None], Tensor | None]
+
+
 class SiteSlot:
     """The switchable runtime of one site: float until told otherwise.
 
@@ -48,7 +60,7 @@ class SiteSlot:
     input and a float layer, and ``offset`` [channels] is added to the bias of one: gradients of
     both say how much the site matters. ``listen`` (input, output, compute, rows) stands behind a
     float layer instead, where ``compute`` (input) is the layer, on ``rows`` of the weight; while
-    ``stand_in`` is set, it computes with that weight and bias. ``choice`` names what the slot was
+    ``stand_in`` is set, it computes with that. ``choice`` names what the slot was
     switched to, None where that has no name; ``used`` is told before anything depends on it.
     ``refused`` says what the model's code did that a quantized weight can't have. ``fixed`` is the
     memory to compute in where that has to stay where it is. With a ``rest`` all else in the model
@@ -69,7 +81,7 @@ class SiteSlot:
         self.probe: Callable[[Tensor], Tensor] | None = None
         self.offset: Tensor | None = None
         self.listen: Listen | None = None
-        self.stand_in: tuple[Tensor, Tensor | None] | None = None
+        self.stand_in: StandIn | None = None
         self.read: Callable[[], None] | None = None
         self.choice: SiteRecipe | None = FLOAT_SITE
         self.used: Callable[[], None] | None = None
@@ -130,7 +142,7 @@ class SiteSlot:
     def bias(self, own: Tensor | None) -> Tensor | None:
         """Return the bias to compute with: the layer's ``own`` one, corrected where it is to be."""
         if self.stand_in is not None:
-            return self.stand_in[1]
+            return self.stand_in.bias(own)
         moved: Tensor | None = self._settled(("bias", own))
         found = own if moved is None else moved
         if self.rest is not None and found is not None:
@@ -148,7 +160,7 @@ class SiteSlot:
 
     def _real(self) -> Tensor:
         if self.stand_in is not None:
-            return self.stand_in[0]
+            return self.stand_in.weight
         if self._wide:
             return self._wide_weight()
         real: Tensor | None = self._settled(("weight",))

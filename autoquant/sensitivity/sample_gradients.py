@@ -10,6 +10,7 @@ and right where every use of the weight is a layer's own and samples come first 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from autoquant.kernels.cpu.native import change_products
 from autoquant.methods.applier import Applier
 from autoquant.nn.runtime import Rows
-from autoquant.nn.slots import SiteSlot
+from autoquant.nn.slots import SiteSlot, StandIn
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from autoquant.spec.techniques import Correction
 
@@ -276,10 +277,9 @@ class UsesOfWeight(_Listener):
             corrected = self.changes.candidates.correction.centers
             try:
                 for i, whole in enumerate(self.changes.weights):  # type: ignore[arg-type]
-                    self.slot.stand_in = (
-                        whole.to(self.slot.parameter.dtype),
-                        self.changes.shifts[i].to(x.dtype) if corrected else None,  # type: ignore[index]
-                    )
+                    shift = self.changes.shifts[i].to(x.dtype) if corrected else None  # type: ignore[index]
+                    weight = whole.to(self.slot.parameter.dtype)
+                    self.slot.stand_in = StandIn(weight, functools.partial(_shifted, shift))
                     found[:, i] = (compute(x) * gradient).sum(dims)
             finally:
                 self.slot.stand_in = None
@@ -353,6 +353,11 @@ def listening(model: nn.Module, probes: Mapping[str, Some]) -> Iterator[None]:
         for parameter, (wanted, gradient) in zip(parameters, before, strict=True):
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
+
+
+def _shifted(shift: Tensor | None, own: Tensor | None) -> Tensor | None:
+    """Return the bias of what a change alone gives, whatever the layer's ``own`` one is."""
+    return shift
 
 
 def _agree(ours: Sequence[Array], theirs: Sequence[Array], tolerance: float = 0.05) -> bool:

@@ -32,8 +32,12 @@ __all__ = [
     "make_splits",
     "take",
     "to_device",
+    "training_inputs",
     "without_samples",
 ]
+
+TRAINING_SAMPLES = 1 << 16
+"""Samples that are trained with, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,10 +203,33 @@ def _needs_targets(task: Task) -> bool:
 
 def calibration_inputs(task: Task, most: int, like: Tree | None) -> Iterator[Tree]:
     """Yield batches of inputs up to ``most`` samples; ``like`` is a batch of evaluation inputs."""
-    assert task.calibration_data is not None
+    return _inputs(task, "calibration_data", most, like)
+
+
+def training_inputs(task: Task, splits: Splits, most: int = TRAINING_SAMPLES) -> tuple[Tree, ...]:
+    """Return batches of inputs to train with, ``most`` samples of them at most.
+
+    Those of ``training_data``, without what the search measures by, or confirms with; without it
+    those to calibrate with. Raises TaskError for data that are empty or of another form.
+    """
+    if task.training_data is None:
+        return tuple(batch for batch in splits.calibrate if batch is not None)
+    held = [inputs for inputs, _ in (*splits.search, *splits.confirm)]
+    seen, found = set(sample_digests(held)), []
+    for batch in _inputs(task, "training_data", most, splits.like):
+        rows = [i for i, digest in enumerate(sample_digests([batch])) if digest not in seen]
+        if rows:
+            found.append(batch if len(rows) == batch_size(batch) else take(batch, rows))
+    if not found:
+        raise TaskError(f"{task.source}: training_data has nothing that is not evaluated with")
+    return tuple(found)
+
+
+def _inputs(task: Task, name: str, most: int, like: Tree | None) -> Iterator[Tree]:
+    """Yield batches of inputs of the task's function ``name``, up to ``most`` samples."""
     left = most
-    for number, batch in read(task.source, "calibration_data", task.calibration_data):
-        where = f"{task.source}: calibration_data, batch {number}"
+    for number, batch in read(task.source, name, getattr(task, name)):
+        where = f"{task.source}: {name}, batch {number}"
         inputs = as_inputs(batch, where)
         if is_pair(batch) and like is not None and _form(inputs) != _form(like):
             # The loader that also serves evaluation: its targets are of no use here.

@@ -37,6 +37,9 @@ class Task:
     or contradict each other.
 
     - ``calibration_data()``: batches of inputs.
+    - ``training_data()``: batches of inputs to train with, where a recipe is trained; without it,
+      the calibration data. ``augment(inputs)``: other inputs of a batch, as photos mirrored or cut;
+      what it draws, it draws from torch, whose state is seeded for each step.
     - ``evaluation_data()``: batches of (inputs, targets); without targets (inputs, None), or
       inputs that are not themselves two things in a tuple or list.
     - ``forward(model, inputs)``: calls the model; see ``run_forward`` for what happens without.
@@ -51,6 +54,8 @@ class Task:
 
     calibration_data: Callable[[], Iterable[Any]] | None = None
     evaluation_data: Callable[[], Iterable[Any]] | None = None
+    training_data: Callable[[], Iterable[Any]] | None = None
+    augment: Callable[[Any], Any] | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
     metric: str | Callable[[Any, Any], float] | None = None
     higher_is_better: bool | None = None
@@ -61,9 +66,9 @@ class Task:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("calibration_data", "evaluation_data"):
+        for name in ("calibration_data", "evaluation_data", "training_data"):
             object.__setattr__(self, name, self._as_function(name, getattr(self, name)))
-        for name in ("forward", "evaluate", "evaluate_confirm", "load_model"):
+        for name in ("augment", "forward", "evaluate", "evaluate_confirm", "load_model"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 self._fail(f"{name} is a {type(value).__name__}: expected a function")

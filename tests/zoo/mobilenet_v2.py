@@ -137,6 +137,21 @@ def calibration_data():
     return (x for x, _ in batches(0, CALIBRATION))
 
 
+def augment(images):
+    """Return photos cut to a random part of their area, each, and half of the time mirrored."""
+    size = images.shape[-1]
+    parts = []
+    for image in images:
+        side = round(size * float(torch.empty(()).uniform_(0.35, 1.0)) ** 0.5)
+        top, left = torch.randint(0, size - side + 1, (2,)).tolist()
+        part = image[None, :, top : top + side, left : left + side]
+        part = torch.nn.functional.interpolate(
+            part, size=(size, size), mode="bilinear", antialias=True
+        )
+        parts.append(part.flip(-1) if torch.rand(()) < 0.5 else part)
+    return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+
+
 def evaluation_data():
     return batches(CALIBRATION, None)
 

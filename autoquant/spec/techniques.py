@@ -55,6 +55,11 @@ def option(default: Any, low: float, high: float = LARGEST, *, above: bool = Fal
     return dataclasses.field(default=default, metadata={"bounds": Bounds(low, high, above)})
 
 
+def choice(default: str, registry: Registry[Any]) -> Any:
+    """Return a field of a technique: a name out of a registry."""
+    return dataclasses.field(default=default, metadata={"names": registry})
+
+
 @dataclass(frozen=True)
 class Technique:
     """What all techniques have: a name, options, and what they need of calibration."""
@@ -84,6 +89,11 @@ class Technique:
         if kind is bool:
             if type(value) is not bool:
                 raise SpecError(f"{where}: {name}: found {show(value)}, allowed: true, false")
+            return value
+        if kind is str:
+            names = field.metadata["names"].names()
+            if value not in names:
+                raise SpecError(f"{where}: {unknown(name, value, names)}")
             return value
         bounds: Bounds = field.metadata["bounds"]
         number = as_number(value)

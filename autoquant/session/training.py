@@ -1,0 +1,110 @@
+"""Training a recipe on a session's data."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autoquant.errors import TrialError
+from autoquant.measure.evaluator import OUT_OF_MEMORY, out_of_memory
+from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.models.data import training_inputs
+from autoquant.models.digests import sample_digests
+from autoquant.models.task import outputs_of
+from autoquant.models.usercode import guarded
+from autoquant.session.session import Session
+from autoquant.spec.recipe import SiteRecipe, choices_key
+from autoquant.training.schedule import Lessons
+from autoquant.training.train import Moment, Trained, train
+from autoquant.training.trainer import Lesson
+
+Sites = Mapping[str, SiteRecipe]
+
+
+def train_layers(
+    session: Session,
+    sites: Sites,
+    technique: Distillation,
+    *,
+    watch: Callable[[Moment], None] = lambda _: None,
+    heed: Callable[[int], None] = lambda _: None,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+) -> Trained:
+    """Train a recipe on the session's data; what was learned is the applier's.
+
+    ``heed`` hears each step to come, and may raise to end it; ``checkpoint`` is a file to go on
+    from. Raises TrialError where the user's code fails on the quantized model, where its outputs
+    have no gradient, or memory runs out.
+    """
+    lesson = lesson_of(session, seed)
+    session.baseline("search")  # which ``measure`` compares with
+
+    def measure(candidate: Sites) -> float:
+        with session.without_reuse():
+            return session.measure(candidate, "search")[0].loss
+
+    kept = (
+        None if checkpoint is None else (checkpoint, identity_of(session, sites, technique, lesson))
+    )
+    try:
+        return train(
+            session.applier, sites, lesson, technique, measure,
+            watch=watch, heed=heed, checkpoint=kept,
+        )  # fmt: skip
+    except OUT_OF_MEMORY as error:
+        raise out_of_memory(error) from error
+
+
+def lesson_of(session: Session, seed: int = 0) -> Lesson:
+    """Return what a session's model learns from."""
+    task, evaluator, prepared = session.task, session.evaluator, session.prepared
+
+    def run(model: nn.Module, inputs: Any) -> Any:
+        with prepared.in_float32(), guarded(_failed, task.source, OUT_OF_MEMORY):
+            return outputs_of(evaluator.run(model, inputs))
+
+    augment = None
+    if task.augment is not None:
+        augment = functools.partial(_augmented, task.augment, task.source)
+    modules = {site.name: prepared.model.get_submodule(site.users[0][0]) for site in prepared.sites}
+    return Lesson(
+        Lessons(training_inputs(task, session.splits)),
+        run,
+        session.baseline("search").by_classes,
+        evaluator.scorer,
+        modules,
+        augment,
+        seed,
+    )
+
+
+def _augmented(augment: Callable[[Any], Any], source: str, inputs: Any) -> Any:
+    def failed(reason: str) -> TrialError:
+        return TrialError(f"augment failed: {reason}")
+
+    with guarded(failed, source, OUT_OF_MEMORY):
+        return augment(inputs)
+
+
+def _failed(reason: str) -> TrialError:
+    return TrialError(f"the model fails while it is trained: {reason}")
+
+
+def identity_of(session: Session, sites: Sites, technique: Distillation, lesson: Lesson) -> str:
+    """Return what a checkpoint is of: the model, the recipe, the technique, the data."""
+    found = hashlib.sha256()
+    scales = {
+        n: (s.activation.scale, s.activation.zero_point) for n, s in sites.items() if s.activation
+    }
+    known = [session.identity.sha256, choices_key(sites), technique.plain(), lesson.seed, scales]
+    found.update(json.dumps(known, sort_keys=True).encode())
+    for digest in sample_digests(lesson.inputs.batches):
+        found.update(digest)
+    return found.hexdigest()

@@ -1,0 +1,1 @@
+"""Training through quantizers: weights, scales and biases of a recipe, learned by gradients."""

@@ -1,0 +1,190 @@
+"""Training one recipe: steps, checks on held-back data, checkpoints, and the best in the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant.errors import TrialError
+from autoquant.methods.applier import Applier
+from autoquant.methods.learned import LearnedWeight
+from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.techniques import ESTIMATORS
+from autoquant.training.checkpoint import read_checkpoint, write_checkpoint
+from autoquant.training.guard import Finding, vanished
+from autoquant.training.student import Student
+from autoquant.training.trainer import Lesson, Trainer
+
+CHECKS = 10
+"""How often the quantized model is measured while it is trained."""
+PATIENCE = 4
+"""Checks without a better model after which training ends."""
+
+Sites = Mapping[str, SiteRecipe]
+Measure = Callable[[Sites], float]
+"""The loss of a recipe on data that training does not learn from."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How training is getting on: what a live view shows.
+
+    ``loss`` is the mean of the steps since the last check, ``held`` the loss on held-back data at
+    it, ``best`` the lowest of those; ``findings`` are new.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    held: float
+    best: float
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training came to: the best recipe on held-back data, or the one that it began with.
+
+    ``learned`` is what it has learned by digest. ``lost`` are weights that are not 0 in the float
+    model and are in the quantized one, before and after, as shares.
+    """
+
+    sites: Sites
+    learned: Mapping[str, LearnedWeight]
+    before: float
+    after: float
+    steps: int
+    findings: tuple[Finding, ...]
+    lost: tuple[float, float]
+
+
+def train(
+    applier: Applier,
+    sites: Sites,
+    lesson: Lesson,
+    technique: Distillation,
+    measure: Measure,
+    *,
+    watch: Callable[[Moment], None] = lambda _: None,
+    heed: Callable[[int], None] = lambda _: None,
+    checkpoint: tuple[Path, str] | None = None,
+) -> Trained:
+    """Train the quantized layers of a recipe and return the best of what ``measure`` was shown.
+
+    ``heed`` hears each step that is to come and may raise to end it. A ``checkpoint``, (file, what
+    it is of), is written at each check and gone on from. The model is left in float; what is
+    returned is in ``applier.learned``. Raises TrialError where the user's code fails, or where
+    nothing has a gradient.
+    """
+    before = measure(sites)
+    student = Student(applier, sites, lambda _: ESTIMATORS.get(technique.estimator)())
+    if not student.learners:
+        raise TrialError("the recipe quantizes no weight that could be trained")
+    lost = _lost(student)
+    trainer = Trainer(student, lesson, technique)
+    best = _Best(student, before)
+    device = next(iter(student.learners.values())).slot.parameter.device
+    if checkpoint is not None:
+        state = read_checkpoint(*checkpoint, device)
+        if state is not None:
+            trainer.load(state)
+            best.load(state)
+    every = max(1, technique.steps // CHECKS)
+    told = len(trainer.findings)
+    while trainer.done < technique.steps and best.waits <= PATIENCE:
+        heed(trainer.done)
+        try:
+            trainer.step()
+        finally:
+            student.rest()
+        if trainer.done % every and trainer.done < technique.steps:
+            continue
+        trainer.check()
+        with trainer.averaged():
+            held = best.look(measure)
+        trainer.keep()
+        if checkpoint is not None:
+            write_checkpoint(checkpoint[0], _merged(trainer.state(), best.state()), checkpoint[1])
+        recent = trainer.losses[-every:]
+        new, told = tuple(trainer.findings[told:]), len(trainer.findings)
+        mean = sum(recent) / max(len(recent), 1)
+        watch(Moment(trainer.done, technique.steps, mean, held, best.loss, new))
+    best.restore()
+    found, learned = (sites, {}) if best.loss >= before else student.solution()
+    applier.learned.update(learned)
+    student.rest()
+    return Trained(
+        found,
+        learned,
+        before,
+        min(best.loss, before),
+        trainer.done,
+        tuple(trainer.findings),
+        (lost, _lost(student)),
+    )
+
+
+class _Best:
+    """The parameters that were best on held-back data so far."""
+
+    def __init__(self, student: Student, before: float) -> None:
+        self._student = student
+        self.loss = before
+        self.waits = 0
+        self._kept = self._parameters()
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return {f"{n}|{k}": p.detach().clone() for n, k, p in self._student.parameters()}
+
+    def look(self, measure: Measure) -> float:
+        """Measure the student as it is; return its loss."""
+        applier = self._student.applier
+        sites, learned = self._student.solution()
+        known = set(applier.learned)
+        applier.learned.update(learned)
+        try:
+            held = measure(sites)
+        except TrialError:  # outputs that are not finite, say: as bad as can be
+            held = math.inf
+        finally:
+            for digest in set(learned) - known:
+                del applier.learned[digest]
+            applier.to_float()
+        if held < self.loss:
+            self.loss, self.waits, self._kept = held, 0, self._parameters()
+        else:
+            self.waits += 1
+        return held
+
+    def restore(self) -> None:
+        """Have the student as it was at its best."""
+        with torch.no_grad():
+            for name, kind, parameter in self._student.parameters():
+                parameter.copy_(self._kept[f"{name}|{kind}"])
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"best": self.loss, "waits": self.waits, "kept": self._kept}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint kept."""
+        self.loss, self.waits = state["best"], state["waits"]
+        prefix = "best:"
+        tensors = state["tensors"]
+        self._kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _merged(state: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
+    kept = {f"best:{name}": tensor for name, tensor in best.pop("kept").items()}
+    return state | best | {"tensors": state["tensors"] | kept}
+
+
+def _lost(student: Student) -> float:
+    counts = [vanished(learner) for learner in student.learners.values()]
+    return sum(gone for gone, _ in counts) / max(sum(alive for _, alive in counts), 1)

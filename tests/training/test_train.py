@@ -1,0 +1,213 @@
+"""Training a recipe: it gets better, is never worse, and goes on after it was killed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoquant.errors import TrialError
+from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.session.session import Session
+from autoquant.session.training import train_layers
+from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.techniques import ESTIMATORS, RECONSTRUCTIONS, technique_of
+from autoquant.training.train import CHECKS, Moment, Trained
+from tests.training.models import KINDS, W2A4, W3A8, everywhere, opened, task_of
+
+SHORT = Distillation(
+    steps=60, weight_rate=0.02, scale_rate=2e-3, bias_rate=3e-3, activation_rate=2e-3
+)
+
+
+def trained(session: Session, recipe: SiteRecipe = W3A8, **words: Any) -> Trained:
+    technique = words.pop("technique", SHORT)
+    return train_layers(session, everywhere(session, recipe), technique, **words)
+
+
+def loss(session: Session, sites: Any, split: str = "confirm") -> float:
+    session.baseline(split)
+    return session.measure(sites, split)[0].loss
+
+
+@pytest.mark.parametrize("recipe", [W3A8, W2A4], ids=["W3A8", "W2A4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_makes_the_loss_less_on_data_that_it_has_not_seen(kind: str, recipe: SiteRecipe) -> None:
+    session = opened(kind)
+    before = loss(session, everywhere(session, recipe))
+    moments: list[Moment] = []
+    found = trained(session, recipe, watch=moments.append)
+    assert found.after < found.before
+    assert loss(session, found.sites) < before
+    assert found.after == min(m.held for m in moments)
+    assert found.after == pytest.approx(loss(session, found.sites, "search"), rel=1e-12)
+    assert [m.step for m in moments][:2] == [60 // CHECKS, 2 * (60 // CHECKS)]
+    assert moments[-1].loss < moments[0].loss
+
+
+def test_where_nothing_is_gained_the_recipe_is_as_it_was() -> None:
+    session = opened("mlp")
+    sites = everywhere(session)
+    none = replace(SHORT, weight_rate=0.0, scale_rate=0.0, bias_rate=0.0, activation_rate=0.0)
+    found = train_layers(session, sites, none)
+    assert found.sites == sites
+    assert not found.learned
+    assert found.before == found.after
+    # Rates with which nothing can be learned do harm, and that is seen as well.
+    wild = replace(SHORT, weight_rate=1.0, scale_rate=1.0, bias_rate=1.0, activation_rate=1.0)
+    found = train_layers(session, sites, wild)
+    assert found.after <= found.before
+    assert loss(session, found.sites, "search") <= loss(session, sites, "search")
+
+
+def test_it_ends_where_nothing_gets_better() -> None:
+    session = opened("mlp")
+    none = replace(SHORT, weight_rate=0.0, scale_rate=0.0, bias_rate=0.0, activation_rate=0.0)
+    assert train_layers(session, everywhere(session), none).steps < 60
+
+
+class _Killed(BaseException):
+    pass
+
+
+def same(a: Trained, b: Trained) -> bool:
+    return set(a.learned) == set(b.learned) and (a.after, a.steps) == (b.after, b.steps)
+
+
+@pytest.mark.parametrize("estimator", ["lsq", "stochastic"])
+@pytest.mark.parametrize("at", [3, 13, 30])
+def test_killed_and_resumed_is_as_if_it_never_was(tmp_path: Path, at: int, estimator: str) -> None:
+    technique = replace(SHORT, estimator=estimator)
+    whole = trained(opened("mlp"), technique=technique)
+    file = tmp_path / "c.safetensors"
+
+    def killed(step: int) -> None:
+        if step == at:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        trained(opened("mlp"), technique=technique, checkpoint=file, heed=killed)
+    assert file.exists() == (at >= 6)
+    seen: list[int] = []
+    again = trained(opened("mlp"), technique=technique, checkpoint=file, heed=seen.append)
+    assert seen[0] == at - at % 6
+    assert same(whole, again)
+
+
+def test_a_checkpoint_of_another_recipe_or_of_other_options_is_not_gone_on_from(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "c.safetensors"
+    trained(opened("mlp"), checkpoint=file)
+    for words in ({"recipe": W2A4}, {"technique": replace(SHORT, clip=2.0)}, {"seed": 1}):
+        seen: list[int] = []
+        trained(opened("mlp"), checkpoint=file, heed=seen.append, **words)
+        assert seen[0] == 0
+
+
+def test_the_seed_says_what_is_drawn() -> None:
+    one = trained(opened("mlp"), seed=0)
+    assert same(one, trained(opened("mlp"), seed=0))
+    assert not same(one, trained(opened("mlp"), seed=1))
+
+
+def test_other_inputs_and_augmentation_are_what_it_learns_from() -> None:
+    seen: list[Tensor] = []
+    drawn: list[float] = []
+
+    class Listening(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                seen.append(x.detach())
+            return self.layer(x)
+
+    def augment(x: Tensor) -> Tensor:
+        drawn.append(float(torch.rand(())))
+        return x + 100.0
+
+    model = Listening()
+    task = task_of(model, training_data=lambda: [torch.full((8, 16), 7.0)], augment=augment)
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    trained(opened(model=model, task=task), technique=replace(SHORT, steps=10))
+    assert seen
+    assert all(bool((x == 107.0).all()) for x in seen)
+    assert len(set(drawn)) == len(drawn)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_model_and_its_parameters_are_left_as_they_were() -> None:
+    session = opened("sequence")
+    before = {n: (p.clone(), p.requires_grad) for n, p in session.model.named_parameters()}
+    trained(session)
+    for name, parameter in session.model.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+    assert not session.model.training
+
+
+class NoGradient(nn.Module):
+    """Gives what has no gradient: decisions, and scores that are detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.layer(x)
+
+
+def test_outputs_without_a_gradient_are_one_line() -> None:
+    with pytest.raises(TrialError, match="no gradient reaches the model's outputs"):
+        trained(opened(model=NoGradient()))
+
+
+class Frozen(nn.Module):
+    """A layer none of whose parameters wants a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(16, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_parameters_that_are_frozen_are_trained_all_the_same() -> None:
+    found = trained(opened(model=Frozen()))
+    assert found.after < found.before
+
+
+def test_the_users_code_that_fails_is_one_line() -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("no photos")
+
+    from tests.training.models import model_of
+
+    model = model_of("mlp")
+    with pytest.raises(TrialError, match="augment failed: RuntimeError: no photos"):
+        trained(opened(model=model, task=task_of(model, augment=broken)))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.names())
+def test_every_estimator_trains(estimator: str) -> None:
+    found = trained(opened("mlp"), technique=replace(SHORT, estimator=estimator))
+    assert found.after < found.before
+
+
+def test_it_is_a_technique_of_its_registry() -> None:
+    assert "distillation" in RECONSTRUCTIONS.names()
+    technique = Distillation(estimator="ewgs", steps=7)
+    assert technique_of(RECONSTRUCTIONS, technique.plain(), "here") == technique

@@ -103,8 +103,9 @@ if TYPE_CHECKING:
     metavar="HOW",
     default="auto",
     show_default=True,
-    help="After the trials fit the layers of good recipes to each other, on the calibration data: "
-    "layer, none, or auto: layer, where that is no more work than twice the trials.",
+    help="After the trials make good recipes better, on unlabelled data: layer fits the layers to "
+    "each other, full trains all of them together after that, none does nothing; auto does what is "
+    "no more work than twice the trials.",
 )
 @click.option(
     "--rest",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,11 @@ from autoquant.cli.options import (
     task_options,
 )
 from autoquant.cli.output import emit
+from autoquant.errors import UserError
+
+if TYPE_CHECKING:
+    from autoquant.methods.reconstruction.distillation import Distillation
+    from autoquant.training.train import Moment
 
 
 @click.command(epilog="Example: autoquant tune recipe.yaml model.pt --task task.py -o tuned.yaml")
@@ -41,6 +47,40 @@ from autoquant.cli.output import emit
     "best is taken. Default: 200, with inputs that are far off counting less, and as any other.",
 )
 @click.option(
+    "--method",
+    type=click.Choice(("layer", "full")),
+    default="layer",
+    show_default=True,
+    help="layer fits the layers to each other; full trains all of them together after that.",
+)
+@click.option(
+    "--steps",
+    metavar="N",
+    type=click.IntRange(1, 10**7),
+    default=None,
+    help="Steps of training (--method full). Default: 400.",
+)
+@click.option(
+    "--batch",
+    metavar="N",
+    type=click.IntRange(1, 2**16),
+    default=None,
+    help="Samples of a step (--method full). Default: 16.",
+)
+@click.option(
+    "--rate",
+    metavar="FACTOR",
+    type=click.FloatRange(0.0, 1000.0, min_open=True),
+    default=None,
+    help="Multiplies all rates of training (--method full). Default: 1.",
+)
+@click.option(
+    "--estimator",
+    metavar="NAME",
+    default=None,
+    help="How gradients pass quantizers (--method full). Default: lsq.",
+)
+@click.option(
     "--accept-changes", is_flag=True, help="Tune the recipe although it is for another model file."
 )
 @device_option
@@ -55,20 +95,28 @@ def command(
     trust_pickle: bool,
     output: str,
     ridges: tuple[float, ...],
+    method: str,
+    steps: int | None,
+    batch: int | None,
+    rate: float | None,
+    estimator: str | None,
     accept_changes: bool,
     device: str,
     backend: str,
     as_json: bool,
 ) -> None:
-    """Fit the layers of RECIPE to each other, on unlabelled calibration data.
+    """Fit the layers of RECIPE to each other, or train them, on unlabelled data.
 
     Each layer in turn is fitted to the float model's output, on what the quantized layers before it
-    give: bits, granularities and activations stay as they are. The tuned recipe is written with its
+    give: bits, granularities and activations stay as they are. With --method full all layers are
+    trained together after that, on the task's training_data, or its calibration data; killed, it
+    goes on where it was when the command is given again. The tuned recipe is written with its
     confirmed metric; where nothing makes it better, it is the recipe as it was.
     """
     from autoquant.spec.recipe_file import load
 
     loaded_recipe = load(Path(recipe))
+    training = _training(method, steps, batch, rate, estimator)
     from autoquant.optimize.tune import check_tuned, tune
     from autoquant.report.tables import plain_number
     from autoquant.report.verdicts import verdict_line
@@ -84,14 +132,17 @@ def command(
     loaded = source.load(loaded_task)
     check_model(loaded_recipe, loaded, accept=accept_changes)
     found = tune(
-        loaded, loaded_task, loaded_recipe, target, ridges=ridges, device=device,
-        backend=backend, say=(lambda _: None) if as_json else click.echo,
+        loaded, loaded_task, loaded_recipe, target, ridges=ridges, training=training,
+        device=device, backend=backend, say=(lambda _: None) if as_json else click.echo,
+        watch=(lambda _: None) if as_json else _show,
     )  # fmt: skip
     if as_json:
         emit(found.plain() | {"path": str(target)})
         return
     for row in found.tried:
         print(f"{row.technique}: loss {plain_number(row.loss)} in {row.seconds:.1f} s")
+        if row.lost is not None:
+            print("weights that rounding makes 0: {:.1%} before, {:.1%} after".format(*row.lost))
     change = "nothing gained" if not found.gained else f"now {plain_number(found.after)}"
     print(f"loss on the search data: {plain_number(found.before)}, {change}")
     evidence = found.recipe.evidence
@@ -105,3 +156,41 @@ def command(
     if evidence.verdict is not None:
         print(verdict_line(evidence.verdict, evidence.metric))
     print(f"recipe: {target}")
+
+
+def _training(
+    method: str,
+    steps: int | None,
+    batch: int | None,
+    rate: float | None,
+    estimator: str | None,
+) -> Distillation | None:
+    """Return how to train, None for not at all; UserError for options that say nothing then."""
+    given = {"steps": steps, "batch": batch, "rate": rate, "estimator": estimator}
+    if method != "full":
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(f"--{name} is of training: give --method full too")
+        return None
+    from autoquant.methods.reconstruction.distillation import Distillation
+
+    usual = Distillation()
+    options = {k: v for k, v in given.items() if v is not None and k != "rate"}
+    for name in ("weight_rate", "scale_rate", "bias_rate", "activation_rate"):
+        options[name] = min(getattr(usual, name) * (rate or 1.0), 1.0)
+    checked = {
+        k: Distillation.checked(k, v, "--" + k.replace("_", "-")) for k, v in options.items()
+    }
+    return Distillation(**checked)
+
+
+def _show(moment: Moment) -> None:
+    """Print how training goes."""
+    from autoquant.report.tables import plain_number
+
+    click.echo(
+        f"step {moment.step} of {moment.steps}: loss {plain_number(moment.loss)}, on the search "
+        f"data {plain_number(moment.held)}, best {plain_number(moment.best)}"
+    )
+    for finding in moment.findings:
+        click.echo(f"  {finding}")

@@ -1,4 +1,4 @@
-"""``autoquant tune``: the layers of a recipe's model are fitted to each other, if that helps."""
+"""``autoquant tune``: a recipe's layers are fitted to each other, or trained, if that helps."""
 
 from __future__ import annotations
 
@@ -12,29 +12,38 @@ from typing import Any
 
 from autoquant.errors import TrialError, UserError
 from autoquant.methods.learned import is_learned, learned_path, write_learned
-from autoquant.methods.reconstruction.sequential import Sequential
+from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.models.usercode import interruptible
 from autoquant.optimize.evaluate import margin_of
 from autoquant.selection.confirmation import confirm_one
 from autoquant.session.session import Session, choose_device, open_session
+from autoquant.session.training import train_layers
 from autoquant.session.tuning import fit_layers, techniques, why_not
 from autoquant.spec.goal import Goal
 from autoquant.spec.outputs import check_target, is_signed
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import save
+from autoquant.spec.techniques import Reconstruction
+from autoquant.training.train import Moment
 
 MOST_RIDGE = 1e9
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One way to tune, and the loss that it gave on the search split."""
+    """One way to tune, and the loss that it gave on the search split.
 
-    technique: Sequential
+    ``findings`` are what went wrong on the way, and what was done about it. ``lost`` are the shares
+    of weights that are 0 in the quantized model alone, before and after, where that is known.
+    """
+
+    technique: Reconstruction
     loss: float
     seconds: float
+    findings: tuple[str, ...] = ()
+    lost: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,13 @@ class Tuned:
     def plain(self) -> dict[str, Any]:
         """Return it as JSON takes it."""
         rows = [
-            {"technique": row.technique.plain(), "loss": row.loss, "seconds": row.seconds}
+            {
+                "technique": row.technique.plain(),
+                "loss": row.loss,
+                "seconds": row.seconds,
+                "findings": list(row.findings),
+                "lost": row.lost,
+            }
             for row in self.tried
         ]
         return {"before": self.before, "after": self.after, "gained": self.gained, "tried": rows}
@@ -85,16 +100,20 @@ def tune(
     out: str | os.PathLike[str],
     *,
     ridges: Sequence[float] = (),
+    training: Distillation | None = None,
     device: str = "auto",
     backend: str = "auto",
     say: Callable[[str], None] = lambda _: None,
+    watch: Callable[[Moment], None] = lambda _: None,
 ) -> Tuned:
     """Fit the layers of ``recipe`` to each other and write the best recipe to ``out``.
 
     What was learned goes beside it, as NAME.learned.safetensors. Each of ``ridges`` is tried,
-    without any the ways that a search tries; the recipe itself is what is written where none makes
-    the loss on the search split less. Raises UserError where the task gives no calibration data, or
-    the user's code fails.
+    without any the ways that a search tries; what is best then is trained, where ``training`` says
+    how, and ``watch`` hears how that goes. The recipe itself is what is written where nothing makes
+    the loss on the search split less. Training that was interrupted is gone on with: what it needs
+    lies beside ``out`` until it ends, as NAME.training.safetensors. Raises UserError where the task
+    gives no calibration data, or the user's code fails.
     """
     path = Path(os.path.abspath(out))
     check_tuned(path, recipe)
@@ -106,6 +125,8 @@ def tune(
     )
     try:
         best, found = _best(session, task, recipe, ridges, say)
+        if training is not None:
+            best, found = _trained(session, best, found, training, path, say, watch)
         goal = Goal(margin_of(session.baseline("search"), recipe), session.sizes.float_size_bytes)
         say("confirming")
         with session.prepared.engine.reference():
@@ -125,6 +146,34 @@ def tune(
         )
     save(written, path)
     return replace(found, recipe=written)
+
+
+def training_path(recipe: Path) -> Path:
+    """Return where training for a recipe keeps what it needs to go on."""
+    return recipe.with_name(recipe.stem + ".training.safetensors")
+
+
+def _trained(
+    session: Session,
+    start: Mapping[str, SiteRecipe],
+    found: Tuned,
+    technique: Distillation,
+    path: Path,
+    say: Callable[[str], None],
+    watch: Callable[[Moment], None],
+) -> tuple[dict[str, SiteRecipe], Tuned]:
+    """Return the sites after training, and how they came about."""
+    began = time.monotonic()
+    say(f"training all layers together ({technique})")
+    kept = training_path(path)
+    done = train_layers(
+        session, start, technique, watch=watch, checkpoint=kept, seed=found.recipe.seed
+    )
+    kept.unlink(missing_ok=True)
+    seconds = round(time.monotonic() - began, 3)
+    row = Tried(technique, done.after, seconds, tuple(map(str, done.findings)), done.lost)
+    after = min(found.after, done.after)
+    return dict(done.sites), replace(found, after=after, tried=(*found.tried, row))
 
 
 def _best(

@@ -13,22 +13,26 @@ import datetime
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.errors import StudyError, TrialError
+from autoquant.methods.learned import read_learned
+from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.optimize.opened import OpenStudy
 from autoquant.optimize.prepare import Plan
 from autoquant.selection.finalists import estimated_drops
+from autoquant.session.training import train_layers
 from autoquant.session.tuning import fit_layers, fitted, techniques, why_not
-from autoquant.spec.options import AUTO
-from autoquant.spec.recipe import SiteRecipe, choices_key
+from autoquant.spec.options import AUTO, FULL
+from autoquant.spec.recipe import Recipe, SiteRecipe, choices_key
 from autoquant.spec.techniques import Reconstruction
 from autoquant.study.ledger import MEASURED, REASON, finished
 from autoquant.study.trials import SCALES, best_trial, measured, scales
-from autoquant.study.tuned import TUNED, Shelf, Tuning, searched, tuning_of
+from autoquant.study.tuned import TUNED, Shelf, Tuning, searched, sites_of, tuning_of
+from autoquant.training.train import Moment
 
 RUNGS = (8.0, 6.3, 5.0, 4.0, 3.2, 2.5, 2.0, 1.6, 1.25)
 """Losses of the recipes that are tuned under a maximum drop, in units of the loss of that drop."""
@@ -42,7 +46,17 @@ PASSES = 20.0
 """Passes over the calibration data that take as long as fitting all layers, where results of those
 before are reused: most of it is arithmetic then."""
 
+FLOAT_WORK = 3.0
+"""Times the work of a quantized sample that one of the float model is."""
+TRAINING_WORK = 4.5
+"""Runs of the float model that training on a sample takes the work of: teacher, student, back."""
+FEWEST_STEPS = 100
+"""Steps that training is worth beginning for."""
+
 Sites = Mapping[str, SiteRecipe]
+
+Step = Callable[[int, int], None]
+"""Hears (done, in all) and may raise to end what is done."""
 
 LATE = "no more was tuned: there was no time"
 
@@ -145,10 +159,15 @@ class _Tuner:
         if self._study.goal.budgeted:
             best = best_trial(searched(self._study.ledger.trials()))
             if best is not None:
-                self._tune(self._plan.mapping.decode(best.params))
+                sites = self._plan.mapping.decode(best.params)
+                self._tune(sites)
+                self._train(sites)
             return
         rungs = self._rungs()
-        self._bisect(rungs, self._bisect(rungs, 0, 1.0), CAREFUL)
+        low = self._bisect(rungs, 0, 1.0)
+        self._bisect(rungs, low, CAREFUL)
+        if rungs:  # training may repair the next cheaper one than what tuning does
+            self._train(rungs[max(low - 1, 0)])
 
     def _bisect(self, rungs: Sequence[Sites], low: int, share: float) -> int:
         """Return the first recipe from ``low`` on that, tuned, keeps a share of the drop."""
@@ -203,16 +222,88 @@ class _Tuner:
         self._spare -= _in_trials(self._study, sites)  # also where it was done before
         if self._spare < 0:
             raise _Late("no more was tuned: it would take longer than twice the trials")
+        session, layers = self._study.session, fitted(self._study.session, sites)
+
+        def fit(step: Step) -> Sites:
+            heed = lambda layer: step(layers.index(layer), len(layers))  # noqa: E731
+            return fit_layers(session, sites, technique, heed)  # type: ignore[arg-type]
+
+        return self._kept(sites, technique, fit)
+
+    def _train(self, sites: Sites) -> None:
+        """Train the best that one recipe was tuned to, if that is asked for or little work."""
+        technique = Distillation()
+        if self._study.options.tune == AUTO:
+            steps = self._affordable(technique)
+            if steps < FEWEST_STEPS:
+                return  # nobody asked for it
+            technique = replace(technique, steps=min(steps, technique.steps))
+        elif self._study.options.tune != FULL:
+            return
+        session = self._study.session
+        start = self._best_of(sites)
+        known = set(session.applier.learned)
+
+        def fit(step: Step) -> Sites:
+            key = f"training-{choices_key(sites)}.safetensors"
+            found = train_layers(
+                session,
+                start,
+                technique,
+                heed=lambda number: step(number, technique.steps),
+                watch=self._told,
+                checkpoint=self._shelf.folder / key,
+                seed=self._study.options.seed,
+            )
+            return found.sites
+
+        try:
+            self._kept(sites, technique, fit)
+        finally:
+            for digest in set(session.applier.learned) - known:
+                del session.applier.learned[digest]
+        (self._shelf.folder / f"training-{choices_key(sites)}.safetensors").unlink(missing_ok=True)
+
+    def _told(self, moment: Moment) -> None:
+        for finding in moment.findings:
+            self._study.reporter.say(f"training, {finding}")
+
+    def _affordable(self, technique: Distillation) -> int:
+        """Return how many steps are no more work than what tuning has left of its share."""
+        samples = self._study.session.splits.samples["search"]
+        return int(self._spare * samples / (TRAINING_WORK * FLOAT_WORK * technique.batch))
+
+    def _best_of(self, sites: Sites) -> Sites:
+        """Return what a recipe came to so far, tuned or not, with the least loss."""
+        key, mapping = choices_key(sites), self._plan.mapping
+        rows = [
+            (m["loss"], t.number, t)
+            for t in self._study.ledger.trials()
+            if (m := measured(t)) is not None and choices_key(mapping.decode(t.params)) == key
+        ]
+        rows = [row for row in rows if not isinstance(_technique(row[2]), Distillation)]
+        if not rows:
+            return sites
+        best = min(rows)[2]
+        found, tuning = sites_of(best, mapping), tuning_of(best)
+        if tuning is not None:
+            recipe = Recipe(found, learned=self._shelf.file(tuning.sha256))
+            self._study.session.applier.learned |= read_learned(recipe)
+        return found
+
+    def _kept(
+        self, sites: Sites, technique: Reconstruction, fit: Callable[[Step], Sites]
+    ) -> FrozenTrial:
+        """Return the trial of one recipe and technique, made by ``fit`` where there is none."""
         key = choices_key(sites)
         for trial in self._study.ledger.trials():
-            tuning = tuning_of(trial)
-            same = tuning is not None and tuning.technique == technique
+            same = _technique(trial) == technique
             if same and choices_key(self._plan.mapping.decode(trial.params)) == key:
                 return trial
         if time.monotonic() + self._longest > self._until:
             raise _Late(LATE)
         began = time.monotonic()
-        trial = self._make(sites, technique)
+        trial = self._make(sites, technique, fit)
         self._longest = max(self._longest, time.monotonic() - began)
         self._study.ledger.add(trial)
         every = self._study.ledger.trials()
@@ -220,7 +311,9 @@ class _Tuner:
         self._study.reporter.trial(trial, best_trial(every))
         return trial
 
-    def _make(self, sites: Sites, technique: Reconstruction) -> FrozenTrial:
+    def _make(
+        self, sites: Sites, technique: Reconstruction, fit: Callable[[Step], Sites]
+    ) -> FrozenTrial:
         """Fit and measure one recipe; return its trial, which is not written yet."""
         study, began = self._study, datetime.datetime.now()
         session, goal = study.session, study.goal
@@ -228,16 +321,16 @@ class _Tuner:
         ended = functools.partial(
             finished, params=params, distributions=distributions, started=began
         )
-        number, layers = len(study.ledger.trials()), fitted(session, sites)
+        number = len(study.ledger.trials())
 
-        def heed(layer: str) -> None:
-            study.reporter.step(number, layers.index(layer), len(layers))
+        def step(done: int, total: int) -> None:
+            study.reporter.step(number, done, total)
             if time.monotonic() > self._until:
                 raise _Late(LATE)
 
         known = set(session.applier.learned)
         try:
-            tuned = fit_layers(session, sites, technique, heed)  # type: ignore[arg-type]
+            tuned = fit(step)
             with session.without_reuse():
                 m, _, done = session.measure(tuned, "search")
             used = {site.learned for site in done.values() if site.learned}
@@ -260,6 +353,11 @@ class _Tuner:
             constraints=goal.constraints(m),
             user_attrs=attrs,
         )
+
+
+def _technique(trial: FrozenTrial) -> Reconstruction | None:
+    tuning = tuning_of(trial)
+    return None if tuning is None else tuning.technique
 
 
 def _usable(study: OpenStudy, notes: list[str]) -> Iterator[FrozenTrial]:

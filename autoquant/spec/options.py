@@ -21,9 +21,10 @@ AUTO = "auto"
 """As many trials as it takes; see ``optimize.termination``."""
 TRIALS = 60
 """Most trials of a search that is told neither --trials nor --timeout, and ends itself."""
-TUNINGS = (AUTO, "layer", "none")
-"""Whether recipes are tuned after the trials: layer by layer, not at all, or (auto) layer by layer
-where that is no more work than twice the trials."""
+FULL = "full"
+TUNINGS = (AUTO, "none", "layer", FULL)
+"""Whether recipes are tuned after the trials: not at all, layer by layer, all layers together after
+that, or (auto) each of these where it is no more work than twice the trials."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_launches_of_a_residual_network():
     with interpreted():
         prepared = candidate(ResNet((1, 1), 16).eval(), few)
         steps = steps_of(prepared, torch.Size((8, 3, 64, 64)), few)
-    convolutions = [s for s in steps if s.name == "chained_convolution"]
+    convolutions = [s for s in steps if s.name == "int8_convolution"]
     sums = [4 * 8 * 64 * 16**2, 4 * 8 * 128 * 8**2]  # bytes of what each block adds and gives
     added = [s for s in convolutions if any(s.read > n and s.written >= n for n in sums)]
     assert len(added) == 2

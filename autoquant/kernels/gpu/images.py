@@ -36,21 +36,42 @@ def quantize(
 
     A pixel takes ``channels`` bytes, at least as many as ``x`` has channels.
     """
-    samples, real, height, width = x.shape
-    (pad_y, pad_x), rows, columns = padding, height + 2 * padding[0], width + 2 * padding[1]
+    samples, _, height, width = x.shape
+    rows, columns = height + 2 * padding[0], width + 2 * padding[1]
     q = torch.empty(samples, rows, columns, channels, dtype=torch.int8, device=x.device)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
-    block = min(next_power_of_2(max(channels, 4)), 64)
-    scale, zero = activation.static[:1], activation.static[1:2]
+    numbers = activation.static[:1], activation.static[1:2]
     if activation.dynamic:
-        scale, zero = _qparams(x, activation)
+        numbers = _qparams(x, activation)
+    quantize_into(
+        q, x, activation.static, numbers, flag, padding, activation.dynamic, activation.fold
+    )
+    return QuantizedImages(q, *numbers, flag)
+
+
+def quantize_into(
+    q: Tensor,
+    x: Tensor,
+    static: Tensor,
+    numbers: tuple[Tensor, Tensor],
+    flag: Tensor,
+    padding: tuple[int, int] = (0, 0),
+    per_sample: bool = False,
+    fold: bool = False,
+) -> None:
+    """Quantize ``x`` into ``q``, int8 [samples, padded height, padded width, channels].
+
+    ``numbers`` are scale and zero point, ``static`` has the ends of the grid. Where ``x`` holds a
+    NaN, ``flag`` becomes 1.
+    """
+    (samples, real, height, width), (_, rows, columns, channels) = x.shape, q.shape
+    block = min(next_power_of_2(max(channels, 4)), 64)
     launch(
         quantize_images,
         (samples * ceil_div(rows * columns, PIXELS), ceil_div(channels, block)),
         x,
-        activation.static,
-        scale,
-        zero,
+        static,
+        *numbers,
         q,
         flag,
         real,
@@ -58,17 +79,15 @@ def quantize(
         width,
         rows,
         columns,
-        pad_y,
-        pad_x,
+        *padding,
         *x.stride(),
         channels,
-        PER_SAMPLE=activation.dynamic,
+        PER_SAMPLE=per_sample,
         LAST=x.stride(1) == 1,
-        FOLD=activation.fold,
+        FOLD=fold,
         BLOCK_P=PIXELS,
         BLOCK_C=block,
     )
-    return QuantizedImages(q, scale, zero, flag)
 
 
 def _qparams(x: Tensor, activation: IntegerActivation) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,11 @@ class IntegerWeight:
     sums: Tensor
     has_zero: bool
 
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scale, zero and sums, as kernels take them one after the other."""
+        return self.scale, self.zero, self.sums
+
     def transposed(self, columns: int) -> IntegerWeight:
         """Return the same weight with ``q`` as [columns, N], without what fills up its rows."""
         return replace(self, q=self.q[:, :columns].T.contiguous())

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from autoquant.kernels.gpu.adding import added, can_add, is_norm, normalized
-from autoquant.kernels.gpu.device.chained import chained_matmul
 from autoquant.kernels.gpu.device.matmul import int8_matmul
 from autoquant.kernels.gpu.device.rows import quantize_rows
 from autoquant.kernels.gpu.integers import (
     IntegerActivation,
-    IntegerWeight,
     fits_int32,
     integer_activation,
     integer_weight,
@@ -23,62 +20,44 @@ from autoquant.kernels.gpu.launch import (
     MAX_ROWS,
     Config,
     ceil_div,
-    clamped,
     config,
     launch,
     light,
     next_power_of_2,
-    takes,
 )
-from autoquant.kernels.gpu.reading import (
-    ROWS,
-    DeviceReader,
-    Ending,
-    bias_for,
-    ending,
-    is_bias,
-    stored,
-)
-from autoquant.kernels.gpu.tuning import bucket, tuned
-from autoquant.kernels.operation import Added, Clamp, Norm, Reader
+from autoquant.kernels.gpu.product import IntegerProduct
+from autoquant.kernels.gpu.reading import ROWS, DeviceReader, Ending, bias_for
+from autoquant.kernels.gpu.tuning import bucket, run_tuned
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
 ROW_ELEMENTS = 4096
 """Numbers that one program of the quantizing kernel holds at a time."""
 SMALL = (
-    config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
     config(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
     config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, GROUP_M=8, warps=4, stages=3),
     config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
+)
+_LARGE = (
+    config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
+    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
+    config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
 )
 LARGE = (
-    config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
-    config(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
+    *_LARGE,
     config(BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
-    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
-    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
     config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, warps=8, stages=4),
-    config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
-)
-CHAINED_SMALL = (
-    config(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
-    config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
-    config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, GROUP_M=8, warps=4, stages=3),
-    config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
 )
 CHAINED_LARGE = (
-    config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
-    config(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=4, stages=4),
-    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
+    *_LARGE,
     config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=4, stages=3),
-    config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
     config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, warps=8, stages=3),
-    config(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
     config(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=8, stages=3),
     config(BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, warps=8, stages=3),
 )
-
 SUM_LARGE = (
     *light(CHAINED_LARGE),
     config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, warps=8, stages=3),
@@ -135,81 +114,15 @@ def quantize(x: Tensor, activation: IntegerActivation, out: QuantizedRows) -> No
     )
 
 
-def multiply(
-    x: QuantizedRows,
-    weight: IntegerWeight,
-    bias: Tensor | None,
-    has_zero: bool,
-    out: Tensor,
-    c: Config,
-) -> None:
-    """Write the real products of ``x`` [M, K] and ``weight`` [N, K] to ``out``, float32 [M, N].
-
-    ``has_zero`` says whether the activation's zero points are still to be corrected.
-    """
-    m, n = out.shape
-    programs = ceil_div(m, c.block("BLOCK_M")) * ceil_div(n, c.block("BLOCK_N"))
-    launch(
-        int8_matmul,
-        (programs,),
-        x.q,
-        weight.q,
-        out,
-        weight.scale if bias is None else bias,
-        x.scale,
-        x.zero,
-        x.sums,
-        weight.scale,
-        weight.zero,
-        weight.sums,
-        m,
-        n,
-        x.q.shape[1],
-        HAS_BIAS=bias is not None,
-        X_ZERO=has_zero,
-        W_ZERO=weight.has_zero,
-        **c.arguments(),
-    )
-
-
 @dataclass(frozen=True, slots=True)
-class LinearProduct:
+class LinearProduct(IntegerProduct):
     """x [..., K] · weight [N, K], both as integers, with K = ``columns``.
 
-    By a static scheme it takes int8 and hands int8 on, where K is a multiple of 16: rows of other
-    lengths aren't aligned.
+    It takes int8 where K is a multiple of 16: rows of other lengths aren't aligned.
     """
 
-    weight: IntegerWeight
-    activation: IntegerActivation
     columns: int
-    backend: str = "triton"
-
-    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
-        """Return float32 [..., N]; None for another dtype, an empty activation, a gradient."""
-        outputs = self.weight.scale.shape[0]
-        if not self._is_taken(x) or not takes(x, bias, self.weight.q, outputs):
-            return None
-        q = self.stored(x)
-        if q is not None:
-            return self._chained(q, bias_for(bias, self.weight.scale), Ending(clamp))
-        x, bias = x.detach(), bias_for(bias, self.weight.scale)
-        matrix = x.reshape(-1, self.columns)
-        rows = empty_rows(matrix.shape[0], self.weight.q.shape[1], x.device)
-        quantize(matrix, self.activation, rows)
-        out = torch.empty(matrix.shape[0], outputs, dtype=torch.float32, device=x.device)
-
-        def run(c: Config) -> None:
-            multiply(rows, self.weight, bias, not self.activation.fold, out, c)
-
-        count = bucket(matrix.shape[0])
-        flags = (bias is not None, not self.activation.fold, self.weight.has_zero)
-        shape = (count, outputs, self.columns, *flags)
-        best = tuned("int8 matmul", shape, SMALL if count <= 32 else LARGE, run, x.device)
-        if best is None:
-            return None
-        run(best)
-        return clamped(out, clamp).view(*x.shape[:-1], outputs)
+    layout: ClassVar[str] = ROWS
 
     @property
     def reads(self) -> DeviceReader | None:
@@ -218,13 +131,6 @@ class LinearProduct:
             return None
         return DeviceReader(self.activation.static, ROWS)
 
-    def stored(self, x: Tensor) -> Tensor | None:
-        """Return the int8 of a real activation; None where nobody collects doubts (``doubt``)."""
-        reader = self.reads
-        if reader is None or not self._is_taken(x):
-            return None
-        return stored(x, reader, self.columns) if takes(x, None, self.weight.q, 0) else None
-
     def takes(self, q: Tensor) -> bool:
         """Return whether it can compute with these int8."""
         if self.reads is None or q.dtype != torch.int8 or not q.is_contiguous():
@@ -232,110 +138,77 @@ class LinearProduct:
         fits = q.dim() > 0 and q.shape[-1] == self.columns
         return fits and 0 < q.numel() <= MAX_ROWS * self.columns
 
-    def real(
-        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
-    ) -> Tensor:
-        """Return float32 [..., N] of an activation's int8."""
-        y = self._chained(q, bias_for(bias, self.weight.scale), Ending(clamp))
-        if y is None:
-            raise RuntimeError("the GPU runs the product in none of its block sizes")
-        return y
-
-    def handed(
-        self,
-        q: Tensor,
-        bias: Tensor | None,
-        clamp: Clamp | None,
-        reader: Reader,
-        gelu: str | None = None,
-    ) -> Tensor | None:
-        """Return it as the int8 [..., N] that ``reader`` makes of it, in the same pass."""
-        end = ending(clamp, gelu, reader, ROWS, q)
-        if end is None or not is_bias(bias, self.weight.scale):
-            return None
-        return self._chained(q, bias_for(bias, self.weight.scale), end)
-
     def shape(self, q: Tensor) -> tuple[int, ...]:
         """Return the shape of the output on int8 ``q``."""
-        return (*q.shape[:-1], self.weight.scale.shape[0])
+        return (*q.shape[:-1], len(self.weight.scale))
 
-    def added(
-        self,
-        q: Tensor,
-        bias: Tensor | None,
-        other: Tensor,
-        clamp: Clamp | None,
-        readers: Sequence[Reader],
-        channels_last: bool,
-    ) -> Added | None:
-        """Return it plus ``other``, clamped, as float32 and as int8, all in the same pass."""
-        if not self._can_add(q, bias, other):
-            return None
-        bias = bias_for(bias, self.weight.scale)
-        return added(lambda end: self._chained(q, bias, end), other, clamp, readers, ROWS)
-
-    def normalized(
-        self,
-        q: Tensor,
-        bias: Tensor | None,
-        other: Tensor,
-        norm: Norm,
-        readers: Sequence[Reader],
-        keeps: bool,
-    ) -> Added | None:
-        """Return the norm of it plus ``other``, as float32 and as int8, in a second pass."""
-        if not self._can_add(q, bias, other) or not is_norm(norm, self.weight.scale):
-            return None
-        y = self._chained(q, bias_for(bias, self.weight.scale), Ending())
-        return None if y is None else normalized(y, other, norm, readers, keeps)
-
-    def _can_add(self, q: Tensor, bias: Tensor | None, other: Tensor) -> bool:
-        return is_bias(bias, self.weight.scale) and can_add(other, self.shape(q), False, q)
+    @property
+    def _width(self) -> int:
+        return self.columns
 
     def _is_taken(self, x: Tensor) -> bool:
         if x.dtype != torch.float32 or x.dim() == 0 or x.shape[-1] != self.columns:
             return False
         return x.numel() <= MAX_ROWS * self.columns
 
-    def _chained(self, q: Tensor, bias: Tensor | None, end: Ending) -> Tensor | None:
-        """Return the product of int8 ``q`` [..., K], ended so."""
-        weight, k, n = self.weight, self.columns, self.weight.scale.shape[0]
-        m = q.numel() // k
-        out = torch.empty(*q.shape[:-1], n, dtype=end.dtype, device=q.device)
+    def _chained(self, q: Tensor, bias: Tensor | None, end: Ending, last: bool) -> Tensor | None:
+        return self._multiply(q, None, bias, end)
+
+    def _unchained(self, x: Tensor, bias: Tensor | None, end: Ending) -> Tensor | None:
+        matrix = x.reshape(-1, self.columns)
+        rows = empty_rows(matrix.shape[0], self.weight.q.shape[1], x.device)
+        quantize(matrix, self.activation, rows)
+        y = self._multiply(rows.q, rows, bias, end)
+        return None if y is None else y.view(self.shape(x))
+
+    def _multiply(
+        self, q: Tensor, rows: QuantizedRows | None, bias: Tensor | None, end: Ending
+    ) -> Tensor | None:
+        """Return the product of int8 ``q`` [..., width]: of ``rows`` with numbers of their own."""
+        weight, bias = self.weight, bias_for(bias, self.weight.scale)
+        n, width = weight.q.shape
+        m = q.numel() // width
+        static = self.activation.static
+        out = torch.empty(self.shape(q), dtype=end.dtype, device=q.device)
 
         def run(c: Config) -> None:
             launch(
-                chained_matmul,
+                int8_matmul,
                 (ceil_div(m, c.block("BLOCK_M")) * ceil_div(n, c.block("BLOCK_N")),),
                 q,
                 weight.q,
                 out,
                 weight.scale if bias is None else bias,
-                self.activation.static,
-                weight.scale,
-                weight.zero,
-                weight.sums,
-                *end.to(self.activation.static, weight),
+                static,
+                static if rows is None else rows.scale,
+                weight.zero if rows is None else rows.zero,
+                weight.sums if rows is None else rows.sums,
+                *weight.numbers,
+                *end.to(static, weight),
                 m,
                 n,
-                k,
+                width,
                 *end.ends,
+                OWN=rows is not None,
                 HAS_BIAS=bias is not None,
+                X_ZERO=not self.activation.fold,
                 W_ZERO=weight.has_zero,
                 **end.flags,
-                EVEN=k % c.block("BLOCK_K") == 0,
+                EVEN=width % c.block("BLOCK_K") == 0,
                 **c.arguments(),
             )
 
+        name, large = f"int8 matmul {end.kind}", SUM_LARGE if end.addition else CHAINED_LARGE
+        if rows is not None:
+            name, large = "int8 matmul", LARGE
         count = bucket(m)
-        shape = (count, n, k, bias is not None, weight.has_zero, end.after, *end.counts)
-        large = CHAINED_LARGE if end.addition is None else SUM_LARGE
-        choices = CHAINED_SMALL if count <= 32 else large
-        best = tuned(f"int8 matmul {end.kind}", shape, choices, run, q.device)
-        if best is None:
-            return None
-        run(best)
-        return out
+        choices = SMALL if count <= 32 else large
+        flags = (bias is not None, not self.activation.fold, weight.has_zero, end.after)
+        shape, choices = (
+            (count, n, self.columns, *flags, *end.counts),
+            SMALL if count <= 32 else large,
+        )
+        return out if run_tuned(name, shape, choices, run, q.device) else None
 
 
 def linear_product(

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoquant.kernels.gpu.device.chained import quantize_flat
-from autoquant.kernels.gpu.device.images import quantize_images
+from autoquant.kernels.gpu.device.rows import quantize_flat
 from autoquant.kernels.gpu.doubt import current_flag
-from autoquant.kernels.gpu.images import PIXELS as IMAGE_PIXELS
+from autoquant.kernels.gpu.images import quantize_into
 from autoquant.kernels.gpu.integers import IntegerWeight
-from autoquant.kernels.gpu.launch import ceil_div, launch, next_power_of_2
+from autoquant.kernels.gpu.launch import ceil_div, launch
 from autoquant.kernels.operation import Clamp, Reader
 
 ROWS, PIXELS, FILLED = "rows", "pixels", "filled pixels"
@@ -78,32 +77,8 @@ def _as_image(x: Tensor) -> Tensor:
 
 def _quantize_strided(x: Tensor, static: Tensor, q: Tensor, flag: Tensor) -> None:
     image = x if x.dim() == 4 else x.unsqueeze(2)
-    (samples, channels, height, width), stored = image.shape, q.shape[-1]
-    block = min(next_power_of_2(max(stored, 4)), 64)
-    launch(
-        quantize_images,
-        (samples * ceil_div(height * width, IMAGE_PIXELS), ceil_div(stored, block)),
-        image,
-        static,
-        static,
-        static[1:],
-        q,
-        flag,
-        channels,
-        height,
-        width,
-        height,
-        width,
-        0,
-        0,
-        *image.stride(),
-        stored,
-        PER_SAMPLE=False,
-        LAST=image.stride(1) == 1,
-        FOLD=False,
-        BLOCK_P=IMAGE_PIXELS,
-        BLOCK_C=block,
-    )
+    samples, _, height, width = image.shape
+    quantize_into(q.view(samples, height, width, -1), image, static, (static, static[1:]), flag)
 
 
 @dataclass(frozen=True, slots=True)

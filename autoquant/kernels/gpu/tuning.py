@@ -226,3 +226,17 @@ def tuned(
         return configs[0]
     captures = torch.cuda.is_current_stream_capturing()
     return _CHOOSER.choose(gpu_of(device), kernel, shape, configs, run, asked(), captures)
+
+
+def run_tuned(
+    kernel: str,
+    shape: Sequence[int],
+    configs: Sequence[Config],
+    run: Callable[[Config], None],
+    device: torch.device,
+) -> bool:
+    """Run a kernel with the Config that is chosen for it; return whether one works."""
+    best = tuned(kernel, shape, configs, run, device)
+    if best is not None:
+        run(best)
+    return best is not None

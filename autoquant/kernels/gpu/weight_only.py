@@ -18,7 +18,7 @@ from autoquant.kernels.gpu.launch import (
     takes,
 )
 from autoquant.kernels.gpu.planes import SPANS, pack
-from autoquant.kernels.gpu.tuning import bucket, tuned
+from autoquant.kernels.gpu.tuning import bucket, run_tuned
 from autoquant.kernels.operation import Clamp
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.granularity import group_size
@@ -94,10 +94,8 @@ class PackedLinear:
 
         name = "packed vector" if few else "packed matmul"
         shape = (bucket(m), outputs, self.columns, self.bits, self.group, x.dtype.itemsize)
-        best = tuned(name, shape, VECTOR if few else MATRIX, run, x.device)
-        if best is None:
+        if not run_tuned(name, shape, VECTOR if few else MATRIX, run, x.device):
             return None
-        run(best)
         return clamped(out, clamp).view(*x.shape[:-1], outputs)
 
     def _arguments(self, x: Tensor, bias: Tensor | None, out: Tensor) -> tuple[Tensor | int, ...]:

@@ -19,8 +19,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from autoquant.kernels.gpu.device import (
-    chained,
-    chained_convolution,
     convolution,
     images,
     matmul,
@@ -32,35 +30,44 @@ from autoquant.kernels.gpu.device import (
 INT8 = ("q", "a", "b", "w")
 INT32 = ("x_sum", "w_zero", "w_sum", "sums", "flag")
 CUT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}
-CONV = {"PER_SAMPLE": True, "LAST": False, "HAS_BIAS": True, "X_ZERO": True}
-CHAINED = {"HAS_BIAS": 1, "HANDS": 1, "ADDS": 0}
+CHAINED = {"OWN": 0, "HAS_BIAS": 1, "X_ZERO": 1, "HANDS": 1, "ADDS": 0}
+OWN = CHAINED | {"OWN": 1, "HANDS": 0, "AFTER": 0}
 SUM = CHAINED | {"HANDS": 0, "ADDS": 1}
-TO_INT8 = {"out": "*i8", "low": "fp32", "high": "fp32", "statics": (), "integers": ()}
+TO_REAL = {"low": "fp32", "high": "fp32", "statics": (), "integers": ()}
+TO_INT8 = TO_REAL | {"out": "*i8"}
 EVEN = "i32, a multiple of 16"
-TO_SUM = TO_INT8 | {"out": "*fp32", "statics": 3 * ("*fp32",), "integers": 3 * ("*i8",)}
+TO_SUM = TO_REAL | {"statics": 3 * ("*fp32",), "integers": 3 * ("*i8",)}
 HALF = {"x": "*bf16", "bias": "*bf16", "out": "*bf16"}
 KERNELS = [
     (
         matmul.int8_matmul,
-        CUT | {"HAS_BIAS": True, "X_ZERO": True, "W_ZERO": True},
-        {"x_zero": "*i32"},
+        CUT | OWN | {"W_ZERO": 1, "EVEN": 0},
+        TO_REAL | {"x_zero": "*i32"},
     ),
     *(
         (
-            chained.chained_matmul,
+            matmul.int8_matmul,
             CUT | CHAINED | {"W_ZERO": zero, "AFTER": after, "EVEN": even},
             TO_INT8,
         )
         for zero, after, even in ((0, 0, 1), (1, 1, 0), (0, 2, 1), (0, 3, 1))
     ),
     (
-        chained.chained_matmul,
+        matmul.int8_matmul,
         CUT | CHAINED | {"HANDS": 0, "W_ZERO": 1, "AFTER": 1, "EVEN": 0},
-        TO_INT8 | {"out": "*fp32"},
+        TO_REAL,
+    ),
+    (
+        convolution.int8_convolution,
+        CUT
+        | OWN
+        | {"WINDOW": 2, "PADDED": 0, "W_ZERO": 1}
+        | {"ALIGNED": 16, "ALIGNED_N": 16, "ALIGNED_AREA": 1, "LAST": 0},
+        TO_REAL,
     ),
     *(
         (
-            chained_convolution.chained_convolution,
+            convolution.int8_convolution,
             CUT
             | CHAINED
             | {"WINDOW": window, "PADDED": window > 0, "W_ZERO": zero, "AFTER": after}
@@ -70,16 +77,16 @@ KERNELS = [
         for window, zero, after in ((0, 0, 1), (1, 0, 1), (2, 0, 0), (1, 1, 2), (2, 1, 1))
     ),
     (
-        chained_convolution.chained_convolution,
+        convolution.int8_convolution,
         CUT
         | CHAINED
         | {"WINDOW": 2, "PADDED": 1, "W_ZERO": 1, "AFTER": 1, "HANDS": 0}
         | {"ALIGNED": 1, "ALIGNED_N": 1, "ALIGNED_AREA": 1, "LAST": 0},
-        TO_INT8 | {"out": "*fp32"},
+        TO_REAL,
     ),
     *(
         (
-            chained_convolution.chained_convolution,
+            convolution.int8_convolution,
             CUT
             | CHAINED
             | {"WINDOW": 2, "PADDED": 1, "W_ZERO": 1, "AFTER": after}
@@ -90,7 +97,7 @@ KERNELS = [
     ),
     *(
         (
-            chained_convolution.chained_convolution,
+            convolution.int8_convolution,
             CUT
             | SUM
             | {"WINDOW": 2, "PADDED": 1, "W_ZERO": 1, "AFTER": 1}
@@ -99,19 +106,27 @@ KERNELS = [
         )
         for last in (1, 0)
     ),
+    (
+        convolution.depthwise_convolution,
+        OWN
+        | {"MULTIPLIER": 1, "TAPS_Y": 3, "TAPS_X": 3, "PADDED": 0, "LAST": 0}
+        | {"ALIGNED_AREA": 1, "BLOCK_M": 32, "BLOCK_N": 32},
+        TO_REAL,
+    ),
     *(
         (
-            chained_convolution.chained_depthwise,
+            convolution.depthwise_convolution,
             CHAINED
             | {"MULTIPLIER": 1, "TAPS_Y": 3, "TAPS_X": 3, "HANDS": hands, "LAST": hands}
+            | {"PADDED": 1}
             | {"AFTER": 1, "ALIGNED_AREA": 4, "BLOCK_M": 32, "BLOCK_N": 64},
-            TO_INT8 | ({} if hands else {"out": "*fp32"}),
+            TO_INT8 if hands else TO_REAL,
         )
         for hands in (1, 0)
     ),
     *(
         (
-            chained.chained_matmul,
+            matmul.int8_matmul,
             CUT | SUM | {"W_ZERO": zero, "AFTER": after, "EVEN": 1},
             TO_SUM | {"N": EVEN},
         )
@@ -119,7 +134,7 @@ KERNELS = [
     ),
     *(
         (
-            chained_convolution.chained_convolution,
+            convolution.int8_convolution,
             CUT
             | SUM
             | {"WINDOW": window, "PADDED": window > 0, "W_ZERO": 0, "AFTER": 1}
@@ -130,9 +145,9 @@ KERNELS = [
     ),
     *(
         (
-            chained_convolution.chained_depthwise,
+            convolution.depthwise_convolution,
             SUM
-            | {"MULTIPLIER": 1, "TAPS_Y": 3, "TAPS_X": 3, "LAST": last}
+            | {"MULTIPLIER": 1, "TAPS_Y": 3, "TAPS_X": 3, "PADDED": 1, "LAST": last}
             | {"AFTER": 1, "ALIGNED_AREA": 4, "BLOCK_M": 32, "BLOCK_N": 64},
             TO_SUM | {"N": EVEN},
         )
@@ -143,7 +158,7 @@ KERNELS = [
         {"HAS_WEIGHT": 1, "HAS_BIAS": 1, "KEEPS": 1, "ROWS": 1, "BLOCK": 1024},
         {"N": EVEN, "eps": "fp32", "statics": 4 * ("*fp32",), "integers": 4 * ("*i8",)},
     ),
-    (chained.quantize_flat, {"BLOCK": 2048}, {}),
+    (rows.quantize_flat, {"BLOCK": 2048}, {}),
     (
         rows.quantize_rows,
         {"SYMMETRIC": False, "DYNAMIC": True, "FOLD": False, "ROWS": 4, "BLOCK": 1024},
@@ -153,16 +168,6 @@ KERNELS = [
     (
         images.quantize_images,
         {"PER_SAMPLE": True, "LAST": False, "FOLD": False, "BLOCK_P": 64, "BLOCK_C": 64},
-        {},
-    ),
-    (
-        convolution.int8_convolution,
-        CUT | CONV | {"ALIGNED": 16, "W_ZERO": True},
-        {},
-    ),
-    (
-        convolution.depthwise_convolution,
-        CONV | {"MULTIPLIER": 1, "TAPS_Y": 3, "TAPS_X": 3} | {"BLOCK_M": 32, "BLOCK_N": 32},
         {},
     ),
     (

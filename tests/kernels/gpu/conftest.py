@@ -101,9 +101,10 @@ def flag(device):
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Return a function that makes a module take one config, where it can be launched at all."""
+    """Return a function that makes kernels take one config, where it can be launched at all."""
+    from autoquant.kernels.gpu import tuning
 
-    def patch(module, c):
+    def patch(c):
         def tuned(kernel, shape, configs, run, device):
             try:
                 run(c)
@@ -113,6 +114,6 @@ def choose(monkeypatch):
                 pytest.skip(str(error))
             return c
 
-        monkeypatch.setattr(module, "tuned", tuned)
+        monkeypatch.setattr(tuning, "tuned", tuned)
 
     return patch

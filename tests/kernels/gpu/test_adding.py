@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autoquant.kernels.gpu import chained_conv, linear
+from autoquant.kernels.gpu import convolution, linear
 from autoquant.kernels.gpu.adding import NORM_READERS, SUM_READERS, WIDEST, cut
 from autoquant.kernels.gpu.doubt import collecting
 from autoquant.kernels.gpu.launch import observing
@@ -16,7 +16,7 @@ from autoquant.kernels.operation import LINEAR, Norm, Reader, SchemeReader, is_a
 from autoquant.kernels.reference import reference
 from autoquant.spec.recipe import ActivationScheme
 from tests.kernels.gpu.handed import check_handed, covering, done, numbers
-from tests.kernels.gpu.test_chained_conv import BLOCKS, CASES
+from tests.kernels.gpu.test_convolution import BLOCKS, CASES
 
 SCHEMES = ("symmetric", "asymmetric")
 CLAMPS = (None, (0.0, math.inf), (0.0, 6.0), (-1.0, 2.0))
@@ -79,7 +79,7 @@ def test_linear(backend, device, make_weight, agree, flag, read_by, w_scheme, co
         check(made, None, y, schemes, agree)
         assert made.real.is_contiguous()
         assert product.shape(q) == made.real.shape
-        assert names == ["chained_matmul"]
+        assert names == ["int8_matmul"]
     assert torch.equal(other, before)
     assert flag.item() == 0
 
@@ -106,7 +106,7 @@ def convolution_adds(backend, device, make_weight, agree, read_by, case, w_schem
     product = backend.prepare(case.operation, weight, EIGHT, device)
     q, y = product.stored(x), reference(case.operation, x, weight, EIGHT, bias)
     other = numbers(tuple(y.shape), device, 3)
-    kernel = "chained_depthwise" if case.weight[1] == 1 else "chained_convolution"
+    kernel = "depthwise_convolution" if case.weight[1] == 1 else "int8_convolution"
     for last, clamp, count in ((False, (0.0, 6.0), 3), (True, None, 2), (True, (0.0, math.inf), 1)):
         if last and y.dim() == 4:
             other = other.contiguous(memory_format=torch.channels_last)
@@ -129,15 +129,15 @@ def test_convolutions(backend, device, make_weight, agree, flag, read_by, name):
     assert flag.item() == 0
 
 
-@pytest.mark.parametrize("c", chained_conv.SUM_DENSE + chained_conv.GROUPED)
+@pytest.mark.parametrize("c", convolution.SUM_DENSE + convolution.GROUPED)
 def test_block_sizes(backend, device, make_weight, agree, choose, flag, read_by, c):
-    choose(chained_conv, c)
+    choose(c)
     convolution_adds(backend, device, make_weight, agree, read_by, BLOCKS)
 
 
-@pytest.mark.parametrize("c", linear.CHAINED_SMALL + linear.SUM_LARGE)
+@pytest.mark.parametrize("c", linear.SMALL + linear.SUM_LARGE)
 def test_block_sizes_of_linear_ones(backend, device, make_weight, agree, choose, flag, read_by, c):
-    choose(linear, c)
+    choose(c)
     x, other = numbers((77, 48), device), numbers((77, 139), device, 4)
     weight = make_weight((139, 48), 8, scheme="asymmetric")
     product = backend.prepare(LINEAR, weight, EIGHT, device)
@@ -163,7 +163,7 @@ def test_norms(backend, device, make_weight, agree, flag, read_by, keeps, count)
         with launched() as names:
             made = product.normalized(q, bias, other, norm, readers, keeps)
         check(made, s if keeps else None, h, schemes, agree)
-        assert names == ["chained_matmul", "normalize_rows"]
+        assert names == ["int8_matmul", "normalize_rows"]
     assert torch.equal(other, before)
     assert flag.item() == 0
 

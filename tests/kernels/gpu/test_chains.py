@@ -120,7 +120,7 @@ def close(y, expected):
     assert (y - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-TWO = ["quantize_flat", "chained_matmul", "chained_matmul"]
+TWO = ["quantize_flat", "int8_matmul", "int8_matmul"]
 MODELS = {
     "gelu": (
         lambda: Feed(nn.GELU()),
@@ -148,19 +148,19 @@ MODELS = {
             *(nn.ReLU(), nn.Conv1d(12, 4, 1, stride=2)),
         ),
         (2, 4, 11),
-        ["quantize_images", *3 * ["chained_convolution"]],
+        ["quantize_images", *3 * ["int8_convolution"]],
     ),
     "mobilenet": (
         Bottleneck,
         (2, 8, 6, 5),
-        ["quantize_images", "chained_convolution", "chained_depthwise", "chained_convolution"],
+        ["quantize_images", "int8_convolution", "depthwise_convolution", "int8_convolution"],
     ),
     "resnet": (
         Residual,
         (2, 8, 9, 8),
         [
-            *(2 * ["quantize_images", "chained_convolution"]),
-            *("chained_convolution", "quantize_flat", "chained_matmul"),
+            *(2 * ["quantize_images", "int8_convolution"]),
+            *("int8_convolution", "quantize_flat", "int8_matmul"),
         ],
     ),
     "stem": (
@@ -169,14 +169,14 @@ MODELS = {
             nn.Conv2d(8, 8, 3, padding=1, groups=8),
         ),
         (2, 3, 9, 8),
-        ["quantize_images", "chained_convolution", "chained_depthwise"],
+        ["quantize_images", "int8_convolution", "depthwise_convolution"],
     ),
     "bert": (
         Block,
         (2, 5, 32),
         [
-            *(4 * ["quantize_flat", "chained_matmul"]),
-            *("normalize_rows", "chained_matmul", "chained_matmul", "normalize_rows"),
+            *(4 * ["quantize_flat", "int8_matmul"]),
+            *("normalize_rows", "int8_matmul", "int8_matmul", "normalize_rows"),
         ],
     ),
 }

@@ -29,18 +29,18 @@ def test_kernels_compile_to_the_instructions_they_are_made_for(tmp_path, capabil
     lines: dict[str, list[list[str]]] = {}
     for name, *words in map(str.split, done.stdout.splitlines()):
         lines.setdefault(name, []).append(words)
-    for name in ("int8_matmul", "int8_convolution", "chained_matmul", "chained_convolution"):
+    for name in ("int8_matmul", "int8_convolution"):
         for words in lines[name]:
             assert any("mma" in word and "s8.s8" in word for word in words)
     assert "cp.async.cg" in lines["int8_convolution"][0]  # 16 bytes at a time
     sums = [
         words
-        for name in ("chained_matmul", "chained_convolution", "chained_depthwise", "normalize_rows")
+        for name in ("int8_matmul", "int8_convolution", "depthwise_convolution", "normalize_rows")
         for words in lines[name]
         if set(words) >= WIDE
     ]
     assert len(sums) == 8  # what is added, and the sum, 16 bytes at a time
-    for words in (*lines["chained_matmul"], *lines["chained_convolution"][:5], *sums[:5]):
+    for words in (*lines["int8_matmul"], *lines["int8_convolution"][:6], *sums[:5]):
         assert "cp.async.cg" in words
     assert any("mma" in word and "bf16" in word for word in lines["packed_matmul"][0])
     for name in ("quantize_rows", "quantize_images", "sample_qparams", "quantize_flat"):

@@ -5,7 +5,7 @@ from importlib import resources
 
 import pytest
 
-from autoquant.kernels.gpu import chained_conv, conv, linear, weight_only
+from autoquant.kernels.gpu import convolution, linear, weight_only
 from autoquant.kernels.gpu.defaults import (
     TOLERANCE,
     Gpu,
@@ -23,8 +23,8 @@ H200 = table().architecture(90).gpu
 SMALL_GPU = 64 * 1024
 OFFERED = {
     "int8 matmul": linear.SMALL + linear.LARGE,
-    "int8 convolution": conv.DENSE + conv.GROUPED,
-    "depthwise convolution": conv.DEPTHWISE,
+    "int8 convolution": convolution.DENSE + convolution.GROUPED,
+    "depthwise convolution": convolution.DEPTHWISE,
     "packed vector": weight_only.VECTOR,
     "packed matmul": weight_only.MATRIX,
 }
@@ -75,9 +75,9 @@ def test_every_entry_is_one_that_a_kernel_offers_and_fits_the_gpu(family, gpu):
     [
         ("int8 matmul", linear.SMALL),
         ("int8 matmul", linear.LARGE),
-        ("int8 convolution", conv.DENSE),
-        ("int8 convolution", conv.GROUPED),
-        ("depthwise convolution", conv.DEPTHWISE),
+        ("int8 convolution", convolution.DENSE),
+        ("int8 convolution", convolution.GROUPED),
+        ("depthwise convolution", convolution.DEPTHWISE),
         ("packed vector", weight_only.VECTOR),
         ("packed matmul", weight_only.MATRIX),
     ],
@@ -202,7 +202,7 @@ def test_large_products_take_large_tiles():
 def test_a_group_of_few_channels_gets_a_narrow_tile():
     for columns, widest in ((8, 16), (16, 16), (32, 32)):
         shape = (32768, 8 * columns, columns, 8, 3, 3, 1, 1)
-        best = preferred("int8 convolution", shape, conv.GROUPED, H200)[0]
+        best = preferred("int8 convolution", shape, convolution.GROUPED, H200)[0]
         assert best.block("BLOCK_N") == widest
 
 
@@ -218,7 +218,7 @@ RESNET = [
 def test_a_model_needs_few_kernels(gpu):
     """Each one more takes its time to compile before the first batch."""
     linears = {preferred("int8 matmul", (4096, *s), linear.LARGE, gpu)[0] for s in BERT}
-    convs = {preferred("int8 convolution", s, conv.DENSE, gpu)[0] for s in RESNET}
+    convs = {preferred("int8 convolution", s, convolution.DENSE, gpu)[0] for s in RESNET}
     assert len(linears) <= 2
     assert len(convs) <= 4
 
@@ -260,7 +260,7 @@ def test_families(kernel, family):
 def test_sums_take_listed_tiles_that_leave_registers(gpu):
     for kernel, offered, shapes in (
         ("int8 matmul to sum", linear.SUM_LARGE, [(4096, *s) for s in BERT]),
-        ("int8 convolution to sum", chained_conv.SUM_DENSE, RESNET),
+        ("int8 convolution to sum", convolution.SUM_DENSE, RESNET),
     ):
         for shape in shapes:
             best = preferred(kernel, shape, offered, gpu)[0]

@@ -1,18 +1,20 @@
-"""Convolutions of channels-last integers whose padding is already in memory."""
+"""Convolutions of channels-last integers, as matrix products or channel by channel."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from autoquant.kernels.gpu.device.epilogue import correct, to_real
+from autoquant.kernels.gpu.device.epilogue import correct, numbers_of
+from autoquant.kernels.gpu.device.handing import finish
 from autoquant.kernels.gpu.device.matmul import tile_of
 
 # Triton compiles a kernel anew for every argument that becomes 1 or a multiple of 16. For these
 # that gains nothing, and a network has many shapes.
-SHAPE = ["M", "height", "width", "out_height", "out_width", "out_sample"]
-SHAPE += ["stride_y", "stride_x", "dilation_y", "dilation_x"]
-IMAGE = ["groups", "N", "depth", "K", "pad_y", "pad_x", "out_channel", "out_pixel"]
+SHAPE = ["M", "height", "width", "out_height", "out_width"]
+SHAPE += ["stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"]
+DENSE = ["N", "w_width", "channels", "depth", "taps_x", "K"]
+IMAGE = ["groups", "N", "depth", "K", "out_sample", "out_channel", "out_pixel"]
 IMAGE += ["x_sample", "x_channel", "x_row", "x_column", "taps_x"]
 
 
@@ -23,31 +25,23 @@ def place_of(m, out_height, out_width):
     return m // area, m % area // out_width, m % out_width
 
 
-@triton.jit
-def store(out, y, at_m, at_n, rows, columns, LAST: tl.constexpr):
-    """Store ``y`` [M, N] at ``at_m`` [M] + ``at_n`` [N], neighbouring threads side by side.
-
-    Threads go along the last axis of a block, so it has to be the one that is dense in memory.
-    """
-    if LAST:
-        mask = rows[:, None] & columns[None, :]
-        tl.store(out + at_m[:, None] + at_n[None, :], y, mask=mask)
-    else:
-        mask = columns[:, None] & rows[None, :]
-        tl.store(out + at_n[:, None] + at_m[None, :], tl.trans(y), mask=mask)
-
-
-@triton.jit(do_not_specialize=[*SHAPE, "N", "K"])
+@triton.jit(do_not_specialize=SHAPE + DENSE)
 def int8_convolution(
-    q,  # int8 [samples, height, width, channels], contiguous, padding included
+    q,  # int8 [samples, height, width, channels], contiguous
     w,  # int8 [groups · N, w_width], contiguous; columns are (row, column, channel)
-    out,  # float32, channels first or last, contiguous
+    out,  # int8 where HANDS, else float32; channels last where LAST, else first; contiguous
     bias,  # float32 [groups · N]
-    x_scale,  # float32 [1], or [samples] where PER_SAMPLE
-    x_zero,  # float32, likewise
+    static,  # float32 [4] of q: scale, zero point, qmin, qmax
+    x_scale,  # float32 [samples] where those have numbers of their OWN, as the next
+    x_zero,  # float32 [samples]
     w_scale,  # float32 [groups · N]
     w_zero,  # int32 [groups · N]
     w_sum,  # int32 [groups · N]
+    to_static,  # float32 [4] of out, where HANDS
+    flag,  # int32 [1]: becomes 1 where out is in doubt
+    other,  # float32, lies as out: where ADDS it is added, before what is after
+    statics,  # a tuple of float32 [4]
+    integers,  # as many, int8 channels last: what each makes of out
     M,  # output pixels of all samples
     N,  # output channels of a group
     w_width,
@@ -57,21 +51,29 @@ def int8_convolution(
     out_width,
     stride_y,
     stride_x,
+    pad_y,
+    pad_x,
     dilation_y,
     dilation_x,
-    out_sample,
-    out_channel,
-    out_pixel,
     channels,
-    depth,  # channels of a group
+    depth,  # channels of a group, what fills up a pixel included
     taps_x,
     K,  # taps · depth
+    low,  # least and largest output, where AFTER is 1
+    high,
+    OWN: tl.constexpr,
     ALIGNED: tl.constexpr,  # at most 16; divides channels and depth
-    PER_SAMPLE: tl.constexpr,
-    LAST: tl.constexpr,  # whether out is channels-last
+    ALIGNED_N: tl.constexpr,  # at most 16; divides N
+    WINDOW: tl.constexpr,  # 0: one pixel; 1: BLOCK_K divides depth; 2: any
+    PADDED: tl.constexpr,  # whether windows reach beyond q; not where those have their OWN numbers
+    LAST: tl.constexpr,
+    ALIGNED_AREA: tl.constexpr,  # at most 4; divides the output pixels of a sample
     HAS_BIAS: tl.constexpr,
     X_ZERO: tl.constexpr,
     W_ZERO: tl.constexpr,
+    AFTER: tl.constexpr,  # see ``activated``
+    HANDS: tl.constexpr,
+    ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -79,64 +81,110 @@ def int8_convolution(
 ):
     """Compute BLOCK_M pixels × BLOCK_N channels of one group a program, as a matrix product.
 
-    The window of a pixel is a row of K integers at fixed distances from its first one, so an
-    address is the sum of one number a pixel and one number a column.
+    The window of a pixel is a row of K integers at fixed distances from its first one. What lies
+    beside the image is the integer zero point: the real number 0. Where channels only fill a pixel
+    up, their weights are 0, and they are 0 themselves or W_ZERO is not set.
     """
-    # Says nothing new, but the compiler sees that 16 neighbours are one load.
+    # Says nothing new, but the compiler sees that 16 neighbours are one load, or one store.
     channels = channels // ALIGNED * ALIGNED
     depth = depth // ALIGNED * ALIGNED
     K = K // ALIGNED * ALIGNED
+    w_width = w_width // 16 * 16
+    N = N // ALIGNED_N * ALIGNED_N
+    M = M // ALIGNED_AREA * ALIGNED_AREA
+    area = out_height * out_width // ALIGNED_AREA * ALIGNED_AREA
     group = tl.program_id(1)
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, columns = m < M, n < N
     sample, out_y, out_x = place_of(m % M, out_height, out_width)
-    first_row = (sample * height + out_y * stride_y).to(tl.int64)
-    window = q + (first_row * width + out_x * stride_x) * channels + group * depth
-    channel_n = group * N + n % N
-    weights = w + channel_n.to(tl.int64) * w_width
+    y0, x0 = out_y * stride_y - pad_y, out_x * stride_x - pad_x
+    first_pixel = (sample * height + y0).to(tl.int64) * width + x0
+    window = q + first_pixel * channels + group * depth
+    weights = w + (group * N + n % N).to(tl.int64) * w_width
+    beside = tl.load(static + 1).to(tl.int8)
+    step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     total = tl.zeros((BLOCK_M,), tl.int32)
     for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        tap = k // depth
-        offset = (tap // taps_x * dilation_y * width + tap % taps_x * dilation_x) * channels
-        offset += k % depth
-        x = tl.load(window[:, None] + offset[None, :], mask=(k < K)[None, :], other=0)
+        k = first + step
+        if WINDOW == 0:
+            x = tl.load(window[:, None] + k[None, :], mask=(k < K)[None, :], other=0)
+        elif WINDOW == 1:
+            tap = first // depth
+            dy, dx = tap // taps_x * dilation_y, tap % taps_x * dilation_x
+            offset = (dy * width + dx) * channels + (first - tap * depth) + step
+            at = window[:, None] + offset[None, :]
+            if PADDED:
+                row, column = y0 + dy, x0 + dx
+                inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                x = tl.load(at, mask=inside[:, None], other=0)
+                x = tl.where(inside[:, None], x, beside)
+            else:
+                x = tl.load(at)
+        else:
+            tap = k // depth
+            dy, dx = tap // taps_x * dilation_y, tap % taps_x * dilation_x
+            offset = (dy * width + dx) * channels + k % depth
+            at = window[:, None] + offset[None, :]
+            if PADDED:
+                row, column = y0[:, None] + dy[None, :], x0[:, None] + dx[None, :]
+                inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                x = tl.load(at, mask=inside & (k < K)[None, :], other=0)
+                x = tl.where(inside | (k >= K)[None, :], x, beside)
+            else:
+                x = tl.load(at, mask=(k < K)[None, :], other=0)
         b = tl.load(weights[None, :] + k[:, None], mask=(k < K)[:, None], other=0)
         acc = tl.dot(x, b, acc, out_dtype=tl.int32)
         if W_ZERO:
             total += tl.sum(x.to(tl.int32), axis=1)
-    zero = tl.load(x_zero + sample * PER_SAMPLE).to(tl.int32)
-    acc = correct(
+    scale, zero = numbers_of(static, x_scale, x_zero, sample, OWN)
+    channel = group * N + n
+    acc = correct(acc, total, zero, w_zero, w_sum, channel, columns, X_ZERO, W_ZERO)
+    finish(
         acc,
-        total,
-        zero,
-        tl.load(w_zero + channel_n),
-        tl.load(w_sum + channel_n),
-        X_ZERO,
-        W_ZERO,
+        out,
+        scale,
+        w_scale,
+        bias,
+        to_static,
+        flag,
+        other,
+        statics,
+        integers,
+        rows,
+        columns,
+        m,
+        channel,
+        N * tl.num_programs(1),
+        area,
+        low,
+        high,
+        HAS_BIAS,
+        AFTER,
+        HANDS,
+        ADDS,
+        LAST,
     )
-    scale = tl.load(w_scale + channel_n)
-    shift = scale * 0.0
-    if HAS_BIAS:
-        shift = tl.load(bias + channel_n)
-    y = to_real(acc, tl.load(x_scale + sample * PER_SAMPLE), scale, shift)
-    at_m = sample.to(tl.int64) * out_sample + (out_y * out_width + out_x).to(tl.int64) * out_pixel
-    store(out, y, at_m, channel_n.to(tl.int64) * out_channel, rows, columns, LAST)
 
 
 @triton.jit(do_not_specialize=SHAPE)
 def depthwise_convolution(
-    q,  # int8 [samples, height, width, channels], contiguous, padding included
+    q,  # int8 [samples, height, width, channels], contiguous
     w,  # int8 [taps, N], contiguous
-    out,  # float32, channels first or last, contiguous
+    out,  # int8 where HANDS, else float32; channels last where LAST, else first; contiguous
     bias,  # float32 [N]
-    x_scale,  # float32 [1], or [samples] where PER_SAMPLE
-    x_zero,  # float32, likewise
+    static,  # float32 [4] of q: scale, zero point, qmin, qmax
+    x_scale,  # float32 [samples] where those have numbers of their OWN, as the next
+    x_zero,  # float32 [samples]
     w_scale,  # float32 [N]
     w_zero,  # int32 [N]
+    to_static,  # float32 [4] of out, where HANDS
+    flag,  # int32 [1]: becomes 1 where out is in doubt
+    other,  # float32, lies as out: where ADDS it is added, before what is after
+    statics,  # a tuple of float32 [4]
+    integers,  # as many, int8 channels last: what each makes of out
     M,
     N,
     height,
@@ -145,48 +193,82 @@ def depthwise_convolution(
     out_width,
     stride_y,
     stride_x,
+    pad_y,
+    pad_x,
     dilation_y,
     dilation_x,
-    out_sample,
-    out_channel,
-    out_pixel,
     channels,
+    low,
+    high,
+    OWN: tl.constexpr,
     MULTIPLIER: tl.constexpr,  # output channels of one input channel
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
-    LAST: tl.constexpr,  # whether out is channels-last
+    PADDED: tl.constexpr,  # as above
+    LAST: tl.constexpr,
+    ALIGNED_AREA: tl.constexpr,  # at most 4; divides the output pixels of a sample
     HAS_BIAS: tl.constexpr,
     X_ZERO: tl.constexpr,
+    AFTER: tl.constexpr,
+    HANDS: tl.constexpr,
+    ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Compute BLOCK_M pixels × BLOCK_N channels a program, each from one input channel."""
+    # As above: 4 neighbours are one store.
+    M = M // ALIGNED_AREA * ALIGNED_AREA
+    area = out_height * out_width // ALIGNED_AREA * ALIGNED_AREA
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, columns = m < M, n < N
-    mask = rows[:, None] & columns[None, :]
     sample, out_y, out_x = place_of(m % M, out_height, out_width)
-    first_row = (sample * height + out_y * stride_y).to(tl.int64)
-    window = q + (first_row * width + out_x * stride_x) * channels
-    window = window[:, None] + (n // MULTIPLIER)[None, :]
-    zero = tl.load(x_zero + sample * PER_SAMPLE).to(tl.int32)
+    y0, x0 = out_y * stride_y - pad_y, out_x * stride_x - pad_x
+    first_pixel = (sample * height + y0).to(tl.int64) * width + x0
+    window = q + (first_pixel * channels)[:, None] + (n // MULTIPLIER)[None, :]
+    scale, zero = numbers_of(static, x_scale, x_zero, sample, OWN)
     w_shift = tl.load(w_zero + n, mask=columns, other=0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for tap in range(TAPS_Y * TAPS_X):
-        offset = (tap // TAPS_X * dilation_y * width + tap % TAPS_X * dilation_x) * channels
-        x = tl.load(window + offset, mask=mask, other=0).to(tl.int32)
+        dy, dx = tap // TAPS_X * dilation_y, tap % TAPS_X * dilation_x
+        at = window + (dy * width + dx) * channels
+        if PADDED:
+            row, column = y0 + dy, x0 + dx
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            x = tl.load(at, mask=inside[:, None] & columns[None, :], other=0).to(tl.int32)
+        else:
+            x = tl.load(at, mask=columns[None, :], other=0).to(tl.int32)
         if X_ZERO:
             x -= zero[:, None]
+        if PADDED:
+            x = tl.where(inside[:, None], x, 0)
         b = tl.load(w + tap * N + n, mask=columns, other=0).to(tl.int32) - w_shift
         acc += x * b[None, :]
-    scale = tl.load(w_scale + n, mask=columns, other=0.0)
-    shift = scale * 0.0
-    if HAS_BIAS:
-        shift = tl.load(bias + n, mask=columns, other=0.0)
-    y = to_real(acc, tl.load(x_scale + sample * PER_SAMPLE), scale, shift)
-    at_m = sample.to(tl.int64) * out_sample + (out_y * out_width + out_x).to(tl.int64) * out_pixel
-    store(out, y, at_m, n.to(tl.int64) * out_channel, rows, columns, LAST)
+    finish(
+        acc,
+        out,
+        scale,
+        w_scale,
+        bias,
+        to_static,
+        flag,
+        other,
+        statics,
+        integers,
+        rows,
+        columns,
+        m,
+        n,
+        N,
+        area,
+        low,
+        high,
+        HAS_BIAS,
+        AFTER,
+        HANDS,
+        ADDS,
+        LAST,
+    )
 
 
 @triton.jit(do_not_specialize=SHAPE + IMAGE)

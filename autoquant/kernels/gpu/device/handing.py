@@ -100,9 +100,9 @@ def hand_to_all(y, statics, integers, flag, at, mask):
 def finish(
     acc,
     out,
-    static,
-    scale,
-    shift,
+    x_scale,
+    w_scale,
+    bias,
     to_static,
     flag,
     other,
@@ -116,6 +116,7 @@ def finish(
     area,
     low,
     high,
+    HAS_BIAS: tl.constexpr,
     AFTER: tl.constexpr,
     HANDS: tl.constexpr,
     ADDS: tl.constexpr,
@@ -123,10 +124,15 @@ def finish(
 ):
     """Store the outputs of exact sums ``acc`` [M, N]: rows or pixels ``m`` of ``channel``.
 
-    ``scale`` and ``shift`` are float32 [N], ``area`` is the pixels of a sample, which matter where
+    ``x_scale`` is float32 [M], or one number as it is wherever it HANDS. ``w_scale`` and ``bias``
+    point at float32 of all channels. ``area`` is the pixels of a sample, which matter where
     channels are not LAST. Neighbouring threads go along the last axis of a block, so it has to be
     the one that is dense in memory.
     """
+    scale = tl.load(w_scale + channel, mask=columns, other=0.0)
+    shift = scale * 0.0
+    if HAS_BIAS:
+        shift = tl.load(bias + channel, mask=columns, other=0.0)
     last = m.to(tl.int64)[:, None] * outputs + channel[None, :]
     mask = rows[:, None] & columns[None, :]
     if LAST:
@@ -135,7 +141,6 @@ def finish(
         at = (m // area).to(tl.int64) * outputs * area + m % area
         to = channel.to(tl.int64)[:, None] * area + at[None, :]
         to_mask = columns[:, None] & rows[None, :]
-    x_scale = tl.load(static)
     y = to_real(acc, tl.zeros_like(m).to(tl.float32) + x_scale, scale, shift)
     if ADDS:
         addend = tl.load(other + to, mask=to_mask, other=0.0)

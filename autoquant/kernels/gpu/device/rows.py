@@ -1,4 +1,4 @@
-"""Quantizing the rows of a matrix: the activation of a linear layer, one token a row."""
+"""Quantizing the rows of a matrix, one token a row, and numbers that lie as they like."""
 
 from __future__ import annotations
 
@@ -67,3 +67,22 @@ def quantize_rows(
     tl.store(scales + row, tl.where(bad > 0, float("nan"), scale), mask=alive)
     tl.store(zeros + row, zero.to(tl.int32) if not FOLD else total * 0, mask=alive)
     tl.store(sums + row, total, mask=alive)
+
+
+@triton.jit
+def quantize_flat(
+    x,  # float32 [count]
+    static,  # float32 [4]: scale, zero point, qmin, qmax
+    q,  # int8 [count], which lies as ``x`` does
+    flag,  # int32 [1]: becomes 1 where x holds a NaN
+    count,
+    BLOCK: tl.constexpr,
+):
+    """Quantize BLOCK numbers a program, whatever tensor they are."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    block = tl.load(x + at, mask=mask, other=0.0)
+    tl.store(flag + tl.zeros((BLOCK,), tl.int32), 1, mask=block != block)
+    zero = tl.load(static + 1)
+    y = quantize(block, tl.load(static), zero, tl.load(static + 2), tl.load(static + 3))
+    tl.store(q + at, (y + zero).to(tl.int8), mask=mask)

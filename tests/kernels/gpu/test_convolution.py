@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autoquant.kernels.gpu import chained_conv
+from autoquant.kernels.gpu import convolution
 from autoquant.kernels.gpu.reading import FILLED, PIXELS
 from autoquant.kernels.operation import LINEAR, Operation
 from autoquant.kernels.reference import multiply, reference
@@ -178,15 +178,15 @@ def test_what_is_not_handed(backend, device, make_weight, flag):
     assert flag.item() == 1
 
 
-@pytest.mark.parametrize("c", chained_conv.DENSE + chained_conv.GROUPED)
+@pytest.mark.parametrize("c", convolution.DENSE + convolution.GROUPED)
 def test_block_sizes(backend, device, make_weight, agree, choose, flag, c):
-    choose(chained_conv, c)
+    choose(c)
     agrees(backend, device, make_weight, agree, BLOCKS, "asymmetric")
 
 
-@pytest.mark.parametrize("c", chained_conv.DEPTHWISE)
+@pytest.mark.parametrize("c", convolution.DEPTHWISE)
 def test_block_sizes_of_depthwise_ones(backend, device, make_weight, agree, choose, flag, c):
-    choose(chained_conv, c)
+    choose(c)
     agrees(backend, device, make_weight, agree, CASES["depthwise"], "asymmetric")
 
 

@@ -15,22 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoquant.kernels.cpu.handing import handed_form, within_grid
+from autoquant.kernels.cpu.handing import HandedForm
 from autoquant.kernels.cpu.library import call, library
-from autoquant.kernels.cpu.native import OFFSET, quantize
+from autoquant.kernels.cpu.native import OFFSET
 from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
-from autoquant.kernels.cpu.reading import Reading, is_bias, is_taken
+from autoquant.kernels.cpu.product import IntegerProduct
 from autoquant.kernels.cpu.signatures import LARGEST, PANEL
 from autoquant.kernels.layout import is_channels_last
-from autoquant.kernels.operation import Clamp, Operation, Product, Reader, SchemeReader
+from autoquant.kernels.operation import Clamp, Operation, Product
 from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
-GELU = {"none": 1, "tanh": 2}
-"""What ``products.c`` calls each approximation."""
+AFTER = {None: 1, "none": 2, "tanh": 3}
+"""What ``products.c`` calls making bytes of an output, or of its GELU by each approximation."""
 MOST = 2**15
 """Largest kernel, stride, padding or dilation."""
+_NOTHING = torch.empty(0, dtype=torch.float32)
 
 
 def missing() -> str | None:
@@ -94,7 +95,7 @@ class _Arrangement:
     channelwise: bool
 
 
-class Int16Product(Reading):
+class Int16Product(IntegerProduct):
     """x [..., in] by a weight [out, in], or [batch, in, *spatial] by [out, in/groups, *kernel]."""
 
     backend = "int16"
@@ -106,9 +107,8 @@ class Int16Product(Reading):
         operation: Operation,
         transform: InputTransform | None = None,
     ) -> None:
-        self.weight, self.operation = weight, operation
-        self.read(activation, transform)
-        self.axes = len(operation.stride)
+        super().__init__(weight, activation, len(operation.stride), transform)
+        self.operation = operation
         self.channels = weight.q.shape[1] * operation.groups
         self.arrangement = _arrangement(weight, operation)
         key = ("int16", self.arrangement)
@@ -124,20 +124,6 @@ class Int16Product(Reading):
         self.no_bias = torch.zeros_like(self.scale)
         self.wide = int(width() == 16)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
-        """Return the layer's output; None for NaN, no numbers, or other dtypes or shapes."""
-        if not is_taken(x) or not self.takes(x) or not is_bias(bias, self.weight.scale):
-            return None
-        last = is_channels_last(x)
-        if not self.activation.dynamic:
-            q = quantize(x, self.activation, self.transform)
-            return None if q is None else self.real(q, bias, clamp, last)
-        rows = self.by_rows(x, self.operation.kind)
-        if rows is None:
-            return None
-        q, scale, zero_points = rows
-        return self._real(q, scale, zero_points.to(torch.int32) + OFFSET, bias, clamp, last)
-
     def takes(self, q: Tensor) -> bool:
         """Return whether it can compute with bytes of this shape."""
         if not self.axes:
@@ -150,59 +136,33 @@ class Int16Product(Reading):
         self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
     ) -> Tensor:
         """Return the layer's output on an activation's bytes."""
+        y = self._run(q, *self._numbers(q), self.scale, bias, clamp, None)
+        return y if channels_last or not self.axes else y.contiguous()
+
+    def _of_rows(
+        self,
+        x: Tensor,
+        q: Tensor,
+        scale: Tensor,
+        zero_points: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+    ) -> Tensor:
+        zero = zero_points.to(torch.int32) + OFFSET
+        y = self._run(q, scale, zero, self.scale, bias, clamp, None)
+        return y if not self.axes or is_channels_last(x) else y.contiguous()
+
+    def _bytes(self, q: Tensor, form: HandedForm, gelu: str | None) -> Tensor:
+        scale = self.scale if form.weight_scale is None else self._padded(form.weight_scale)
+        stored = AFTER[gelu], 1.0 / form.scale, form.zero_point
+        return self._run(q, *self._numbers(q), scale, form.bias, form.clamp, stored)
+
+    def _numbers(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of each sample, by a static scheme."""
         assert self.activation.scale is not None
         samples = q.shape[0] if self.axes else 1
         scale = torch.full((samples,), self.activation.scale, dtype=torch.float32)
-        zero = torch.full((samples,), self._zero_point, dtype=torch.int32)
-        return self._real(q, scale, zero, bias, clamp, channels_last)
-
-    def handed(
-        self,
-        q: Tensor,
-        bias: Tensor | None,
-        clamp: Clamp | None,
-        reader: Reader,
-        gelu: str | None = None,
-    ) -> Tensor | None:
-        """Return it as the bytes that ``reader`` makes of it, in the same pass."""
-        if not is_bias(bias, self.weight.scale) or (gelu is not None and clamp is not None):
-            return None
-        if not isinstance(reader, SchemeReader):
-            return None
-        if gelu is not None and reader.smoothing is not None:  # a GELU of what is smoothed already
-            return None
-        kind = "conv" if self.axes else "linear"
-        form = handed_form(self.weight, self.activation, bias, clamp, reader, kind)
-        if form is None:
-            return None
-        assert self.activation.scale is not None
-        samples = q.shape[0] if self.axes else 1
-        y = self._run(
-            q,
-            torch.full((samples,), self.activation.scale, dtype=torch.float32),
-            torch.full((samples,), self._zero_point, dtype=torch.int32),
-            self.scale if form.weight_scale is None else self._padded(form.weight_scale),
-            form.bias,
-            form.clamp,
-            (GELU[gelu] if gelu is not None else 0, 1.0 / form.scale, form.zero_point),
-        )
-        return within_grid(y, form, reader, gelu, 1 if self.axes else -1)
-
-    @property
-    def _zero_point(self) -> int:
-        return (self.activation.zero_point or 0) + OFFSET
-
-    def _real(
-        self,
-        q: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-        bias: Tensor | None,
-        clamp: Clamp | None,
-        channels_last: bool,
-    ) -> Tensor:
-        y = self._run(q, scale, zero, self.scale, bias, clamp, None)
-        return y if channels_last or not self.axes else y.contiguous()
+        return scale, torch.full((samples,), self.zero_point, dtype=torch.int32)
 
     def _run(
         self,
@@ -214,7 +174,7 @@ class Int16Product(Reading):
         clamp: Clamp | None,
         stored: tuple[int, float, int] | None,
     ) -> Tensor:
-        """Return the product: real numbers, or bytes by ``stored`` (GELU, inverse scale, zero)."""
+        """Return the product: real numbers, or bytes by ``stored`` (AFTER, inverse scale, zero)."""
         o, arranged = self.operation, self.arrangement
         dtype = torch.float32 if stored is None else torch.uint8
         if self.axes:
@@ -243,19 +203,15 @@ class Int16Product(Reading):
             form = [1, 1, 1, 1, 0, 0, 1, 1]
         ends = [_finite(end) for end in ((-math.inf, math.inf) if clamp is None else clamp)]
         padded = self.no_bias if bias is None else self._padded(bias)
-        if self.of_groups is not None:
-            name, own = "multiply_groups", [self.of_groups]
-            rest = [batch, across, channels, arranged.out, arranged.runs, self.wide, *ends]
-        elif self.sums is not None:
-            name, own = "convolve_channels", [self.sums]
-            rest = [batch, height, across, channels, *form, *ends]
+        if self.sums is not None:
+            name, own, cut = "multiply_channels", self.sums, []
         else:
-            name, own = "convolve", []
-            rest = [batch, height, across, channels, *form, *ends]
-            rest += [arranged.out, arranged.groups, self.wide]
+            name, own = "multiply_panels", _NOTHING if self.of_groups is None else self.of_groups
+            runs = 1 if self.of_groups is None else arranged.runs
+            cut = [arranged.out, arranged.groups, runs, self.wide]
         failed = call(
-            name if stored is None else f"{name}_bytes",
-            x, zero, scale, self.pack, *own, weight_scale, padded, y, *rest, *(stored or ()),
+            name, x, zero, scale, self.pack, own, weight_scale, padded, y,
+            batch, height, across, channels, *form, *cut, *ends, *(stored or (0, 1.0, 0)),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"native.{name}: no memory for {self.operation}")

@@ -22,6 +22,10 @@ _INTEGERS = {
     name: [(key, p) for key, p in parameters.items() if isinstance(p, Integer)]
     for name, parameters in FUNCTIONS.items()
 }
+_DIVISORS = {
+    name: [(key, p.divides) for key, p in integers if p.divides is not None]
+    for name, integers in _INTEGERS.items()
+}
 
 
 @functools.cache
@@ -55,8 +59,9 @@ def call(name: str, *arguments: Tensor | float) -> int:
     """Call a function of the library, which must be there, and return what it returns.
 
     Buffers are tensors: of the right dtype, on the CPU, without gaps, aligned, large enough, and
-    such that none that is written overlaps another. Raises TypeError or ValueError, which name the
-    function and the argument, where an argument is anything else.
+    such that none that is written overlaps another; one of no numbers is not looked at. Raises
+    TypeError or ValueError, which name the function and the argument, where an argument is anything
+    else.
     """
     native = library()
     if native is None:
@@ -70,27 +75,33 @@ def call(name: str, *arguments: Tensor | float) -> int:
         value = given[key]
         if not isinstance(value, int):
             raise TypeError(f"native.{name}: {key} is {value!r}, a whole number is needed")
-        if not integer.takes(value):
+        if not integer.least <= value <= integer.most or (integer.doubles and value & (value - 1)):
             raise _out_of_range(name, key, value, integer)
         sizes[key] = value
-    for key, integer in _INTEGERS[name]:
-        whole = integer.divides
-        if whole is not None and sizes[whole] % sizes[key]:
+    for key, whole in _DIVISORS[name]:
+        if sizes[whole] % sizes[key]:
             raise ValueError(f"native.{name}: {sizes[whole]} {whole} are not {sizes[key]} {key}")
-    spans: list[tuple[int, int, str, bool]] = []
+    spans: list[tuple[int, int, str]] = []
+    written: list[tuple[int, int, str]] = []
     passed: list[int | float] = []
     for key, parameter in parameters.items():
         value = given[key]
         if isinstance(parameter, Array):
             count = parameter.count(sizes)
-            start = _address(name, key, value, parameter, count)
-            stop = start + count * parameter.dtype.itemsize
-            for other_start, other_stop, other, also in spans:
-                if start < other_stop and other_start < stop and (parameter.written or also):
+            if count == 0:
+                passed.append(0)
+                continue
+            dtype = parameter.dtype if parameter.bytes_where is None else parameter.dtype_in(sizes)
+            start = _address(name, key, value, dtype, parameter.strided, count)
+            stop = start + count * dtype.itemsize
+            for other_start, other_stop, other in spans if parameter.written else written:
+                if start < other_stop and other_start < stop:
                     raise ValueError(f"native.{name}: {key} and {other} share memory")
-            spans.append((start, stop, key, parameter.written))
+            spans.append((start, stop, key))
+            if parameter.written:
+                written.append(spans[-1])
             passed.append(start)
-        elif isinstance(parameter, Integer):
+        elif key in sizes:
             passed.append(sizes[key])
         else:
             if not isinstance(value, int | float):
@@ -105,19 +116,19 @@ def _out_of_range(name: str, key: str, value: float, p: Integer | Real) -> Value
     return ValueError(f"native.{name}: {key} is {value}, not within {p.least} … {p.most}")
 
 
-def _address(name: str, key: str, x: object, array: Array, count: int) -> int:
+def _address(name: str, key: str, x: object, dtype: torch.dtype, strided: bool, count: int) -> int:
     """Return where a buffer begins that holds at least ``count`` numbers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"native.{name}: {key} is {type(x).__name__}, a tensor is needed")
-    if x.dtype != array.dtype:
-        raise TypeError(f"native.{name}: {key} is {x.dtype}, {array.dtype} is needed")
+    if x.dtype != dtype:
+        raise TypeError(f"native.{name}: {key} is {x.dtype}, {dtype} is needed")
     if not x.is_cpu:
         raise TypeError(f"native.{name}: {key} is on {x.device}, not on the CPU")
     if x.layout != torch.strided or x.is_neg():
         raise TypeError(f"native.{name}: {key} does not hold its numbers as they are")
-    width = array.dtype.itemsize
+    width = dtype.itemsize
     held = x.untyped_storage().nbytes() // width - x.storage_offset()
-    if not array.strided:
+    if not strided:
         if not is_dense(x):
             raise ValueError(
                 f"native.{name}: {key} has gaps: strides {x.stride()} of {tuple(x.shape)}"

@@ -8,16 +8,9 @@
  * OpenMP is the one that torch has loaded, so both share its threads.
  */
 
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
+#include "native.h"
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
+#include <stdlib.h>
 
 /* One version for each generation of vector registers; the loader picks the machine's. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
@@ -31,17 +24,20 @@
 /* Integers are stored as unsigned bytes, 128 above what they are: oneDNN's kernels want it so. */
 #define OFFSET 128
 
-static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+/* A quotient as the byte that stands for it; NaN becomes lo, so that it can be converted. */
+INLINE uint8_t byte_of(float v, float lo, float hi, int32_t shift) {
+    v = v > lo ? v : lo;
+    v = v > hi ? hi : v;
+    return (uint8_t)((int32_t)rintf(v) + shift);
+}
 
 VECTORS static int quantize_span(const float *restrict x, uint8_t *restrict q, ptrdiff_t n,
                                  float scale, float lo, float hi, int32_t shift) {
     int bad = 0;
     for (ptrdiff_t i = 0; i < n; ++i) {
-        float v = x[i] / scale;
+        const float v = x[i] / scale;
         bad |= v != v;
-        v = v > lo ? v : lo; /* so that NaN is a number that can be converted */
-        v = v > hi ? hi : v;
-        q[i] = (uint8_t)((int32_t)rintf(v) + shift);
+        q[i] = byte_of(v, lo, hi, shift);
     }
     return bad;
 }
@@ -121,11 +117,9 @@ VECTORS static int quantize_channels(const float *restrict x, uint8_t *restrict 
                                      int32_t shift) {
     int bad = 0;
     for (ptrdiff_t i = 0; i < n; ++i) {
-        float v = x[i] / scale[i];
+        const float v = x[i] / scale[i];
         bad |= v != v;
-        v = v > lo ? v : lo;
-        v = v > hi ? hi : v;
-        q[i] = (uint8_t)((int32_t)rintf(v) + shift);
+        q[i] = byte_of(v, lo, hi, shift);
     }
     return bad;
 }
@@ -293,10 +287,18 @@ EXPORT int finish_rows(float *y, const float *scale, const float *zero_point, co
     return 0;
 }
 
+/* Q(x) − x. Products with the inverse are twice as fast as quotients, and sums of what they give
+ * are the same but for ties. */
+INLINE float change(float x, float inverse, float scale, float lo, float hi) {
+    float v = x * inverse;
+    v = v < lo ? lo : v;
+    v = v > hi ? hi : v;
+    return rintf(v) * scale - x;
+}
+
 #define GROUP 128 /* numbers between two looks at the limit */
 
-/* Squared error of quantizing one span by one scale, Σ (x − Q(x))²; it is cut short beyond limit.
- * Products with the inverse are twice as fast as quotients, and the sums are the same but for ties. */
+/* Squared error of quantizing one span by one scale, Σ (x − Q(x))²; it is cut short beyond limit. */
 VECTORS static double error_span(const float *restrict x, ptrdiff_t n, float scale, float lo,
                                  float hi, double limit) {
     const float inverse = 1 / scale;
@@ -306,10 +308,7 @@ VECTORS static double error_span(const float *restrict x, ptrdiff_t n, float sca
         const ptrdiff_t end = smaller(i + GROUP, n - n % LANES);
         for (; i + LANES <= end; i += LANES)
             for (int j = 0; j < LANES; ++j) {
-                float v = x[i + j] * inverse;
-                v = v < lo ? lo : v;
-                v = v > hi ? hi : v;
-                const float d = rintf(v) * scale - x[i + j];
+                const float d = change(x[i + j], inverse, scale, lo, hi);
                 sum[j] += (double)d * (double)d;
             }
         total = 0;
@@ -317,10 +316,7 @@ VECTORS static double error_span(const float *restrict x, ptrdiff_t n, float sca
     }
     if (total > limit) return total;
     for (; i < n; ++i) {
-        float v = x[i] * inverse;
-        v = v < lo ? lo : v;
-        v = v > hi ? hi : v;
-        const float d = rintf(v) * scale - x[i];
+        const float d = change(x[i], inverse, scale, lo, hi);
         total += (double)d * (double)d;
     }
     return total;
@@ -358,18 +354,9 @@ VECTORS static float change_span(const float *restrict x, const float *restrict 
     float sum[LANES] = {0}, total = 0;
     ptrdiff_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; ++j) {
-            float v = x[i + j] * inverse;
-            v = v < lo ? lo : v;
-            v = v > hi ? hi : v;
-            sum[j] += (rintf(v) * scale - x[i + j]) * g[i + j];
-        }
-    for (; i < n; ++i) {
-        float v = x[i] * inverse;
-        v = v < lo ? lo : v;
-        v = v > hi ? hi : v;
-        total += (rintf(v) * scale - x[i]) * g[i];
-    }
+        for (int j = 0; j < LANES; ++j)
+            sum[j] += change(x[i + j], inverse, scale, lo, hi) * g[i + j];
+    for (; i < n; ++i) total += change(x[i], inverse, scale, lo, hi) * g[i];
     for (int j = 0; j < LANES; ++j) total += sum[j];
     return total;
 }
@@ -404,18 +391,12 @@ VECTORS static float round_span(const float *restrict x, const float *restrict w
     ptrdiff_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int j = 0; j < LANES; ++j) {
-            float v = x[i + j] * inverse;
-            v = v < lo ? lo : v;
-            v = v > hi ? hi : v;
-            const float d = rintf(v) * scale - x[i + j];
+            const float d = change(x[i + j], inverse, scale, lo, hi);
             delta[i + j] = d;
             sum[j] += d * d * weight[i + j];
         }
     for (; i < n; ++i) {
-        float v = x[i] * inverse;
-        v = v < lo ? lo : v;
-        v = v > hi ? hi : v;
-        const float d = rintf(v) * scale - x[i];
+        const float d = change(x[i], inverse, scale, lo, hi);
         delta[i] = d;
         total += d * d * weight[i];
     }
@@ -511,26 +492,11 @@ EXPORT int histogram(const float *x, ptrdiff_t n, float inverse, int32_t half, i
     return failed;
 }
 
-/* e^x for x from −87 to 88, within 2 units in the last place: 2^n by its bits, and the Taylor series
- * of the rest, which is at most ln(2)/2 in magnitude. It is written out so that it is vectorized. */
-static inline float exponential(float x) {
+/* e^x within its ends; NaN stays NaN. */
+INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
-    const float n = rintf(x * 1.44269504f);
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln(2) in two parts */
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    union {
-        int32_t i;
-        float f;
-    } power = {((int32_t)(n == n ? n : 0.0f) + 127) << 23}; /* NaN stays in p */
-    return p * power.f;
+    return power_of_e(x, 1);
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }

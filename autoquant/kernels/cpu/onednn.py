@@ -16,17 +16,13 @@ from torch import Tensor
 
 from autoquant.kernels.cpu import instructions
 from autoquant.kernels.cpu.geometry import Geometry
-from autoquant.kernels.cpu.handing import handed_form, within_grid
-from autoquant.kernels.cpu.native import (
-    OFFSET,
-    finish_rows,
-    quantize,
-)
+from autoquant.kernels.cpu.handing import HandedForm
+from autoquant.kernels.cpu.native import OFFSET, finish_rows
 from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
-from autoquant.kernels.cpu.reading import Reading, is_bias, is_taken
+from autoquant.kernels.cpu.product import IntegerProduct
 from autoquant.kernels.cpu.verification import is_right
 from autoquant.kernels.layout import is_channels_last
-from autoquant.kernels.operation import Clamp, Operation, Product, Reader, SchemeReader
+from autoquant.kernels.operation import Clamp, Operation, Product
 from autoquant.kernels.reference import multiply
 from autoquant.quant.transforms import InputTransform
 from autoquant.quant.weight import QuantizedWeight
@@ -73,7 +69,7 @@ def _largest(activation: ActivationScheme) -> int:
     return FORMATS[activation.bits].qmax + OFFSET
 
 
-class LinearProduct(Reading):
+class LinearProduct(IntegerProduct):
     """x [..., in] by a weight [out, in]."""
 
     backend = "int8"
@@ -84,31 +80,11 @@ class LinearProduct(Reading):
         activation: ActivationScheme,
         transform: InputTransform | None = None,
     ) -> None:
-        self.weight = weight
-        self.read(activation, transform)
+        super().__init__(weight, activation, 0, transform)
         if "linear" not in weight.packs:
             weight.packs["linear"] = torch.ops.onednn.qlinear_prepack(weight.q, None)
         self.pack = weight.packs["linear"]
         self.zero = _zeros(weight)
-
-    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
-        """Return [..., out]; None for NaN, no rows, or another dtype than float32."""
-        if not is_taken(x) or x.dim() < 1 or x.shape[-1] != self.weight.q.shape[1]:
-            return None
-        if not is_bias(bias, self.weight.scale):
-            return None
-        if not self.activation.dynamic:
-            q = quantize(x, self.activation, self.transform)
-            return None if q is None else self.real(q, bias, clamp, False)
-        rows = self.by_rows(x, "linear")
-        if rows is None:
-            return None
-        q, scale, zero_points = rows
-        y = self._run(q, 1.0, OFFSET, None, _post(None))
-        finish_rows(
-            y.view(-1, y.shape[-1]), scale, zero_points, self.weight.sums, _or_zeros(bias, y)
-        )
-        return y if clamp is None else y.clamp_(*clamp)
 
     def takes(self, q: Tensor) -> bool:
         """Return whether it can compute with bytes of this shape."""
@@ -118,36 +94,29 @@ class LinearProduct(Reading):
         self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
     ) -> Tensor:
         """Return [..., out] of an activation's bytes."""
-        return self._run(q, self.activation.scale, self._zero_point, bias, _post(clamp))
+        return self._run(q, self.activation.scale, self.zero_point, bias, _post(clamp))
 
-    def handed(
+    def _of_rows(
         self,
+        x: Tensor,
         q: Tensor,
+        scale: Tensor,
+        zero_points: Tensor,
         bias: Tensor | None,
         clamp: Clamp | None,
-        reader: Reader,
-        gelu: str | None = None,
-    ) -> Tensor | None:
-        """Return it as the bytes that ``reader`` makes of it, in the same pass."""
-        if not is_bias(bias, self.weight.scale) or (gelu is not None and clamp is not None):
-            return None
-        if not isinstance(reader, SchemeReader):
-            return None
-        if gelu is not None and reader.smoothing is not None:  # a GELU of what is smoothed already
-            return None
-        form = handed_form(self.weight, self.activation, bias, clamp, reader, "linear")
-        if form is None:
-            return None
+    ) -> Tensor:
+        y = self._run(q, 1.0, OFFSET, None, _post(None))
+        finish_rows(
+            y.view(-1, y.shape[-1]), scale, zero_points, self.weight.sums, _or_zeros(bias, y)
+        )
+        return y if clamp is None else y.clamp_(*clamp)
+
+    def _bytes(self, q: Tensor, form: HandedForm, gelu: str | None) -> Tensor:
         post = _post(form.clamp) if gelu is None else ("gelu", [], gelu)
         stored = form.scale, form.zero_point
-        y = self._run(
-            q, self.activation.scale, self._zero_point, form.bias, post, stored, form.weight_scale
+        return self._run(
+            q, self.activation.scale, self.zero_point, form.bias, post, stored, form.weight_scale
         )
-        return within_grid(y, form, reader, gelu, -1)
-
-    @property
-    def _zero_point(self) -> int:
-        return (self.activation.zero_point or 0) + OFFSET
 
     def _run(
         self,
@@ -172,10 +141,11 @@ class LinearProduct(Reading):
         return y
 
 
-class ConvProduct(Reading):
+class ConvProduct(IntegerProduct):
     """x [batch, in, *spatial] by a weight [out, in / groups, *kernel], padded with zeros."""
 
     backend = "int8"
+    hands_gelu = False
 
     def __init__(
         self,
@@ -184,11 +154,8 @@ class ConvProduct(Reading):
         operation: Operation,
         transform: InputTransform | None = None,
     ) -> None:
-        self.weight = weight
-        self.read(activation, transform)
+        super().__init__(weight, activation, len(operation.stride), transform)
         self.operation = operation
-        self.axes = len(operation.stride)
-        self.zero_point = OFFSET if activation.dynamic else (activation.zero_point or 0) + OFFSET
         self.zero = _zeros(weight)
         self._edges: tuple[torch.Size, Tensor] | None = None
         self._taken: dict[tuple[torch.Size, int], bool] = {}
@@ -206,19 +173,26 @@ class ConvProduct(Reading):
             )  # fmt: skip
         return self.weight.packs[key]
 
-    def __call__(self, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor | None:
-        """Return [batch, out, *spatial]; None for NaN, no numbers, or other dtypes or shapes."""
-        if not is_taken(x) or x.dim() != self.axes + 2 or not self._fits(x):
-            return None
-        if not is_bias(bias, self.weight.scale):
-            return None
-        if not self.activation.dynamic:
-            q = quantize(x, self.activation, self.transform)
-            return None if q is None else self.real(q, bias, clamp, is_channels_last(x))
-        tokens = self.by_rows(x, "conv")
-        if tokens is None:
-            return None
-        q, scale, zero_points = tokens
+    def takes(self, q: Tensor) -> bool:
+        """Return whether it can compute with bytes of this shape."""
+        return q.dim() == self.axes + 2 and self._fits(q)
+
+    def real(
+        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
+    ) -> Tensor:
+        """Return [batch, out, *spatial] of an activation's bytes."""
+        y = self.run(q, self.activation.scale, bias, clamp)
+        return y if channels_last else y.contiguous()
+
+    def _of_rows(
+        self,
+        x: Tensor,
+        q: Tensor,
+        scale: Tensor,
+        zero_points: Tensor,
+        bias: Tensor | None,
+        clamp: Clamp | None,
+    ) -> Tensor:
         y = self.run(q, 1.0, None, None)
         shape = (-1, *[1] * (y.dim() - 1))
         channels = (1, -1, *[1] * (y.dim() - 2))
@@ -232,36 +206,11 @@ class ConvProduct(Reading):
         y = y if clamp is None else y.clamp_(*clamp)
         return y if is_channels_last(x) else y.contiguous()
 
-    def takes(self, q: Tensor) -> bool:
-        """Return whether it can compute with bytes of this shape."""
-        return q.dim() == self.axes + 2 and self._fits(q)
-
-    def real(
-        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
-    ) -> Tensor:
-        """Return [batch, out, *spatial] of an activation's bytes."""
-        y = self.run(q, self.activation.scale, bias, clamp)
-        return y if channels_last else y.contiguous()
-
-    def handed(
-        self,
-        q: Tensor,
-        bias: Tensor | None,
-        clamp: Clamp | None,
-        reader: Reader,
-        gelu: str | None = None,
-    ) -> Tensor | None:
-        """Return it as the bytes that ``reader`` makes of it, in the same pass."""
-        if not is_bias(bias, self.weight.scale) or self.axes == 3 or gelu is not None:
-            return None
-        if not isinstance(reader, SchemeReader):
-            return None
-        form = handed_form(self.weight, self.activation, bias, clamp, reader, "conv")
-        if form is None:
+    def _bytes(self, q: Tensor, form: HandedForm, gelu: str | None) -> Tensor | None:
+        if self.axes == 3:  # oneDNN's operator for volumes gives none
             return None
         stored = form.scale, form.zero_point
-        y = self.run(q, self.activation.scale, form.bias, form.clamp, stored, form.weight_scale)
-        return within_grid(y, form, reader, gelu, 1)
+        return self.run(q, self.activation.scale, form.bias, form.clamp, stored, form.weight_scale)
 
     def _edge_sums(self, spatial: torch.Size) -> Tensor:
         """Return what each output sums of its weights, scaled: less where the input is padded.

@@ -8,18 +8,11 @@
  * Plain C, called through ctypes; see native.c.
  */
 
+#include "native.h"
+
 #include <float.h>
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define SUPPORTED 1
@@ -64,31 +57,13 @@ typedef struct {
 #define FMA __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512bw,fma")))
 
-static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 
-/* e^x for x from −87 to 0, as in native.c. */
-static inline __attribute__((always_inline)) float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    const float n = rintf(x * 1.44269504f);
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    union {
-        int32_t i;
-        float f;
-    } power = {((int32_t)n + 127) << 23};
-    return p * power.f;
-}
+/* e^x for x up to 0. */
+INLINE float exponential(float x) { return power_of_e(x < -87.0f ? -87.0f : x, 0); }
 
 /* x·Φ(x), with the error function by Abramowitz & Stegun 7.1.26 (within 1.5e-7). */
-static inline __attribute__((always_inline)) float gelu_erf(float x) {
+INLINE float gelu_erf(float x) {
     const float size = fabsf(x) * 0.707106781f;
     const float t = 1.0f / (1.0f + 0.3275911f * size);
     float p = 1.061405429f;
@@ -101,7 +76,7 @@ static inline __attribute__((always_inline)) float gelu_erf(float x) {
 }
 
 /* x/2 · (1 + tanh(√(2/π) · (x + .044715 x³))), Hendrycks & Gimpel 2016. */
-static inline __attribute__((always_inline)) float gelu_tanh(float x) {
+INLINE float gelu_tanh(float x) {
     const float inner = 0.797884561f * (x + 0.044715f * x * x * x), size = fabsf(inner);
     const float e = exponential(-2.0f * size), tail = e / (1.0f + e);
     return x * (inner < 0 ? tail : 1.0f - tail);
@@ -115,7 +90,7 @@ typedef struct {
     int gelu;
 } Line;
 
-AVX2 static inline __attribute__((always_inline)) Line line_of(const Finish *f, ptrdiff_t from) {
+AVX2 INLINE Line line_of(const Finish *f, ptrdiff_t from) {
     Line line = {.lo = f->lo, .hi = f->hi, .inverse = f->inverse, .zero = f->zero, .gelu = f->gelu};
     const int direct = f->bytes != NULL && !f->gelu;
     const float unit = direct ? f->inverse : 1.0f, zero = direct ? f->zero : 0.0f;
@@ -133,19 +108,18 @@ AVX2 static inline __attribute__((always_inline)) Line line_of(const Finish *f, 
 }
 
 /* Eight sums as outputs, all but their ends. */
-FMA static inline __attribute__((always_inline)) __m256 sloped(__m256 sum, float scale,
-                                                               const Line *line, int at) {
+FMA INLINE __m256 sloped(__m256 sum, float scale, const Line *line, int at) {
     return _mm256_fmadd_ps(_mm256_mul_ps(sum, _mm256_set1_ps(scale)),
                            _mm256_loadu_ps(line->slope + at), _mm256_loadu_ps(line->start + at));
 }
 
 /* Eight numbers within two ends; NaN, which is the second operand then, stays. */
-AVX2 static inline __attribute__((always_inline)) __m256 within(__m256 v, float lo, float hi) {
+AVX2 INLINE __m256 within(__m256 v, float lo, float hi) {
     return _mm256_min_ps(_mm256_set1_ps(hi), _mm256_max_ps(_mm256_set1_ps(lo), v));
 }
 
 /* Eight numbers, the GELU of an output each, in units of bytes. */
-FMA static inline __attribute__((always_inline)) __m256 gelu_bytes(__m256 v, const Line *line) {
+FMA INLINE __m256 gelu_bytes(__m256 v, const Line *line) {
     float x[8];
     _mm256_storeu_ps(x, v);
     if (line->gelu == 1)
@@ -158,9 +132,8 @@ FMA static inline __attribute__((always_inline)) __m256 gelu_bytes(__m256 v, con
 }
 
 /* Sums of n ≤ PANEL channels become outputs at y, or at q, where that is not NULL. */
-FMA static inline __attribute__((always_inline)) void finish(__m256 c0, __m256 c1,
-                                                             float scale, const Line *line,
-                                                             ptrdiff_t n, float *y, uint8_t *q) {
+FMA INLINE void finish(__m256 c0, __m256 c1, float scale, const Line *line, ptrdiff_t n, float *y,
+                       uint8_t *q) {
     __m256 low = sloped(c0, scale, line, 0), high = sloped(c1, scale, line, 8);
     if (q == NULL) {
         float v[PANEL], *to = n == PANEL ? y : v;
@@ -197,14 +170,12 @@ typedef struct {
 } Place;
 
 /* Sums of one row of a panel become outputs. */
-FMA static inline __attribute__((always_inline)) void put_real(__m256 c0, __m256 c1,
-                                                               const Place *to, ptrdiff_t row) {
+FMA INLINE void put_real(__m256 c0, __m256 c1, const Place *to, ptrdiff_t row) {
     finish(c0, c1, to->scale[row], to->line, to->n, to->real ? to->real + row * to->step : NULL,
            to->bytes ? to->bytes + row * to->step : NULL);
 }
 
-FMA static inline __attribute__((always_inline)) void put(__m256i c0, __m256i c1, const Place *to,
-                                                          ptrdiff_t row) {
+FMA INLINE void put(__m256i c0, __m256i c1, const Place *to, ptrdiff_t row) {
     put_real(_mm256_cvtepi32_ps(c0), _mm256_cvtepi32_ps(c1), to, row);
 }
 
@@ -605,22 +576,12 @@ FMA static int multiply_windows(const uint8_t *x, const int32_t *zero, const flo
     return failed;
 }
 
-static int multiply_all(const uint8_t *x, const int32_t *zero, const float *scale,
-                        const int16_t *weight, const Finish *f, const Form *form, ptrdiff_t out,
-                        int wide) {
-    const Part whole = {weight, NULL, f, 0, 0, 0, out, out * form->groups, wide};
-    const int each = form->kernel_h == 1 && form->kernel_w == 1 && form->stride_h == 1 &&
-                     form->stride_w == 1 && form->pad_h == 0 && form->pad_w == 0;
-    return each ? multiply_each(x, zero, scale, whole, form, 1)
-                : multiply_windows(x, zero, scale, whole, form);
-}
-
 /* One line of outputs of 16 channels, each over its own taps, at x + at[tap], ``step`` further on
  * for the next. Pairs of bytes are laid side by side, with the weights of both. */
-FMA static inline __attribute__((always_inline)) void multiply_line(
-    const uint8_t *x, const ptrdiff_t *at, ptrdiff_t step, const int16_t *weight,
-    const int32_t *sums, ptrdiff_t pairs, ptrdiff_t channels, const Form *form, const Finish *f,
-    int32_t zero, float scale, ptrdiff_t o, ptrdiff_t to) {
+FMA INLINE void multiply_line(const uint8_t *x, const ptrdiff_t *at, ptrdiff_t step,
+                              const int16_t *weight, const int32_t *sums, ptrdiff_t pairs,
+                              ptrdiff_t channels, const Form *form, const Finish *f, int32_t zero,
+                              float scale, ptrdiff_t o, ptrdiff_t to) {
     const Line line = line_of(f, o);
     float *const real = f->real;
     uint8_t *const bytes = f->bytes;
@@ -701,98 +662,49 @@ FMA static int multiply_depthwise(const uint8_t *x, const int32_t *zero, const f
 
 #endif
 
-/* A convolution's form, as every function below takes it. */
+/* A convolution's form, and what becomes of its sums: real numbers y, within lo … hi, or (after 1)
+ * the bytes round(y · inverse + byte), or those of y's GELU by the error function (2) or by the
+ * hyperbolic tangent (3). */
 #define FORM                                                                                       \
     ptrdiff_t batch, ptrdiff_t height, ptrdiff_t width, ptrdiff_t channels, ptrdiff_t kernel_h,    \
         ptrdiff_t kernel_w, ptrdiff_t stride_h, ptrdiff_t stride_w, ptrdiff_t pad_h,               \
-        ptrdiff_t pad_w, ptrdiff_t dilation_h, ptrdiff_t dilation_w, float lo, float hi
+        ptrdiff_t pad_w, ptrdiff_t dilation_h, ptrdiff_t dilation_w
+#define END float lo, float hi, int after, float inverse, int byte
 #define SIDE(size, axis)                                                                           \
     ((size + 2 * pad_##axis - dilation_##axis * (kernel_##axis - 1) - 1) / stride_##axis + 1)
 #define GIVEN(groups)                                                                              \
     {batch,    height,   width, channels, groups,     kernel_h,   kernel_w,        stride_h,       \
      stride_w, pad_h,    pad_w, dilation_h, dilation_w, SIDE(height, h), SIDE(width, w)}
-#define LOWEST (lo <= -FLT_MAX ? -INFINITY : lo)
-#define HIGHEST (hi >= FLT_MAX ? INFINITY : hi)
+#define FINISH                                                                                     \
+    {scale, bias, lo <= -FLT_MAX ? -INFINITY : lo, hi >= FLT_MAX ? INFINITY : hi,                  \
+     after > 1 ? after - 1 : 0, inverse, (float)byte, after ? NULL : y, after ? y : NULL}
 #define LACKS_MEMORY 1
 #define LACKS_INSTRUCTIONS 2
+#define IS_NO_ROW 3
 
-/* x [batch, height, width, channels] by weight [groups, panels, runs, pairs,
- * PANEL, 2] → y [batch, out_h, out_w, groups · out]: sum · scale of the sample · scale of the channel + bias,
- * within its ends. A run is what a row of taps reads, or one tap where they are dilated, its pairs
- * filled up with 0. zero and sample_scale are [batch]; scale and bias [groups, panels, PANEL]. */
-EXPORT int convolve(const uint8_t *x, const int32_t *zero, const float *sample_scale,
-                    const int16_t *weight, const float *scale, const float *bias, float *y, FORM,
-                    ptrdiff_t out, ptrdiff_t groups, int wide) {
+/* x [batch, height, width, channels] by weight [groups, panels, runs, pairs, PANEL, 2] → y [batch,
+ * out_h, out_w, groups · out]: sum · scale of the sample · scale of the channel + bias. A run is
+ * what a row of taps reads, or one tap where they are dilated, its pairs filled up with 0. zero and
+ * sample_scale are [batch]; scale and bias [groups, panels, PANEL].
+ *
+ * Where ``runs`` is not 1, each pixel is by itself, and its channels are so many runs with scales of
+ * their own, run_scale [panels, runs, PANEL]: groups of columns of a linear layer. */
+EXPORT int multiply_panels(const uint8_t *x, const int32_t *zero, const float *sample_scale,
+                           const int16_t *weight, const float *run_scale, const float *scale,
+                           const float *bias, void *y, FORM, ptrdiff_t out, ptrdiff_t groups,
+                           ptrdiff_t runs, int wide, END) {
 #if SUPPORTED
     const int at_a_time = channels_at_a_time();
     if (!at_a_time) return LACKS_INSTRUCTIONS;
     const Form form = GIVEN(groups);
-    const Finish f = {scale, bias, LOWEST, HIGHEST, 0, 0, 0, y, NULL};
-    return multiply_all(x, zero, sample_scale, weight, &f, &form, out, wide && at_a_time == 16);
-#else
-    return LACKS_INSTRUCTIONS;
-#endif
-}
-
-/* The same as bytes: round(y · inverse + byte), of y's GELU where that is 1 (by the error
- * function) or 2 (by the hyperbolic tangent). */
-EXPORT int convolve_bytes(const uint8_t *x, const int32_t *zero, const float *sample_scale,
-                          const int16_t *weight, const float *scale, const float *bias, uint8_t *y,
-                          FORM, ptrdiff_t out, ptrdiff_t groups, int wide, int gelu, float inverse,
-                          int byte) {
-#if SUPPORTED
-    const int at_a_time = channels_at_a_time();
-    if (!at_a_time) return LACKS_INSTRUCTIONS;
-    const Form form = GIVEN(groups);
-    const Finish f = {scale, bias, LOWEST, HIGHEST, gelu, inverse, (float)byte, NULL, y};
-    return multiply_all(x, zero, sample_scale, weight, &f, &form, out, wide && at_a_time == 16);
-#else
-    return LACKS_INSTRUCTIONS;
-#endif
-}
-
-#define ROWS_OF                                                                                    \
-    ptrdiff_t batch, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t out, ptrdiff_t groups, int wide, \
-        float lo, float hi
-
-#if SUPPORTED
-static int multiply_by_groups(const uint8_t *x, const int32_t *zero, const float *sample_scale,
-                              const int16_t *weight, const float *group_scale, const Finish *f,
-                              ptrdiff_t batch, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t out,
-                              ptrdiff_t groups, int wide) {
-    const Form form = {batch, 1, rows, columns, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, rows};
-    const Part whole = {weight, group_scale, f, 0, 0, 0, out, out, wide};
-    return multiply_each(x, zero, sample_scale, whole, &form, groups);
-}
-#endif
-
-/* x [batch, rows, columns] by weight [panels, groups, pairs, PANEL, 2], whose groups of columns have
- * scales of their own [panels, groups, PANEL] → y [batch, rows, out], else as ``convolve``. */
-EXPORT int multiply_groups(const uint8_t *x, const int32_t *zero, const float *sample_scale,
-                           const int16_t *weight, const float *group_scale, const float *scale,
-                           const float *bias, float *y, ROWS_OF) {
-#if SUPPORTED
-    const int at_a_time = channels_at_a_time();
-    if (!at_a_time) return LACKS_INSTRUCTIONS;
-    const Finish f = {scale, bias, LOWEST, HIGHEST, 0, 0, 0, y, NULL};
-    return multiply_by_groups(x, zero, sample_scale, weight, group_scale, &f, batch, rows, columns,
-                              out, groups, wide && at_a_time == 16);
-#else
-    return LACKS_INSTRUCTIONS;
-#endif
-}
-
-/* The same as bytes. */
-EXPORT int multiply_groups_bytes(const uint8_t *x, const int32_t *zero, const float *sample_scale,
-                                 const int16_t *weight, const float *group_scale,
-                                 const float *scale, const float *bias, uint8_t *y, ROWS_OF,
-                                 int gelu, float inverse, int byte) {
-#if SUPPORTED
-    const int at_a_time = channels_at_a_time();
-    if (!at_a_time) return LACKS_INSTRUCTIONS;
-    const Finish f = {scale, bias, LOWEST, HIGHEST, gelu, inverse, (float)byte, NULL, y};
-    return multiply_by_groups(x, zero, sample_scale, weight, group_scale, &f, batch, rows, columns,
-                              out, groups, wide && at_a_time == 16);
+    const Finish f = FINISH;
+    const Part whole = {weight, runs > 1 ? run_scale : NULL, &f, 0, 0, 0, out, out * groups,
+                        wide && at_a_time == 16};
+    const int each = kernel_h == 1 && kernel_w == 1 && stride_h == 1 && stride_w == 1 &&
+                     pad_h == 0 && pad_w == 0;
+    if (runs > 1 && !(each && groups == 1)) return IS_NO_ROW;
+    return each ? multiply_each(x, zero, sample_scale, whole, &form, runs)
+                : multiply_windows(x, zero, sample_scale, whole, &form);
 #else
     return LACKS_INSTRUCTIONS;
 #endif
@@ -800,28 +712,13 @@ EXPORT int multiply_groups_bytes(const uint8_t *x, const int32_t *zero, const fl
 
 /* Every channel, of 16 or more, by its own taps: weight [pairs of taps, channels, 2], sums of it,
  * scale and bias [channels] → y [batch, out_h, out_w, channels]. */
-EXPORT int convolve_channels(const uint8_t *x, const int32_t *zero, const float *sample_scale,
+EXPORT int multiply_channels(const uint8_t *x, const int32_t *zero, const float *sample_scale,
                              const int16_t *weight, const int32_t *sums, const float *scale,
-                             const float *bias, float *y, FORM) {
+                             const float *bias, void *y, FORM, END) {
 #if SUPPORTED
     if (!channels_at_a_time() || channels < PANEL) return LACKS_INSTRUCTIONS;
     const Form form = GIVEN(channels);
-    const Finish f = {scale, bias, LOWEST, HIGHEST, 0, 0, 0, y, NULL};
-    return multiply_depthwise(x, zero, sample_scale, weight, sums, &f, &form);
-#else
-    return LACKS_INSTRUCTIONS;
-#endif
-}
-
-/* The same as bytes. */
-EXPORT int convolve_channels_bytes(const uint8_t *x, const int32_t *zero,
-                                   const float *sample_scale, const int16_t *weight,
-                                   const int32_t *sums, const float *scale, const float *bias,
-                                   uint8_t *y, FORM, int gelu, float inverse, int byte) {
-#if SUPPORTED
-    if (!channels_at_a_time() || channels < PANEL) return LACKS_INSTRUCTIONS;
-    const Form form = GIVEN(channels);
-    const Finish f = {scale, bias, LOWEST, HIGHEST, gelu, inverse, (float)byte, NULL, y};
+    const Finish f = FINISH;
     return multiply_depthwise(x, zero, sample_scale, weight, sums, &f, &form);
 #else
     return LACKS_INSTRUCTIONS;

@@ -64,7 +64,9 @@ def verdicts_path() -> Path:
     for name in sorted(n for n in os.environ if n.startswith(_SETTINGS)):
         digest.update(f"{name}={os.environ[name]}".encode())
     digest.update(f"{guard_path() is not None}".encode())
-    for path in sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".c")):
+    for path in sorted(
+        p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".c", ".h")
+    ):
         digest.update(path.read_bytes())
     return cache_folder() / f"convolutions-{digest.hexdigest()[:16]}.jsonl"
 

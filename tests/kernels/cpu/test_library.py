@@ -44,35 +44,48 @@ SIZES = {
     "dilation_h": 1,
     "dilation_w": 2,
     "out": 5,
+    "runs": 1,
     "wide": 1,
-    "gelu": 1,
+    "after": 0,
     "byte": 128,
 }
-NAMES = sorted(signatures.FUNCTIONS)
+ROW = {"height": 1, "groups": 1, "runs": 3}
+ROW |= {f"{n}_{axis}": 1 for n in ("kernel", "stride", "dilation") for axis in "hw"} | {"pad_h": 0}
+CASES = {name: (name, SIZES) for name in signatures.FUNCTIONS}
+CASES |= {
+    "multiply_panels to bytes": ("multiply_panels", SIZES | {"after": 1}),
+    "multiply_channels to bytes": ("multiply_channels", SIZES | {"after": 2}),
+    "multiply_panels by groups of columns": ("multiply_panels", SIZES | ROW),
+}
+"""Functions and the sizes that they are called with."""
 
 
-def arguments(name):
+def arguments(name, sizes=SIZES):
     """Return what a function takes, all right, by name."""
     torch.manual_seed(0)
     given = {}
     for key, parameter in signatures.FUNCTIONS[name].items():
         if isinstance(parameter, signatures.Array):
-            count = parameter.count(SIZES)
-            given[key] = torch.rand(count, dtype=torch.float64).to(parameter.dtype)
+            count = parameter.count(sizes)
+            given[key] = torch.rand(count, dtype=torch.float64).to(parameter.dtype_in(sizes))
         elif isinstance(parameter, signatures.Integer):
-            given[key] = SIZES[key]
+            given[key] = sizes[key]
         else:
             given[key] = 0.5
     return given
 
 
-def arrays(name):
-    return [k for k, p in signatures.FUNCTIONS[name].items() if isinstance(p, signatures.Array)]
+def arrays(name, sizes=SIZES):
+    """Return the buffers that a function touches."""
+    parameters = signatures.FUNCTIONS[name]
+    found = {k: p for k, p in parameters.items() if isinstance(p, signatures.Array)}
+    return {k: p for k, p in found.items() if p.count(sizes)}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_right_is_taken(name):
-    assert library.call(name, *arguments(name).values()) == 0
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_right_is_taken(case):
+    name, sizes = CASES[case]
+    assert library.call(name, *arguments(name, sizes).values()) == 0
 
 
 def unaligned(x):
@@ -98,45 +111,47 @@ def freed(x):
     return x
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("how", WRONG)
-def test_a_wrong_buffer_raises(name, how):
+def test_a_wrong_buffer_raises(case, how):
+    name, sizes = CASES[case]
     spoil, error, message = WRONG[how]
-    for key in arrays(name):
-        given = arguments(name)
-        if how == "gaps" and (signatures.FUNCTIONS[name][key].strided or len(given[key]) == 1):
+    for key, array in arrays(name, sizes).items():
+        given = arguments(name, sizes)
+        if how == "gaps" and (array.strided or len(given[key]) == 1):
             continue
         given[key] = spoil(given[key])
         with pytest.raises(error, match=rf"native\.{name}: {key} .*({message})"):
             library.call(name, *given.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_unaligned_and_shared_memory_raise(name):
-    for key in arrays(name):
-        given = arguments(name)
+@pytest.mark.parametrize("case", CASES)
+def test_unaligned_and_shared_memory_raise(case):
+    name, sizes = CASES[case]
+    for key, own in arrays(name, sizes).items():
+        given = arguments(name, sizes)
         if given[key].element_size() > 1:
             given[key] = unaligned(given[key])
             with pytest.raises(ValueError, match="not aligned"):
                 library.call(name, *given.values())
-        given = arguments(name)
-        own = signatures.FUNCTIONS[name][key]
-        for other in arrays(name):
-            parameter = signatures.FUNCTIONS[name][other]
+        given = arguments(name, sizes)
+        for other, parameter in arrays(name, sizes).items():
             if other == key or not (own.written or parameter.written):
                 continue
             most = max(given[key].numel() * 8, given[other].numel() * 8)
             raw = torch.zeros(most, dtype=torch.uint8)
             both = dict(given)
-            both[key], both[other] = raw.view(own.dtype), raw.view(parameter.dtype)
+            for k, p in ((key, own), (other, parameter)):
+                both[k] = raw.view(p.dtype_in(sizes))
             with pytest.raises(ValueError, match="share memory"):
                 library.call(name, *both.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_numbers_out_of_range_raise(name):
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_out_of_range_raise(case):
+    name, sizes = CASES[case]
     for key, parameter in signatures.FUNCTIONS[name].items():
-        given = arguments(name)
+        given = arguments(name, sizes)
         if isinstance(parameter, signatures.Array):
             continue
         wrong = [2**63, -(2**31)] if isinstance(parameter, signatures.Integer) else []
@@ -148,8 +163,13 @@ def test_numbers_out_of_range_raise(name):
         library.call(name, *list(arguments(name).values())[:-1])
 
 
+def test_groups_of_columns_are_of_single_rows():
+    given = arguments("multiply_panels", SIZES | {"runs": 3})
+    assert library.call("multiply_panels", *given.values()) == 3
+
+
 def test_groups_divide_the_channels_and_a_window_fits():
-    given = arguments("convolve")
+    given = arguments("multiply_panels")
     for spoilt, message in (
         ({"groups": 4}, "18 channels are not 4 groups"),
         (
@@ -158,7 +178,7 @@ def test_groups_divide_the_channels_and_a_window_fits():
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            library.call("convolve", *(given | spoilt).values())
+            library.call("multiply_panels", *(given | spoilt).values())
 
 
 def test_groups_divide_the_rows():

@@ -43,7 +43,7 @@ def compiled(name: str, c: Config, itemsize: int, capability: int) -> int:
     even = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
-        if signature[n].startswith("*") or (n in EVEN and n not in cut)
+        if str(signature[n]).startswith("*") or (n in EVEN and n not in cut)
     }
     source = ASTSource(kernel, signature, cut, even)
     options = {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autoquant.kernels.forms import same_memory
 from autoquant.measure.outputs import CONSTANTS, KNOWN, is_plain
+from autoquant.nn.forms import same_memory
 from autoquant.nn.layer_output import as_real, version_of
 
 MOST_LENGTHS = 4096

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from autoquant.kernels.forms import form_of, same_memory, tensors_of, with_tensors
+from autoquant.nn.forms import form_of, same_memory, tensors_of, with_tensors
 
 T = TypeVar("T")
 

@@ -44,21 +44,3 @@ def pack(q: Tensor, bits: int, span: int) -> Tensor:
         fields.append(packed.flatten(2))
         shift += width
     return torch.cat(fields, dim=2).contiguous()
-
-
-def unpack(packed: Tensor, bits: int, span: int, columns: int) -> Tensor:
-    """Return the int8 [N, columns] that ``pack`` packed: the definition that kernels follow."""
-    spans = []
-    for n in range(SPANS):
-        q = torch.zeros_like(packed[:, :, :span])
-        start = shift = 0
-        for width in FIELDS[bits]:
-            lanes = 8 // width
-            at = start + n // lanes * span
-            field = packed[:, :, at : at + span] >> (n % lanes * width)
-            q |= (field & ((1 << width) - 1)) << shift
-            start += width * span
-            shift += width
-        spans.append(q)
-    rows = torch.stack(spans, dim=2).flatten(1)[:, :columns]
-    return (rows.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)

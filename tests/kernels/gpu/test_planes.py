@@ -3,7 +3,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoquant.kernels.gpu.planes import pack, unpack
+from autoquant.kernels.gpu.planes import FIELDS, SPANS, pack
+
+
+def unpack(packed, bits, span, columns):
+    """Return the int8 [N, columns] that ``pack`` packed, as kernels do it."""
+    spans = []
+    for n in range(SPANS):
+        q = torch.zeros_like(packed[:, :, :span])
+        start = shift = 0
+        for width in FIELDS[bits]:
+            lanes = 8 // width
+            at = start + n // lanes * span
+            field = packed[:, :, at : at + span] >> (n % lanes * width)
+            q |= (field & ((1 << width) - 1)) << shift
+            start += width * span
+            shift += width
+        spans.append(q)
+    rows = torch.stack(spans, dim=2).flatten(1)[:, :columns]
+    return (rows.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
 @settings(deadline=None, max_examples=60)

@@ -129,10 +129,6 @@ def finish(
     channels are not LAST. Neighbouring threads go along the last axis of a block, so it has to be
     the one that is dense in memory.
     """
-    scale = tl.load(w_scale + channel, mask=columns, other=0.0)
-    shift = scale * 0.0
-    if HAS_BIAS:
-        shift = tl.load(bias + channel, mask=columns, other=0.0)
     last = m.to(tl.int64)[:, None] * outputs + channel[None, :]
     mask = rows[:, None] & columns[None, :]
     if LAST:
@@ -141,6 +137,10 @@ def finish(
         at = (m // area).to(tl.int64) * outputs * area + m % area
         to = channel.to(tl.int64)[:, None] * area + at[None, :]
         to_mask = columns[:, None] & rows[None, :]
+    scale = tl.load(w_scale + channel, mask=columns, other=0.0)
+    shift = scale * 0.0
+    if HAS_BIAS:
+        shift = tl.load(bias + channel, mask=columns, other=0.0)
     y = to_real(acc, tl.zeros_like(m).to(tl.float32) + x_scale, scale, shift)
     if ADDS:
         addend = tl.load(other + to, mask=to_mask, other=0.0)

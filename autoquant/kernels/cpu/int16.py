@@ -19,7 +19,7 @@ from autoquant.kernels.cpu.handing import HandedForm
 from autoquant.kernels.cpu.library import call, library
 from autoquant.kernels.cpu.native import OFFSET
 from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
-from autoquant.kernels.cpu.product import IntegerProduct
+from autoquant.kernels.cpu.product import IntegerProduct, Rows
 from autoquant.kernels.cpu.signatures import LARGEST, PANEL
 from autoquant.kernels.layout import is_channels_last
 from autoquant.kernels.operation import Clamp, Operation, Product
@@ -139,15 +139,8 @@ class Int16Product(IntegerProduct):
         y = self._run(q, *self._numbers(q), self.scale, bias, clamp, None)
         return y if channels_last or not self.axes else y.contiguous()
 
-    def _of_rows(
-        self,
-        x: Tensor,
-        q: Tensor,
-        scale: Tensor,
-        zero_points: Tensor,
-        bias: Tensor | None,
-        clamp: Clamp | None,
-    ) -> Tensor:
+    def _of_rows(self, x: Tensor, rows: Rows, bias: Tensor | None, clamp: Clamp | None) -> Tensor:
+        q, scale, zero_points = rows
         zero = zero_points.to(torch.int32) + OFFSET
         y = self._run(q, scale, zero, self.scale, bias, clamp, None)
         return y if not self.axes or is_channels_last(x) else y.contiguous()

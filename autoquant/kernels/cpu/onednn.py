@@ -19,7 +19,7 @@ from autoquant.kernels.cpu.geometry import Geometry
 from autoquant.kernels.cpu.handing import HandedForm
 from autoquant.kernels.cpu.native import OFFSET, finish_rows
 from autoquant.kernels.cpu.packed_weight import PackedWeight, packed_weight
-from autoquant.kernels.cpu.product import IntegerProduct
+from autoquant.kernels.cpu.product import IntegerProduct, Rows
 from autoquant.kernels.cpu.verification import is_right
 from autoquant.kernels.layout import is_channels_last
 from autoquant.kernels.operation import Clamp, Operation, Product
@@ -96,15 +96,8 @@ class LinearProduct(IntegerProduct):
         """Return [..., out] of an activation's bytes."""
         return self._run(q, self.activation.scale, self.zero_point, bias, _post(clamp))
 
-    def _of_rows(
-        self,
-        x: Tensor,
-        q: Tensor,
-        scale: Tensor,
-        zero_points: Tensor,
-        bias: Tensor | None,
-        clamp: Clamp | None,
-    ) -> Tensor:
+    def _of_rows(self, x: Tensor, rows: Rows, bias: Tensor | None, clamp: Clamp | None) -> Tensor:
+        q, scale, zero_points = rows
         y = self._run(q, 1.0, OFFSET, None, _post(None))
         finish_rows(
             y.view(-1, y.shape[-1]), scale, zero_points, self.weight.sums, _or_zeros(bias, y)
@@ -184,15 +177,8 @@ class ConvProduct(IntegerProduct):
         y = self.run(q, self.activation.scale, bias, clamp)
         return y if channels_last else y.contiguous()
 
-    def _of_rows(
-        self,
-        x: Tensor,
-        q: Tensor,
-        scale: Tensor,
-        zero_points: Tensor,
-        bias: Tensor | None,
-        clamp: Clamp | None,
-    ) -> Tensor:
+    def _of_rows(self, x: Tensor, rows: Rows, bias: Tensor | None, clamp: Clamp | None) -> Tensor:
+        q, scale, zero_points = rows
         y = self.run(q, 1.0, None, None)
         shape = (-1, *[1] * (y.dim() - 1))
         channels = (1, -1, *[1] * (y.dim() - 2))

@@ -11,7 +11,7 @@ from autoquant.kernels.cpu.handing import HandedForm, handed_form, within_grid
 from autoquant.kernels.cpu.native import OFFSET, quantize, quantize_rows, rotate
 from autoquant.kernels.cpu.packed_weight import PackedWeight
 from autoquant.kernels.layout import is_channels_last
-from autoquant.kernels.operation import Clamp, Reader, SchemeReader
+from autoquant.kernels.operation import Chainable, Clamp, Reader, SchemeReader
 from autoquant.quant.rotation import Rotation
 from autoquant.quant.transforms import InputTransform
 from autoquant.spec.recipe import ActivationScheme
@@ -19,13 +19,17 @@ from autoquant.spec.recipe import ActivationScheme
 LARGEST_SCALE = 2.0**64
 """Largest scale of a token: beyond it (one that holds ∞), the order of products matters."""
 
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Integers, scales and zero points of an activation, each token by its own."""
 
-class IntegerProduct(ABC):
+
+class IntegerProduct(Chainable, ABC):
     """A product that makes bytes of its activation, or is handed them, and may hand its output on.
 
     ``axes`` are those of space: a linear layer has none.
     """
 
+    reads: Reader | None = None
     hands_gelu = True
 
     def __init__(
@@ -39,8 +43,6 @@ class IntegerProduct(ABC):
         self.kind = "conv" if axes else "linear"
         self.transform = transform
         self.zero_point = OFFSET if activation.dynamic else (activation.zero_point or 0) + OFFSET
-        self.reads: Reader | None = None
-        """What makes the bytes that it takes."""
         if not activation.dynamic and not isinstance(transform, Rotation):
             self.reads = SchemeReader(activation, transform)
 
@@ -52,36 +54,17 @@ class IntegerProduct(ABC):
             q = quantize(x, self.activation, self.transform)
             return None if q is None else self.real(q, bias, clamp, is_channels_last(x))
         rows = self._by_rows(x)
-        return None if rows is None else self._of_rows(x, *rows, bias, clamp)
-
-    @abstractmethod
-    def takes(self, q: Tensor) -> bool:
-        """Return whether it can compute with bytes of this shape."""
-
-    @abstractmethod
-    def real(
-        self, q: Tensor, bias: Tensor | None, clamp: Clamp | None, channels_last: bool
-    ) -> Tensor:
-        """Return the layer's output on an activation's bytes."""
+        return None if rows is None else self._of_rows(x, rows, bias, clamp)
 
     @abstractmethod
     def _bytes(self, q: Tensor, form: HandedForm, gelu: str | None) -> Tensor | None:
         """Return the output on bytes as the bytes of ``form``; None where it can't."""
 
     @abstractmethod
-    def _of_rows(
-        self,
-        x: Tensor,
-        q: Tensor,
-        scale: Tensor,
-        zero_points: Tensor,
-        bias: Tensor | None,
-        clamp: Clamp | None,
-    ) -> Tensor:
-        """Return the output on ``x``, whose bytes have a scale and zero point for each token."""
+    def _of_rows(self, x: Tensor, rows: Rows, bias: Tensor | None, clamp: Clamp | None) -> Tensor:
+        """Return the output on ``x``, whose bytes are ``rows``."""
 
-    def _by_rows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return the integers, scales and zero points of an activation, each token by its own."""
+    def _by_rows(self, x: Tensor) -> Rows | None:
         if isinstance(self.transform, Rotation):
             x = rotate(x, self.transform)
         elif self.transform is not None:

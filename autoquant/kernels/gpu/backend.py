@@ -62,30 +62,22 @@ class TritonBackend:
         transform: InputTransform | None = None,
     ) -> Product | None:
         """Pack a weight [out, in] or [out, in / groups, *kernel]; None where it is not for it."""
-        return transformed(self._prepare(operation, weight, activation, device), transform)
-
-    def _prepare(
-        self,
-        operation: Operation,
-        weight: QuantizedWeight,
-        activation: ActivationScheme | None,
-        device: torch.device,
-    ) -> Product | None:
         if self.missing(device) is not None or weight.channel_axis != 0 or weight.q.numel() == 0:
             return None
-        if operation.kind == "linear":
-            if activation is None:
-                from autoquant.kernels.gpu.weight_only import weight_only_product
+        product: Product | None = None
+        if operation.kind == "linear" and activation is None:
+            from autoquant.kernels.gpu.weight_only import weight_only_product
 
-                return weight_only_product(weight, device)
+            product = weight_only_product(weight, device)
+        elif operation.kind == "linear" and activation is not None:
             from autoquant.kernels.gpu.linear import linear_product
 
-            return linear_product(weight, activation, device)
-        if operation.kind in ("conv1d", "conv2d") and activation is not None:
+            product = linear_product(weight, activation, device)
+        elif operation.kind in ("conv1d", "conv2d") and activation is not None:
             from autoquant.kernels.gpu.conv import conv_product
 
-            return conv_product(operation, weight, activation, device)
-        return None
+            product = conv_product(operation, weight, activation, device)
+        return transformed(product, transform)
 
 
 BACKEND = TritonBackend()

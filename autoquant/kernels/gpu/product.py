@@ -14,11 +14,11 @@ from autoquant.kernels.gpu.integers import IntegerActivation, IntegerWeight
 from autoquant.kernels.gpu.launch import takes
 from autoquant.kernels.gpu.reading import PIXELS, ROWS, DeviceReader, Ending, ending, is_bias
 from autoquant.kernels.gpu.reading import stored as stored_by
-from autoquant.kernels.operation import Added, Clamp, Norm, Reader
+from autoquant.kernels.operation import Added, Adding, Clamp, Norm, Reader
 
 
 @dataclass(frozen=True, slots=True)
-class IntegerProduct(ABC):
+class IntegerProduct(Adding, ABC):
     """A weight and an activation as integers.
 
     By a static scheme it takes int8 and hands int8 on, both as ``layout`` says.
@@ -37,19 +37,6 @@ class IntegerProduct(ABC):
         if q is None:
             return self._unchained(x.detach(), bias, Ending(clamp))
         return self._chained(q, bias, Ending(clamp), self._gives_channels_last(x))
-
-    @property
-    @abstractmethod
-    def reads(self) -> DeviceReader | None:
-        """What makes the int8 that it takes; None where it takes none."""
-
-    @abstractmethod
-    def takes(self, q: Tensor) -> bool:
-        """Return whether it can compute with these int8."""
-
-    @abstractmethod
-    def shape(self, q: Tensor) -> tuple[int, ...]:
-        """Return the shape of the output on int8 ``q``."""
 
     @property
     @abstractmethod
@@ -81,7 +68,9 @@ class IntegerProduct(ABC):
     def stored(self, x: Tensor) -> Tensor | None:
         """Return the int8 of a real activation; None where nobody collects doubts (``doubt``)."""
         reader = self.reads
-        if reader is None or not self._is_taken(x) or not takes(x, None, self.weight.q, 0):
+        if not isinstance(reader, DeviceReader) or not self._is_taken(x):
+            return None
+        if not takes(x, None, self.weight.q, 0):
             return None
         return stored_by(x, reader, self._width)
 

@@ -201,12 +201,15 @@ typedef struct {
                 : "m"(*(const int16_t(*)[2])(a)), "x"(b0), "x"(b1));                               \
     } while (0)
 
-/* Sums of R rows of runs and of pairs of weights [runs, pairs, PANEL, 2] become outputs. */
-#define MULTIPLY_AVX2(R)                                                                           \
-    FMA static void multiply_##R(const int16_t *x, const Runs *runs, const int16_t *b,             \
-                                 const Place *to) {                                                \
+/* Sums of R rows of runs and of pairs of weights [runs, pairs, PANEL, 2] become outputs. Where they
+ * are SCALED, runs have scales of their own [runs, PANEL]. */
+#define MULTIPLY_AVX2(name, R, SCALED)                                                             \
+    FMA static void name##R(const int16_t *x, const Runs *runs, const int16_t *b,                  \
+                            const Place *to) {                                                     \
         const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
         __m256i s[R][2];                                                                           \
+        float sums[R][PANEL];                                                                      \
+        if (SCALED) memset(sums, 0, sizeof sums);                                                  \
         UNROLL for (int i = 0; i < R; ++i) s[i][0] = s[i][1] = _mm256_setzero_si256();             \
         for (ptrdiff_t run = 0; run < runs->count; ++run) {                                        \
             const int16_t *a = x + runs->at[run];                                                  \
@@ -215,14 +218,30 @@ typedef struct {
                 const __m256i b1 = _mm256_loadu_si256((const __m256i *)(b + PANEL));               \
                 UNROLL for (int i = 0; i < R; ++i) MULTIPLY_PAIR(s[i], a + i * lda, b0, b1);       \
             }                                                                                      \
+            if (!SCALED) continue;                                                                 \
+            const float *scale = runs->scale + run * PANEL;                                        \
+            UNROLL for (int i = 0; i < R; ++i) {                                                   \
+                UNROLL for (int h = 0; h < 2; ++h) {                                               \
+                    float *sum = sums[i] + 8 * h;                                                  \
+                    _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[i][h]),             \
+                                                          _mm256_loadu_ps(scale + 8 * h),          \
+                                                          _mm256_loadu_ps(sum)));                  \
+                    s[i][h] = _mm256_setzero_si256();                                              \
+                }                                                                                  \
+            }                                                                                      \
         }                                                                                          \
-        UNROLL for (int i = 0; i < R; ++i) put(s[i][0], s[i][1], to, i);                           \
+        UNROLL for (int i = 0; i < R; ++i) {                                                       \
+            if (SCALED)                                                                            \
+                put_real(_mm256_loadu_ps(sums[i]), _mm256_loadu_ps(sums[i] + 8), to, i);           \
+            else                                                                                   \
+                put(s[i][0], s[i][1], to, i);                                                      \
+        }                                                                                          \
     }
 
-/* The same of the first 8 channels of a panel. */
-#define MULTIPLY_HALF(R)                                                                           \
-    FMA static void multiply_half_##R(const int16_t *x, const Runs *runs, const int16_t *b,        \
-                                      const Place *to) {                                           \
+/* The same of the first 8 channels of a panel, not scaled. */
+#define MULTIPLY_HALF(name, R, ...)                                                                \
+    FMA static void name##R(const int16_t *x, const Runs *runs, const int16_t *b,                  \
+                            const Place *to) {                                                     \
         const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
         __m256i s[R];                                                                              \
         UNROLL for (int i = 0; i < R; ++i) s[i] = _mm256_setzero_si256();                          \
@@ -240,14 +259,17 @@ typedef struct {
         UNROLL for (int i = 0; i < R; ++i) put(s[i], _mm256_setzero_si256(), to, i);               \
     }
 
-/* The same by registers of 16 sums, for P panels that follow each other, each to its own place. */
-#define MULTIPLY_AVX512(R, P)                                                                      \
-    AVX512 static void multiply_wide_##R##_##P(const int16_t *x, const Runs *runs,                 \
-                                               const int16_t *b, const Place *to) {                \
+/* The same by registers of 16 sums, for P panels that follow each other, each to its own place; for
+ * one where they are SCALED. */
+#define MULTIPLY_AVX512(name, R, P, SCALED)                                                        \
+    AVX512 static void name##R(const int16_t *x, const Runs *runs, const int16_t *b,               \
+                               const Place *to) {                                                  \
         const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
         const ptrdiff_t panel = runs->count * pairs * 2 * PANEL;                                   \
         __m512i s[R][P];                                                                           \
+        __m512 sums[R];                                                                            \
         UNROLL for (int i = 0; i < R; ++i) {                                                       \
+            sums[i] = _mm512_setzero_ps();                                                         \
             UNROLL for (int p = 0; p < P; ++p) s[i][p] = _mm512_setzero_si512();                   \
         }                                                                                          \
         for (ptrdiff_t run = 0; run < runs->count; ++run) {                                        \
@@ -262,93 +284,42 @@ typedef struct {
                         s[i][p], _mm512_madd_epi16(_mm512_set1_epi32(v), w[p]));                   \
                 }                                                                                  \
             }                                                                                      \
-        }                                                                                          \
-        UNROLL for (int i = 0; i < R; ++i) {                                                       \
-            UNROLL for (int p = 0; p < P; ++p)                                                     \
-                put(_mm512_castsi512_si256(s[i][p]), _mm512_extracti64x4_epi64(s[i][p], 1),        \
-                    to + p, i);                                                                    \
-        }                                                                                          \
-    }
-
-/* The same, of runs that have scales of their own [runs, PANEL]. */
-#define MULTIPLY_GROUPS(R)                                                                         \
-    FMA static void multiply_groups_##R(const int16_t *x, const Runs *runs, const int16_t *b,      \
-                                        const Place *to) {                                         \
-        const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
-        float sums[R][PANEL];                                                                      \
-        memset(sums, 0, sizeof sums);                                                              \
-        for (ptrdiff_t run = 0; run < runs->count; ++run) {                                        \
-            const int16_t *a = x + runs->at[run];                                                  \
-            __m256i s[R][2];                                                                       \
-            UNROLL for (int i = 0; i < R; ++i) s[i][0] = s[i][1] = _mm256_setzero_si256();         \
-            for (ptrdiff_t k = 0; k < pairs; ++k, a += 2, b += 2 * PANEL) {                        \
-                const __m256i b0 = _mm256_loadu_si256((const __m256i *)b);                         \
-                const __m256i b1 = _mm256_loadu_si256((const __m256i *)(b + PANEL));               \
-                UNROLL for (int i = 0; i < R; ++i) MULTIPLY_PAIR(s[i], a + i * lda, b0, b1);       \
-            }                                                                                      \
-            const float *scale = runs->scale + run * PANEL;                                        \
-            UNROLL for (int i = 0; i < R; ++i) {                                                   \
-                UNROLL for (int h = 0; h < 2; ++h) {                                               \
-                    float *sum = sums[i] + 8 * h;                                                  \
-                    _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[i][h]),             \
-                                                          _mm256_loadu_ps(scale + 8 * h),          \
-                                                          _mm256_loadu_ps(sum)));                  \
-                }                                                                                  \
-            }                                                                                      \
-        }                                                                                          \
-        UNROLL for (int i = 0; i < R; ++i)                                                         \
-            put_real(_mm256_loadu_ps(sums[i]), _mm256_loadu_ps(sums[i] + 8), to, i);               \
-    }
-
-#define WIDE_GROUPS(R)                                                                             \
-    AVX512 static void wide_groups_##R(const int16_t *x, const Runs *runs, const int16_t *b,       \
-                                       const Place *to) {                                          \
-        const ptrdiff_t lda = runs->step, pairs = runs->pairs;                                     \
-        __m512 sums[R];                                                                            \
-        UNROLL for (int i = 0; i < R; ++i) sums[i] = _mm512_setzero_ps();                          \
-        for (ptrdiff_t run = 0; run < runs->count; ++run) {                                        \
-            const int16_t *a = x + runs->at[run];                                                  \
-            __m512i s[R];                                                                          \
-            UNROLL for (int i = 0; i < R; ++i) s[i] = _mm512_setzero_si512();                      \
-            for (ptrdiff_t k = 0; k < pairs; ++k, a += 2, b += 2 * PANEL) {                        \
-                const __m512i w = _mm512_loadu_si512(b);                                           \
-                UNROLL for (int i = 0; i < R; ++i) {                                               \
-                    int32_t v;                                                                     \
-                    memcpy(&v, a + i * lda, sizeof v);                                             \
-                    s[i] = _mm512_add_epi32(s[i], _mm512_madd_epi16(_mm512_set1_epi32(v), w));     \
-                }                                                                                  \
-            }                                                                                      \
+            if (!SCALED) continue;                                                                 \
             const __m512 scale = _mm512_loadu_ps(runs->scale + run * PANEL);                       \
-            UNROLL for (int i = 0; i < R; ++i)                                                     \
-                sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[i]), scale, sums[i]);               \
+            UNROLL for (int i = 0; i < R; ++i) {                                                   \
+                sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[i][0]), scale, sums[i]);            \
+                s[i][0] = _mm512_setzero_si512();                                                  \
+            }                                                                                      \
         }                                                                                          \
         UNROLL for (int i = 0; i < R; ++i) {                                                       \
             float sum[PANEL];                                                                      \
             _mm512_storeu_ps(sum, sums[i]);                                                        \
-            put_real(_mm256_loadu_ps(sum), _mm256_loadu_ps(sum + 8), to, i);                       \
+            UNROLL for (int p = 0; p < P; ++p) {                                                   \
+                if (SCALED)                                                                        \
+                    put_real(_mm256_loadu_ps(sum), _mm256_loadu_ps(sum + 8), to, i);               \
+                else                                                                               \
+                    put(_mm512_castsi512_si256(s[i][p]), _mm512_extracti64x4_epi64(s[i][p], 1),    \
+                        to + p, i);                                                                \
+            }                                                                                      \
         }                                                                                          \
     }
 
-#define EACH(DEFINE) DEFINE(1) DEFINE(2) DEFINE(3) DEFINE(4) DEFINE(5) DEFINE(6)
-#define EACH_OF(DEFINE, P)                                                                         \
-    DEFINE(1, P) DEFINE(2, P) DEFINE(3, P) DEFINE(4, P) DEFINE(5, P) DEFINE(6, P)
-EACH(MULTIPLY_AVX2)
-EACH(MULTIPLY_HALF)
-EACH(MULTIPLY_GROUPS)
-EACH(WIDE_GROUPS)
-EACH_OF(MULTIPLY_AVX512, 1)
-EACH_OF(MULTIPLY_AVX512, 2)
-
+/* Functions for 1 … ROWS rows, and the table of them. */
+#define EACH(DEFINE, name, ...)                                                                    \
+    DEFINE(name, 1, __VA_ARGS__)                                                                   \
+    DEFINE(name, 2, __VA_ARGS__)                                                                   \
+    DEFINE(name, 3, __VA_ARGS__)                                                                   \
+    DEFINE(name, 4, __VA_ARGS__)                                                                   \
+    DEFINE(name, 5, __VA_ARGS__)                                                                   \
+    DEFINE(name, 6, __VA_ARGS__)                                                                   \
+    static Multiply *const name[ROWS] = {name##1, name##2, name##3, name##4, name##5, name##6};
 typedef void Multiply(const int16_t *, const Runs *, const int16_t *, const Place *);
-#define NAMES(name) {name##1, name##2, name##3, name##4, name##5, name##6}
-static Multiply *const MULTIPLY[ROWS] = NAMES(multiply_);
-static Multiply *const MULTIPLY_8[ROWS] = NAMES(multiply_half_);
-static Multiply *const GROUPS[ROWS] = NAMES(multiply_groups_);
-static Multiply *const GROUPS_WIDE[ROWS] = NAMES(wide_groups_);
-static Multiply *const WIDE_1[ROWS] = {multiply_wide_1_1, multiply_wide_2_1, multiply_wide_3_1,
-                                       multiply_wide_4_1, multiply_wide_5_1, multiply_wide_6_1};
-static Multiply *const WIDE_2[ROWS] = {multiply_wide_1_2, multiply_wide_2_2, multiply_wide_3_2,
-                                       multiply_wide_4_2, multiply_wide_5_2, multiply_wide_6_2};
+EACH(MULTIPLY_AVX2, WHOLE, 0)
+EACH(MULTIPLY_AVX2, GROUPS, 1)
+EACH(MULTIPLY_HALF, HALF, 0)
+EACH(MULTIPLY_AVX512, WIDE_1, 1, 0)
+EACH(MULTIPLY_AVX512, WIDE_2, 2, 0)
+EACH(MULTIPLY_AVX512, WIDE_GROUPS, 1, 1)
 
 AVX2 static inline void widen(const uint8_t *restrict x, int16_t *restrict a, ptrdiff_t n,
                               int32_t zero) {
@@ -395,10 +366,10 @@ FMA static void multiply_rows(const int16_t *a, const Runs *given, const Part *p
     const int16_t *b = part->weight + (part->group * panels + p) * whole;
     Runs runs = *given;
     Multiply *const *table =
-        part->wide ? (two ? WIDE_2 : WIDE_1) : left <= PANEL / 2 ? MULTIPLY_8 : MULTIPLY;
+        part->wide ? (two ? WIDE_2 : WIDE_1) : left <= PANEL / 2 ? HALF : WHOLE;
     if (part->of_runs != NULL) {
         runs.scale = part->of_runs + p * runs.count * PANEL;
-        table = part->wide ? GROUPS_WIDE : GROUPS;
+        table = part->wide ? WIDE_GROUPS : GROUPS;
     }
     /* As many rows at a time as leave no small rest. */
     const ptrdiff_t times = (count + ROWS - 1) / ROWS, most = (count + times - 1) / times;
@@ -471,6 +442,14 @@ static Work divide(ptrdiff_t lines, ptrdiff_t most, ptrdiff_t samples, ptrdiff_t
     return w;
 }
 
+/* Which panels of which group are one task's. */
+static Part part_of(Part whole, const Work *work, ptrdiff_t groups, ptrdiff_t task) {
+    whole.from = task % work->splits * work->share;
+    whole.to = smaller((whole.out + PANEL - 1) / PANEL, whole.from + work->share);
+    whole.group = task / work->splits % groups;
+    return whole;
+}
+
 /* Every row of the input [rows, channels] by itself: linear layers, convolutions of 1 × 1. */
 FMA static int multiply_each(const uint8_t *x, const int32_t *zero, const float *scale, Part whole,
                              const Form *form, ptrdiff_t count_of_runs) {
@@ -493,10 +472,7 @@ FMA static int multiply_each(const uint8_t *x, const int32_t *zero, const float 
 #pragma omp for schedule(dynamic)
         for (ptrdiff_t task = 0; task < tasks; ++task) {
             if (failed) continue;
-            Part part = whole;
-            part.from = task % work.splits * work.share;
-            part.to = smaller((whole.out + PANEL - 1) / PANEL, part.from + work.share);
-            part.group = task / work.splits % form->groups;
+            const Part part = part_of(whole, &work, form->groups, task);
             const ptrdiff_t m = task / work.splits / form->groups * work.lines;
             const ptrdiff_t count = smaller(work.lines, rows - m);
             ptrdiff_t b = m / pixels, rest = pixels - m % pixels; /* rows of it that follow */
@@ -555,10 +531,7 @@ FMA static int multiply_windows(const uint8_t *x, const int32_t *zero, const flo
 #pragma omp for schedule(dynamic)
         for (ptrdiff_t task = 0; task < tasks; ++task) {
             if (failed) continue;
-            Part part = whole;
-            part.from = task % work.splits * work.share;
-            part.to = smaller(panels, part.from + work.share);
-            part.group = task / work.splits % form->groups;
+            const Part part = part_of(whole, &work, form->groups, task);
             const ptrdiff_t block = task / work.splits / form->groups;
             const ptrdiff_t b = block / work.blocks, oy = block % work.blocks * work.lines;
             const ptrdiff_t lines = smaller(work.lines, form->out_h - oy);
@@ -606,6 +579,10 @@ FMA INLINE void multiply_line(const uint8_t *x, const ptrdiff_t *at, ptrdiff_t s
     }
 }
 
+#define LINE(pairs)                                                                                \
+    multiply_line(read + o, at, step, weight, sums, pairs, channels, form, f, zero[b], scale[b],   \
+                  o, first + o)
+
 FMA static int multiply_depthwise(const uint8_t *x, const int32_t *zero, const float *scale,
                                   const int16_t *weight, const int32_t *sums, const Finish *f,
                                   const Form *form) {
@@ -644,14 +621,11 @@ FMA static int multiply_depthwise(const uint8_t *x, const int32_t *zero, const f
                 /* The last channels are computed with some before them, once more. */
                 const ptrdiff_t o = smaller(block, channels - PANEL);
                 if (pairs == 5) /* 3 × 3 */
-                    multiply_line(read + o, at, step, weight, sums, 5, channels, form, f, zero[b],
-                                  scale[b], o, first + o);
+                    LINE(5);
                 else if (pairs == 13) /* 5 × 5 */
-                    multiply_line(read + o, at, step, weight, sums, 13, channels, form, f,
-                                  zero[b], scale[b], o, first + o);
+                    LINE(13);
                 else
-                    multiply_line(read + o, at, step, weight, sums, pairs, channels, form, f,
-                                  zero[b], scale[b], o, first + o);
+                    LINE(pairs);
             }
         }
         free(at);

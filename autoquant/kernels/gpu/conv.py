@@ -13,7 +13,7 @@ from autoquant.kernels.gpu.convolution import Convolution
 from autoquant.kernels.gpu.device.convolution import spread_nan
 from autoquant.kernels.gpu.geometry import Geometry, geometry_of
 from autoquant.kernels.gpu.images import quantize
-from autoquant.kernels.gpu.integers import fits_int32, integer_activation, integer_weight
+from autoquant.kernels.gpu.integers import integers_of
 from autoquant.kernels.gpu.launch import MAX_ROWS, ceil_div, launch
 from autoquant.kernels.gpu.product import IntegerProduct
 from autoquant.kernels.gpu.reading import FILLED, PIXELS, DeviceReader, Ending, bias_for
@@ -146,12 +146,10 @@ def conv_product(
     axes = zip(geometry.padding, geometry.dilation, geometry.taps, strict=True)
     if any(p < 0 or p > d * (t - 1) for p, d, t in axes):
         return None
-    activation = integer_activation(scheme, device)
-    if activation is None or not fits_int32(weight.q.shape[1], scheme, weight):
+    made = integers_of(weight, scheme, device, geometry.columns())
+    if made is None:
         return None
-    integers = integer_weight(weight, device, geometry.columns())
-    if integers is None:
-        return None
+    integers, activation = made
     if geometry.depthwise:
         integers = integers.transposed(geometry.taps[0] * geometry.taps[1])
     return ConvProduct(integers, activation, geometry, len(weight.shape))

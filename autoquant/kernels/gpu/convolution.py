@@ -14,7 +14,7 @@ from autoquant.kernels.gpu.images import QuantizedImages
 from autoquant.kernels.gpu.integers import IntegerActivation, IntegerWeight
 from autoquant.kernels.gpu.launch import Config, ceil_div, config, launch, light
 from autoquant.kernels.gpu.reading import Ending
-from autoquant.kernels.gpu.tuning import bucket, run_tuned
+from autoquant.kernels.gpu.tuning import bucket, tuned
 
 DENSE = (
     config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, warps=4, stages=4),
@@ -118,7 +118,6 @@ class Convolution:
                 g.group_depth,
                 g.taps[1],
                 k,
-                *end.ends,
                 ALIGNED=math.gcd(g.group_depth, 16),
                 ALIGNED_N=math.gcd(n, 16),
                 WINDOW=ONE_PIXEL if g.taps == (1, 1) else whole,
@@ -137,7 +136,6 @@ class Convolution:
                 m,
                 g.outputs,
                 *sizes,
-                *end.ends,
                 MULTIPLIER=n,
                 TAPS_Y=g.taps[0],
                 TAPS_X=g.taps[1],
@@ -150,6 +148,6 @@ class Convolution:
         shape = (bucket(m), g.outputs, g.depth, g.groups, *g.taps, *g.stride)
         more = (last, images is not None, *end.counts)
         name, choices = f"{name} convolution {end.kind}", DEPTHWISE if g.depthwise else wide
-        if not run_tuned(name, (*shape, *more), choices, run, q.device):
+        if tuned(name, (*shape, *more), choices, run, q.device) is None:
             return None
         return out.permute(0, 3, 1, 2) if last else out

@@ -61,6 +61,20 @@ class IntegerActivation:
         return self.dynamic and self.symmetric
 
 
+def integers_of(
+    weight: QuantizedWeight,
+    scheme: ActivationScheme,
+    device: torch.device,
+    order: Tensor | None = None,
+) -> tuple[IntegerWeight, IntegerActivation] | None:
+    """Return both for a product; None where one of them, or their sums, can't be integers."""
+    activation = integer_activation(scheme, device)
+    if activation is None or not _fits_int32(weight.q.shape[1], scheme, weight):
+        return None
+    integers = integer_weight(weight, device, order)
+    return None if integers is None else (integers, activation)
+
+
 def integer_activation(scheme: ActivationScheme, device: torch.device) -> IntegerActivation | None:
     """Return ``scheme`` for kernels on ``device``; None where it is not calibrated."""
     # As the reference has it: calibrated numbers go before numbers of the token's own.
@@ -111,7 +125,7 @@ def _rows(q: Tensor) -> Tensor:
     return torch.nn.functional.pad(q.to(torch.int8), (0, width - q.shape[1])).contiguous()
 
 
-def fits_int32(depth: int, scheme: ActivationScheme, weight: QuantizedWeight) -> bool:
+def _fits_int32(depth: int, scheme: ActivationScheme, weight: QuantizedWeight) -> bool:
     """Return whether sums of ``depth`` products never leave int32.
 
     Neither those of the integers themselves nor those of the integers less their zero points.

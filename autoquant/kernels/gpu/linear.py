@@ -10,12 +10,7 @@ from torch import Tensor
 
 from autoquant.kernels.gpu.device.matmul import int8_matmul
 from autoquant.kernels.gpu.device.rows import quantize_rows
-from autoquant.kernels.gpu.integers import (
-    IntegerActivation,
-    fits_int32,
-    integer_activation,
-    integer_weight,
-)
+from autoquant.kernels.gpu.integers import IntegerActivation, integers_of
 from autoquant.kernels.gpu.launch import (
     MAX_ROWS,
     Config,
@@ -27,7 +22,7 @@ from autoquant.kernels.gpu.launch import (
 )
 from autoquant.kernels.gpu.product import IntegerProduct
 from autoquant.kernels.gpu.reading import ROWS, DeviceReader, Ending, bias_for
-from autoquant.kernels.gpu.tuning import bucket, run_tuned
+from autoquant.kernels.gpu.tuning import bucket, tuned
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.recipe import ActivationScheme
 
@@ -77,19 +72,12 @@ class QuantizedRows:
     sums: Tensor
 
 
-def empty_rows(rows: int, width: int, device: torch.device) -> QuantizedRows:
-    """Return what ``quantize`` fills: every number of it."""
-    return QuantizedRows(
-        torch.empty(rows, width, dtype=torch.int8, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.int32, device=device),
-        torch.empty(rows, dtype=torch.int32, device=device),
-    )
-
-
-def quantize(x: Tensor, activation: IntegerActivation, out: QuantizedRows) -> None:
-    """Quantize ``x``, float32 [M, K] of any strides, into ``out``."""
+def quantize(x: Tensor, activation: IntegerActivation, width: int) -> QuantizedRows:
+    """Quantize ``x``, float32 [M, K] of any strides, into rows of ``width``."""
     rows, columns = x.shape
+    q = torch.empty(rows, width, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    zero, sums = (torch.empty(rows, dtype=torch.int32, device=x.device) for _ in range(2))
     block = min(next_power_of_2(max(columns, 16)), ROW_ELEMENTS)
     per_program = min(ROW_ELEMENTS // block, 16, next_power_of_2(rows))
     launch(
@@ -97,21 +85,21 @@ def quantize(x: Tensor, activation: IntegerActivation, out: QuantizedRows) -> No
         (ceil_div(rows, per_program),),
         x,
         activation.static,
-        out.q,
-        out.scale,
-        out.zero,
-        out.sums,
+        q,
+        scale,
+        zero,
+        sums,
         rows,
         columns,
-        out.q.shape[1],
-        x.stride(0),
-        x.stride(1),
+        width,
+        *x.stride(),
         SYMMETRIC=activation.symmetric,
         DYNAMIC=activation.dynamic,
         FOLD=activation.fold,
         ROWS=per_program,
         BLOCK=block,
     )
+    return QuantizedRows(q, scale, zero, sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +144,7 @@ class LinearProduct(IntegerProduct):
 
     def _unchained(self, x: Tensor, bias: Tensor | None, end: Ending) -> Tensor | None:
         matrix = x.reshape(-1, self.columns)
-        rows = empty_rows(matrix.shape[0], self.weight.q.shape[1], x.device)
-        quantize(matrix, self.activation, rows)
+        rows = quantize(matrix, self.activation, self.weight.q.shape[1])
         y = self._multiply(rows.q, rows, bias, end)
         return None if y is None else y.view(self.shape(x))
 
@@ -188,7 +175,6 @@ class LinearProduct(IntegerProduct):
                 m,
                 n,
                 width,
-                *end.ends,
                 OWN=rows is not None,
                 HAS_BIAS=bias is not None,
                 X_ZERO=not self.activation.fold,
@@ -208,17 +194,12 @@ class LinearProduct(IntegerProduct):
             (count, n, self.columns, *flags, *end.counts),
             SMALL if count <= 32 else large,
         )
-        return out if run_tuned(name, shape, choices, run, q.device) else None
+        return None if tuned(name, shape, choices, run, q.device) is None else out
 
 
 def linear_product(
     weight: QuantizedWeight, scheme: ActivationScheme, device: torch.device
 ) -> LinearProduct | None:
     """Return the product of a linear layer; None where the integers can't be."""
-    activation = integer_activation(scheme, device)
-    if activation is None or not fits_int32(weight.q.shape[1], scheme, weight):
-        return None
-    integers = integer_weight(weight, device)
-    if integers is None:
-        return None
-    return LinearProduct(integers, activation, weight.q.shape[1])
+    made = integers_of(weight, scheme, device)
+    return None if made is None else LinearProduct(*made, weight.q.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,19 +67,16 @@ def stored(x: Tensor, reader: DeviceReader, width: int) -> Tensor | None:
             quantize_flat, (ceil_div(count, BLOCK),), x, reader.static, q, flag, count, BLOCK=BLOCK
         )
     else:
-        _quantize_strided(x if pixels else _as_image(x), reader.static, q, flag)
+        image = x if pixels else _as_image(x)
+        image = image if image.dim() == 4 else image.unsqueeze(2)
+        into, numbers = q.view(len(image), *image.shape[2:], -1), (reader.static, reader.static[1:])
+        quantize_into(into, image, reader.static, numbers, flag)
     return q[..., : last.shape[-1]].movedim(-1, 1) if pixels else q
 
 
 def _as_image(x: Tensor) -> Tensor:
     """Return rows [..., channels] as one image [1, channels, 1, rows], without a copy if it can."""
     return x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-def _quantize_strided(x: Tensor, static: Tensor, q: Tensor, flag: Tensor) -> None:
-    image = x if x.dim() == 4 else x.unsqueeze(2)
-    samples, _, height, width = image.shape
-    quantize_into(q.view(samples, height, width, -1), image, static, (static, static[1:]), flag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +132,8 @@ class Ending:
             return GELU[self.gelu]
         return 0 if self.clamp is None else 1
 
-    @property
-    def ends(self) -> Clamp:
-        """Least and largest output."""
-        low, high = self.clamp or (0.0, 0.0)
-        return float(low), float(high)
-
-    def to(self, static: Tensor, weight: IntegerWeight) -> tuple[Tensor | tuple[Tensor, ...], ...]:
-        """Return the reader's numbers, the flag, and the fields of the addition.
+    def to(self, static: Tensor, weight: IntegerWeight) -> tuple[Any, ...]:
+        """Return the reader's numbers, the flag, the fields of the addition, the ends of the clamp.
 
         In the places of those that aren't there stands what a kernel won't read.
         """
@@ -152,6 +144,7 @@ class Ending:
             a.other,
             a.statics,
             a.integers,
+            *map(float, self.clamp or (0.0, 0.0)),
         )
 
     @property

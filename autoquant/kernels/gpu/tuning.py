@@ -217,26 +217,15 @@ def tuned(
     run: Callable[[Config], None],
     device: torch.device,
 ) -> Config | None:
-    """Return the Config to launch ``kernel`` with on ``device``; None where none works.
+    """Run ``kernel`` with the Config chosen for ``device``, and return that; None where none works.
 
     On a CPU, where kernels are interpreted, it is the first. The first time that a kernel meets a
     shape, ``run`` is called to see that the choice runs; not while a CUDA graph is captured.
     """
-    if device.type != "cuda":
-        return configs[0]
-    captures = torch.cuda.is_current_stream_capturing()
-    return _CHOOSER.choose(gpu_of(device), kernel, shape, configs, run, asked(), captures)
-
-
-def run_tuned(
-    kernel: str,
-    shape: Sequence[int],
-    configs: Sequence[Config],
-    run: Callable[[Config], None],
-    device: torch.device,
-) -> bool:
-    """Run a kernel with the Config that is chosen for it; return whether one works."""
-    best = tuned(kernel, shape, configs, run, device)
+    best: Config | None = configs[0]
+    if device.type == "cuda":
+        captures = torch.cuda.is_current_stream_capturing()
+        best = _CHOOSER.choose(gpu_of(device), kernel, shape, configs, run, asked(), captures)
     if best is not None:
         run(best)
-    return best is not None
+    return best

@@ -18,7 +18,7 @@ from autoquant.kernels.gpu.launch import (
     takes,
 )
 from autoquant.kernels.gpu.planes import SPANS, pack
-from autoquant.kernels.gpu.tuning import bucket, run_tuned
+from autoquant.kernels.gpu.tuning import bucket, tuned
 from autoquant.kernels.operation import Clamp
 from autoquant.quant.weight import QuantizedWeight
 from autoquant.spec.granularity import group_size
@@ -94,7 +94,7 @@ class PackedLinear:
 
         name = "packed vector" if few else "packed matmul"
         shape = (bucket(m), outputs, self.columns, self.bits, self.group, x.dtype.itemsize)
-        if not run_tuned(name, shape, VECTOR if few else MATRIX, run, x.device):
+        if tuned(name, shape, VECTOR if few else MATRIX, run, x.device) is None:
             return None
         return clamped(out, clamp).view(*x.shape[:-1], outputs)
 

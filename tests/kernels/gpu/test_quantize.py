@@ -42,14 +42,12 @@ def scheme_of(bits, dynamic, symmetric, scale):
     st.booleans(),
     st.floats(1e-6, 1e6),
 )
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 def test_rows(device, rows, bits, dynamic, symmetric, scale):
     x = torch.tensor(rows, dtype=torch.float32, device=device)
     scheme = scheme_of(bits, dynamic, symmetric, scale)
-    out = linear.empty_rows(len(rows), 16, device)
-    for poison in (out.q, out.scale, out.zero, out.sums):
-        poison.fill_(77)
-    linear.quantize(x, integer_activation(scheme, device), out)
+    out = linear.quantize(x, integer_activation(scheme, device), 16)
     expected, p = expected_integers(x, scheme, "linear")
     assert torch.equal(out.q[:, :5].int() - out.zero[:, None], expected)
     assert (out.q[:, 5:] == 0).all()
@@ -62,8 +60,7 @@ def test_rows(device, rows, bits, dynamic, symmetric, scale):
 def test_long_rows(device, columns, dynamic):
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0)).to(device)
     scheme = scheme_of(8, dynamic, False, 0.02)
-    out = linear.empty_rows(3, columns + 7, device)
-    linear.quantize(x, integer_activation(scheme, device), out)
+    out = linear.quantize(x, integer_activation(scheme, device), columns + 7)
     expected, _ = expected_integers(x, scheme, "linear")
     assert torch.equal(out.q[:, :columns].int() - out.zero[:, None], expected)
 

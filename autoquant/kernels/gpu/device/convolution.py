@@ -42,6 +42,8 @@ def int8_convolution(
     other,  # float32, lies as out: where ADDS it is added, before what is after
     statics,  # a tuple of float32 [4]
     integers,  # as many, int8 channels last: what each makes of out
+    low,  # least and largest output, where AFTER is 1
+    high,
     M,  # output pixels of all samples
     N,  # output channels of a group
     w_width,
@@ -59,8 +61,6 @@ def int8_convolution(
     depth,  # channels of a group, what fills up a pixel included
     taps_x,
     K,  # taps · depth
-    low,  # least and largest output, where AFTER is 1
-    high,
     OWN: tl.constexpr,
     ALIGNED: tl.constexpr,  # at most 16; divides channels and depth
     ALIGNED_N: tl.constexpr,  # at most 16; divides N
@@ -185,6 +185,8 @@ def depthwise_convolution(
     other,  # float32, lies as out: where ADDS it is added, before what is after
     statics,  # a tuple of float32 [4]
     integers,  # as many, int8 channels last: what each makes of out
+    low,  # least and largest output, where AFTER is 1
+    high,
     M,
     N,
     height,
@@ -198,8 +200,6 @@ def depthwise_convolution(
     dilation_y,
     dilation_x,
     channels,
-    low,
-    high,
     OWN: tl.constexpr,
     MULTIPLIER: tl.constexpr,  # output channels of one input channel
     TAPS_Y: tl.constexpr,

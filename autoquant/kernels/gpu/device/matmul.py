@@ -36,11 +36,11 @@ def int8_matmul(
     other,  # float32, lies as out: where ADDS it is added, before what is after
     statics,  # a tuple of float32 [4]
     integers,  # as many, int8 [M, N]: what each makes of out
+    low,  # least and largest output, where AFTER is 1
+    high,
     M,
     N,
     width,  # a multiple of 16
-    low,  # least and largest output, where AFTER is 1
-    high,
     OWN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     X_ZERO: tl.constexpr,

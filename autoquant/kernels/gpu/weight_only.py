@@ -81,34 +81,38 @@ class PackedLinear:
         if not few and x.dtype == torch.bfloat16 and x.device.type == "cpu":
             return None  # Triton's interpreter multiplies the bits of bfloat16 matrices
 
+        shift = rows if bias is None else bias.detach().contiguous()
+        _, chunks, _ = self.packed.shape
+        groups = self.scale.shape[1]
+
         def run(c: Config) -> None:
-            arguments = self._arguments(rows, bias, out)
-            if few:
-                grid = (ceil_div(outputs, c.block("BLOCK_N")), m)
-                launch(packed_vector, grid, *arguments, **self._cut(c, bias))
-            else:
-                tiles = (ceil_div(m, c.block("BLOCK_M")), ceil_div(outputs, c.block("BLOCK_N")))
-                launch(
-                    packed_matmul, tiles, *arguments[:6], m, *arguments[6:], **self._cut(c, bias)
-                )
+            tiles = ceil_div(outputs, c.block("BLOCK_N"))
+            launch(
+                packed_vector if few else packed_matmul,
+                (tiles, m) if few else (ceil_div(m, c.block("BLOCK_M")), tiles),
+                rows,
+                self.packed,
+                self.scale,
+                self.zero,
+                shift,
+                out,
+                m,
+                outputs,
+                self.columns,
+                chunks,
+                groups,
+                HAS_BIAS=bias is not None,
+                BITS=self.bits,
+                SPAN=self.span,
+                GROUP_SPANS=0 if groups == 1 else self.group // self.span,
+                **c.arguments(),
+            )
 
         name = "packed vector" if few else "packed matmul"
         shape = (bucket(m), outputs, self.columns, self.bits, self.group, x.dtype.itemsize)
         if tuned(name, shape, VECTOR if few else MATRIX, run, x.device) is None:
             return None
         return clamped(out, clamp).view(*x.shape[:-1], outputs)
-
-    def _arguments(self, x: Tensor, bias: Tensor | None, out: Tensor) -> tuple[Tensor | int, ...]:
-        """Return x, packed, scale, zero, bias, out, N, K, chunks, groups."""
-        n, chunks, _ = self.packed.shape
-        shift = x if bias is None else bias.detach().contiguous()
-        sizes = (n, self.columns, chunks, self.scale.shape[1])
-        return x, self.packed, self.scale, self.zero, shift, out, *sizes
-
-    def _cut(self, c: Config, bias: Tensor | None) -> dict[str, int]:
-        constants = {"HAS_BIAS": bias is not None, "BITS": self.bits, "SPAN": self.span}
-        constants["GROUP_SPANS"] = 0 if self.scale.shape[1] == 1 else self.group // self.span
-        return constants | c.arguments()
 
 
 def weight_only_product(weight: QuantizedWeight, device: torch.device) -> PackedLinear | None:

@@ -142,25 +142,20 @@ def int8_convolution(
     scale, zero = numbers_of(static, x_scale, x_zero, sample, OWN)
     channel = group * N + n
     acc = correct(acc, total, zero, w_zero, w_sum, channel, columns, X_ZERO, W_ZERO)
+    end = (to_static, flag, other, statics, integers, low, high)
     finish(
         acc,
         out,
         scale,
         w_scale,
         bias,
-        to_static,
-        flag,
-        other,
-        statics,
-        integers,
+        end,
         rows,
         columns,
         m,
         channel,
         N * tl.num_programs(1),
         area,
-        low,
-        high,
         HAS_BIAS,
         AFTER,
         HANDS,
@@ -244,25 +239,20 @@ def depthwise_convolution(
             x = tl.where(inside[:, None], x, 0)
         b = tl.load(w + tap * N + n, mask=columns, other=0).to(tl.int32) - w_shift
         acc += x * b[None, :]
+    end = (to_static, flag, other, statics, integers, low, high)
     finish(
         acc,
         out,
         scale,
         w_scale,
         bias,
-        to_static,
-        flag,
-        other,
-        statics,
-        integers,
+        end,
         rows,
         columns,
         m,
         n,
         N,
         area,
-        low,
-        high,
         HAS_BIAS,
         AFTER,
         HANDS,

@@ -103,19 +103,13 @@ def finish(
     x_scale,
     w_scale,
     bias,
-    to_static,
-    flag,
-    other,
-    statics,
-    integers,
+    end,
     rows,
     columns,
     m,
     channel,
     outputs,
     area,
-    low,
-    high,
     HAS_BIAS: tl.constexpr,
     AFTER: tl.constexpr,
     HANDS: tl.constexpr,
@@ -125,10 +119,12 @@ def finish(
     """Store the outputs of exact sums ``acc`` [M, N]: rows or pixels ``m`` of ``channel``.
 
     ``x_scale`` is float32 [M], or one number as it is wherever it HANDS. ``w_scale`` and ``bias``
-    point at float32 of all channels. ``area`` is the pixels of a sample, which matter where
-    channels are not LAST. Neighbouring threads go along the last axis of a block, so it has to be
-    the one that is dense in memory.
+    point at float32 of all channels. ``end`` is what kernels are given of a ``reading.Ending``:
+    to_static, flag, other, statics, integers, low and high. ``area`` is the pixels of a sample,
+    which matter where channels are not LAST. Neighbouring threads go along the last axis of a
+    block, so it has to be the one that is dense in memory.
     """
+    to_static, flag, other, statics, integers, low, high = end
     last = m.to(tl.int64)[:, None] * outputs + channel[None, :]
     mask = rows[:, None] & columns[None, :]
     if LAST:

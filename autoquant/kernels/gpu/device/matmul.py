@@ -84,25 +84,20 @@ def int8_matmul(
     scale, zero = numbers_of(static, x_scale, x_zero, m % M, OWN)
     rows, columns = m < M, n < N
     acc = correct(acc, total, zero, w_zero, w_sum, n, columns, X_ZERO, W_ZERO)
+    end = (to_static, flag, other, statics, integers, low, high)
     finish(
         acc,
         out,
         scale,
         w_scale,
         bias,
-        to_static,
-        flag,
-        other,
-        statics,
-        integers,
+        end,
         rows,
         columns,
         m,
         n,
         N,
         1,
-        low,
-        high,
         HAS_BIAS,
         AFTER,
         HANDS,

@@ -49,7 +49,7 @@ def group_of(chunk, groups, SPAN_NUMBER: tl.constexpr, GROUP_SPANS: tl.constexpr
     return group
 
 
-@triton.jit(do_not_specialize=["chunks", "groups"])
+@triton.jit(do_not_specialize=["M", "chunks", "groups"])
 def packed_vector(
     x,  # float [M, K], contiguous
     packed,  # uint8 [N, chunks, BITS · SPAN], contiguous
@@ -57,6 +57,7 @@ def packed_vector(
     zeros,  # float32 [N, groups], contiguous
     bias,  # like x, [N]
     out,  # like x, [M, N], contiguous
+    M,
     N,
     K,
     chunks,
@@ -77,10 +78,9 @@ def packed_vector(
     for chunk in range(chunks):
         for span in tl.static_range(8):
             k = (chunk * 8 + span) * SPAN + lane
-            group = group_of(chunk, groups, span, GROUP_SPANS)
-            scale = tl.load(scales + row * groups + group)
-            zero = tl.load(zeros + row * groups + group)
-            w = (unpack_span(at, span, BITS, SPAN) - zero[:, None]) * scale[:, None]
+            own = row * groups + group_of(chunk, groups, span, GROUP_SPANS)
+            scale, zero = tl.load(scales + own)[:, None], tl.load(zeros + own)[:, None]
+            w = (unpack_span(at, span, BITS, SPAN) - zero) * scale
             v = tl.load(x + m * K + k, mask=k < K, other=0.0)
             acc += v.to(tl.float32)[None, :] * w.to(x.dtype.element_ty).to(tl.float32)
         at += BITS * SPAN
@@ -122,10 +122,9 @@ def packed_matmul(
     for chunk in range(chunks):
         for span in tl.static_range(8):
             k = (chunk * 8 + span) * SPAN + lane
-            group = group_of(chunk, groups, span, GROUP_SPANS)
-            scale = tl.load(scales + row * groups + group)
-            zero = tl.load(zeros + row * groups + group)
-            w = (unpack_span(at, span, BITS, SPAN) - zero[None, :]) * scale[None, :]
+            own = row * groups + group_of(chunk, groups, span, GROUP_SPANS)
+            scale, zero = tl.load(scales + own)[None, :], tl.load(zeros + own)[None, :]
+            w = (unpack_span(at, span, BITS, SPAN) - zero) * scale
             v = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
             # TF32 would keep 10 bits of a float32.
             acc = tl.dot(v, w.to(x.dtype.element_ty), acc, input_precision="ieee")

@@ -80,24 +80,25 @@ def of_kernel(launch: Launch) -> Step:
     inputs = [t for n, row in tensors.items() if n == "y" or n not in written for t in row]
     given = {id(t): t for t in inputs if id(t) not in outs or norm}
     read, wrote = (sum(t.nbytes for t in those.values()) for those in (given, outs))
-    operations, kind = 0, QUANTIZING if launch.name not in ("sample_qparams",) else OTHER
+    name, operations = launch.name, 0
+    kind = QUANTIZING if name not in ("sample_qparams",) else OTHER
     if norm:
         kind = NORMS
     elif "N" in named:
         depthwise = "TAPS_Y" in named
         kind = DEPTHWISE if depthwise else PRODUCT
-        groups = launch.grid[1] if "convolution" in launch.name and not depthwise else 1
-        depth = named["TAPS_Y"] * named["TAPS_X"] if depthwise else named.get("K", 0)
-        depth = depth or named["width"]  # rows of ``int8_matmul`` are as wide as that
+        name = "depthwise_convolution" if depthwise else name
+        groups = launch.grid[1] if "convolution" in name and not depthwise else 1
+        depth = named.get("K", 0) or named["width"]  # rows of ``int8_matmul`` are as wide as that
         operations = 2 * named["M"] * named["N"] * depth * groups
-        if named.get("stride_x", 1) > 1 and depth == named.get("depth"):
+        if named.get("stride_x", 1) > 1 and not depthwise and depth == named.get("depth"):
             # One tap that skips pixels reads those alone that it meets.
             met = named["M"] * depth * groups
             read -= max(tensors["q"][0].nbytes - met, 0)
     first = [next(t for t in launch.arguments if isinstance(t, Tensor))]
     first += tensors.get("other", [])
     sources, results = _memory(first), _memory(outs.values())
-    return Step(launch.name, kind, read, wrote, operations, sources, results)
+    return Step(name, kind, read, wrote, operations, sources, results)
 
 
 _SILENT = ("aten::empty", "aten::detach", "aten::alias", "prim::", "aten::_unsafe_view")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autoquant.kernels.gpu.device.convolution import depthwise_convolution, int8_convolution
+from autoquant.kernels.gpu.device.convolution import int8_convolution
 from autoquant.kernels.gpu.geometry import Geometry
 from autoquant.kernels.gpu.images import QuantizedImages
 from autoquant.kernels.gpu.integers import IntegerActivation, IntegerWeight
@@ -44,7 +44,7 @@ DEPTHWISE = (
     config(BLOCK_M=16, BLOCK_N=128, warps=4),
     config(BLOCK_M=32, BLOCK_N=128, warps=4),
 )
-ONE_PIXEL, ONE_TAP, ANY = 0, 1, 2
+ONE_PIXEL, ONE_TAP, ANY, ONE_CHANNEL = range(4)
 """What a block of columns of a window holds, as kernels call it."""
 
 
@@ -83,71 +83,69 @@ class Convolution:
         weight, static, last = self.weight, self.activation.static, last or end.reader is not None
         samples, _, height, width = q.shape
         rows, columns = g.out_size(height, width)
-        lies = (samples, rows, columns, g.outputs) if last else (samples, g.outputs, rows, columns)
-        out = torch.empty(lies, dtype=end.dtype, device=q.device)
+        shape = (samples, rows, columns, g.outputs) if last else (samples, g.outputs, rows, columns)
+        out = torch.empty(shape, dtype=end.dtype, device=q.device)
         own = images is not None and self.activation.dynamic
-        tensors = (
-            *(q, weight.q, out, weight.scale if bias is None else bias, static),
-            *((static, static) if images is None else (images.scale, images.zero)),
-        )
-        sizes = (height, width, rows, columns, *g.stride, *g.padding, *g.dilation, g.channels)
-        constants = {
-            "OWN": own,
-            "PADDED": any(g.padding),
-            "LAST": last,
-            "ALIGNED_AREA": 1 if last else math.gcd(rows * columns, 4),
-            "HAS_BIAS": bias is not None,
-            "X_ZERO": not self.activation.fold,
-            **end.flags,
-        }
         m, n = samples * rows * columns, g.outputs // g.groups
-        k = g.taps[0] * g.taps[1] * g.group_depth
+        taps, cut = g.taps[0] * g.taps[1], {"ALIGNED": math.gcd(g.group_depth, 16)}
+        if g.depthwise:
+            cut = {"ALIGNED": math.gcd(g.channels, 16), "WINDOW": ONE_CHANNEL, "MULTIPLIER": n}
+            cut |= {"TAPS_Y": g.taps[0], "TAPS_X": g.taps[1]}
+            n = g.outputs
 
-        def dense(c: Config) -> None:
-            whole = ONE_TAP if g.group_depth % c.block("BLOCK_K") == 0 else ANY
+        def run(c: Config) -> None:
+            tiles = ceil_div(m, c.block("BLOCK_M")), ceil_div(n, c.block("BLOCK_N"))
+            window = cut if g.depthwise else {"WINDOW": self._window(c.block("BLOCK_K"))} | cut
             launch(
                 int8_convolution,
-                (ceil_div(m, c.block("BLOCK_M")) * ceil_div(n, c.block("BLOCK_N")), g.groups),
-                *tensors,
+                tiles if g.depthwise else (tiles[0] * tiles[1], g.groups),
+                q,
+                weight.q,
+                out,
+                weight.scale if bias is None else bias,
+                static,
+                static if images is None else images.scale,
+                static if images is None else images.zero,
                 *weight.numbers,
                 *end.to(static, weight),
                 m,
                 n,
                 weight.q.shape[1],
-                *sizes,
+                height,
+                width,
+                rows,
+                columns,
+                *g.stride,
+                *g.padding,
+                *g.dilation,
+                g.channels,
                 g.group_depth,
                 g.taps[1],
-                k,
-                ALIGNED=math.gcd(g.group_depth, 16),
+                taps * g.group_depth,
+                OWN=own,
                 ALIGNED_N=math.gcd(n, 16),
-                WINDOW=ONE_PIXEL if g.taps == (1, 1) else whole,
+                PADDED=any(g.padding),
+                LAST=last,
+                ALIGNED_AREA=1 if last else math.gcd(rows * columns, 4),
+                HAS_BIAS=bias is not None,
+                X_ZERO=not self.activation.fold,
                 W_ZERO=weight.has_zero,
-                **constants,
+                **end.flags,
+                **window,
                 **c.arguments(),
             )
 
-        def depthwise(c: Config) -> None:
-            launch(
-                depthwise_convolution,
-                (ceil_div(m, c.block("BLOCK_M")), ceil_div(g.outputs, c.block("BLOCK_N"))),
-                *tensors,
-                *weight.numbers[:2],
-                *end.to(static, weight),
-                m,
-                g.outputs,
-                *sizes,
-                MULTIPLIER=n,
-                TAPS_Y=g.taps[0],
-                TAPS_X=g.taps[1],
-                **constants,
-                **c.arguments(),
-            )
-
-        wide = GROUPED if n <= 32 else DENSE if end.addition is None else SUM_DENSE
-        name, run = ("depthwise", depthwise) if g.depthwise else ("int8", dense)
-        shape = (bucket(m), g.outputs, g.depth, g.groups, *g.taps, *g.stride)
+        choices = GROUPED if n <= 32 else DENSE if end.addition is None else SUM_DENSE
+        name, choices = ("depthwise", DEPTHWISE) if g.depthwise else ("int8", choices)
+        problem = (bucket(m), g.outputs, g.depth, g.groups, *g.taps, *g.stride)
         more = (last, images is not None, *end.counts)
-        name, choices = f"{name} convolution {end.kind}", DEPTHWISE if g.depthwise else wide
-        if tuned(name, (*shape, *more), choices, run, q.device) is None:
+        name = f"{name} convolution {end.kind}"
+        if tuned(name, (*problem, *more), choices, run, q.device) is None:
             return None
         return out.permute(0, 3, 1, 2) if last else out
+
+    def _window(self, block: int) -> int:
+        """Return what a block of so many columns of a window holds."""
+        if self.geometry.taps == (1, 1):
+            return ONE_PIXEL
+        return ONE_TAP if self.geometry.group_depth % block == 0 else ANY

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from compile_kernels import KERNELS, type_of
+from compile_kernels import KERNELS, PLAIN, type_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -36,7 +36,7 @@ def compiled(name: str, c: Config, itemsize: int, capability: int) -> int:
     kernel, constants, types = next(k for k in KERNELS if k[0].__name__ == name)
     packed = {"SPAN": SPAN, "BITS": BITS} if name == "packed_matmul" else {}
     cut: dict[str, Any] = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    cut |= packed | dict(c.blocks)
+    cut |= packed | dict(c.blocks) | (PLAIN if name == "int8_convolution" else {})
     if packed:
         types = types | dict.fromkeys(("x", "bias", "out"), FLOATS[itemsize])
     signature = {n: "constexpr" if n in cut else type_of(n, types) for n in kernel.arg_names}

@@ -153,7 +153,7 @@ MODELS = {
     "mobilenet": (
         Bottleneck,
         (2, 8, 6, 5),
-        ["quantize_images", "int8_convolution", "depthwise_convolution", "int8_convolution"],
+        ["quantize_images", "int8_convolution", "int8_convolution", "int8_convolution"],
     ),
     "resnet": (
         Residual,
@@ -169,7 +169,7 @@ MODELS = {
             nn.Conv2d(8, 8, 3, padding=1, groups=8),
         ),
         (2, 3, 9, 8),
-        ["quantize_images", "int8_convolution", "depthwise_convolution"],
+        ["quantize_images", "int8_convolution", "int8_convolution"],
     ),
     "bert": (
         Block,

@@ -28,7 +28,7 @@ def place_of(m, out_height, out_width):
 @triton.jit(do_not_specialize=SHAPE + DENSE)
 def int8_convolution(
     q,  # int8 [samples, height, width, channels], contiguous
-    w,  # int8 [groups · N, w_width], contiguous; columns are (row, column, channel)
+    w,  # int8 [groups · N, w_width] of (row, column, channel); [taps, N] where WINDOW is 3
     out,  # int8 where HANDS, else float32; channels last where LAST, else first; contiguous
     bias,  # float32 [groups · N]
     static,  # float32 [4] of q: scale, zero point, qmin, qmax
@@ -60,11 +60,11 @@ def int8_convolution(
     channels,
     depth,  # channels of a group, what fills up a pixel included
     taps_x,
-    K,  # taps · depth
+    K,  # taps, times depth where WINDOW is not 3
     OWN: tl.constexpr,
-    ALIGNED: tl.constexpr,  # at most 16; divides channels and depth
+    ALIGNED: tl.constexpr,  # at most 16; divides channels, and depth where WINDOW is not 3
     ALIGNED_N: tl.constexpr,  # at most 16; divides N
-    WINDOW: tl.constexpr,  # 0: one pixel; 1: BLOCK_K divides depth; 2: any
+    WINDOW: tl.constexpr,  # 0: one pixel; 1: BLOCK_K divides depth; 2: any; 3: of one channel alone
     PADDED: tl.constexpr,  # whether windows reach beyond q; not where those have their OWN numbers
     LAST: tl.constexpr,
     ALIGNED_AREA: tl.constexpr,  # at most 4; divides the output pixels of a sample
@@ -76,72 +76,101 @@ def int8_convolution(
     ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    BLOCK_K: tl.constexpr = 1,
+    GROUP_M: tl.constexpr = 1,
+    MULTIPLIER: tl.constexpr = 1,  # output channels of one input channel, where WINDOW is 3
+    TAPS_Y: tl.constexpr = 1,  # so many taps there
+    TAPS_X: tl.constexpr = 1,
 ):
-    """Compute BLOCK_M pixels × BLOCK_N channels of one group a program, as a matrix product.
+    """Compute BLOCK_M pixels × BLOCK_N channels of one group a program.
 
-    The window of a pixel is a row of K integers at fixed distances from its first one. What lies
-    beside the image is the integer zero point: the real number 0. Where channels only fill a pixel
-    up, their weights are 0, and they are 0 themselves or W_ZERO is not set.
+    That is a matrix product, or where WINDOW is 3 each channel from one of the input: all are one
+    group then. The window of a pixel is a row of K integers at fixed distances from its first one.
+    What lies beside the image is the integer zero point: the real number 0. Where channels only
+    fill a pixel up, their weights are 0, and they are 0 themselves or W_ZERO is not set.
     """
     # Says nothing new, but the compiler sees that 16 neighbours are one load, or one store.
     channels = channels // ALIGNED * ALIGNED
-    depth = depth // ALIGNED * ALIGNED
-    K = K // ALIGNED * ALIGNED
-    w_width = w_width // 16 * 16
     N = N // ALIGNED_N * ALIGNED_N
     M = M // ALIGNED_AREA * ALIGNED_AREA
     area = out_height * out_width // ALIGNED_AREA * ALIGNED_AREA
-    group = tl.program_id(1)
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    if WINDOW == 3:
+        group, outputs = 0, N
+        tile_m, tile_n = tl.program_id(0), tl.program_id(1)
+    else:
+        depth = depth // ALIGNED * ALIGNED
+        K = K // ALIGNED * ALIGNED
+        w_width = w_width // 16 * 16
+        group, outputs = tl.program_id(1), N * tl.num_programs(1)
+        tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, columns = m < M, n < N
+    channel = group * N + n
     sample, out_y, out_x = place_of(m % M, out_height, out_width)
     y0, x0 = out_y * stride_y - pad_y, out_x * stride_x - pad_x
-    first_pixel = (sample * height + y0).to(tl.int64) * width + x0
-    window = q + first_pixel * channels + group * depth
-    weights = w + (group * N + n % N).to(tl.int64) * w_width
-    beside = tl.load(static + 1).to(tl.int8)
-    step = tl.arange(0, BLOCK_K)
+    first_pixel = ((sample * height + y0).to(tl.int64) * width + x0) * channels
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    total = tl.zeros((BLOCK_M,), tl.int32)
-    for first in range(0, K, BLOCK_K):
-        k = first + step
-        if WINDOW == 0:
-            x = tl.load(window[:, None] + k[None, :], mask=(k < K)[None, :], other=0)
-        elif WINDOW == 1:
-            tap = first // depth
-            dy, dx = tap // taps_x * dilation_y, tap % taps_x * dilation_x
-            offset = (dy * width + dx) * channels + (first - tap * depth) + step
-            at = window[:, None] + offset[None, :]
+    if WINDOW == 3:
+        scale, zero = numbers_of(static, x_scale, x_zero, sample, OWN)
+        window = q + first_pixel[:, None] + (n // MULTIPLIER)[None, :]
+        w_shift = tl.load(w_zero + n, mask=columns, other=0)
+        for tap in range(TAPS_Y * TAPS_X):
+            dy, dx = tap // TAPS_X * dilation_y, tap % TAPS_X * dilation_x
+            at = window + (dy * width + dx) * channels
             if PADDED:
                 row, column = y0 + dy, x0 + dx
                 inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-                x = tl.load(at, mask=inside[:, None], other=0)
-                x = tl.where(inside[:, None], x, beside)
+                x = tl.load(at, mask=inside[:, None] & columns[None, :], other=0).to(tl.int32)
             else:
-                x = tl.load(at)
-        else:
-            tap = k // depth
-            dy, dx = tap // taps_x * dilation_y, tap % taps_x * dilation_x
-            offset = (dy * width + dx) * channels + k % depth
-            at = window[:, None] + offset[None, :]
+                x = tl.load(at, mask=columns[None, :], other=0).to(tl.int32)
+            if X_ZERO:
+                x -= zero[:, None]
             if PADDED:
-                row, column = y0[:, None] + dy[None, :], x0[:, None] + dx[None, :]
-                inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-                x = tl.load(at, mask=inside & (k < K)[None, :], other=0)
-                x = tl.where(inside | (k >= K)[None, :], x, beside)
+                x = tl.where(inside[:, None], x, 0)
+            b = tl.load(w + tap * N + n, mask=columns, other=0).to(tl.int32) - w_shift
+            acc += x * b[None, :]
+    else:
+        window = q + first_pixel + group * depth
+        weights = w + (group * N + n % N).to(tl.int64) * w_width
+        beside = tl.load(static + 1).to(tl.int8)
+        step = tl.arange(0, BLOCK_K)
+        total = tl.zeros((BLOCK_M,), tl.int32)
+        for first in range(0, K, BLOCK_K):
+            k = first + step
+            if WINDOW == 0:
+                x = tl.load(window[:, None] + k[None, :], mask=(k < K)[None, :], other=0)
+            elif WINDOW == 1:
+                tap = first // depth
+                dy, dx = tap // taps_x * dilation_y, tap % taps_x * dilation_x
+                offset = (dy * width + dx) * channels + (first - tap * depth) + step
+                at = window[:, None] + offset[None, :]
+                if PADDED:
+                    row, column = y0 + dy, x0 + dx
+                    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                    x = tl.load(at, mask=inside[:, None], other=0)
+                    x = tl.where(inside[:, None], x, beside)
+                else:
+                    x = tl.load(at)
             else:
-                x = tl.load(at, mask=(k < K)[None, :], other=0)
-        b = tl.load(weights[None, :] + k[:, None], mask=(k < K)[:, None], other=0)
-        acc = tl.dot(x, b, acc, out_dtype=tl.int32)
-        if W_ZERO:
-            total += tl.sum(x.to(tl.int32), axis=1)
-    scale, zero = numbers_of(static, x_scale, x_zero, sample, OWN)
-    channel = group * N + n
-    acc = correct(acc, total, zero, w_zero, w_sum, channel, columns, X_ZERO, W_ZERO)
+                tap = k // depth
+                dy, dx = tap // taps_x * dilation_y, tap % taps_x * dilation_x
+                offset = (dy * width + dx) * channels + k % depth
+                at = window[:, None] + offset[None, :]
+                if PADDED:
+                    row, column = y0[:, None] + dy[None, :], x0[:, None] + dx[None, :]
+                    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                    x = tl.load(at, mask=inside & (k < K)[None, :], other=0)
+                    x = tl.where(inside | (k >= K)[None, :], x, beside)
+                else:
+                    x = tl.load(at, mask=(k < K)[None, :], other=0)
+            b = tl.load(weights[None, :] + k[:, None], mask=(k < K)[:, None], other=0)
+            acc = tl.dot(x, b, acc, out_dtype=tl.int32)
+            if W_ZERO:
+                total += tl.sum(x.to(tl.int32), axis=1)
+        scale, zero = numbers_of(static, x_scale, x_zero, sample, OWN)
+        acc = correct(acc, total, zero, w_zero, w_sum, channel, columns, X_ZERO, W_ZERO)
     end = (to_static, flag, other, statics, integers, low, high)
     finish(
         acc,
@@ -154,104 +183,7 @@ def int8_convolution(
         columns,
         m,
         channel,
-        N * tl.num_programs(1),
-        area,
-        HAS_BIAS,
-        AFTER,
-        HANDS,
-        ADDS,
-        LAST,
-    )
-
-
-@triton.jit(do_not_specialize=SHAPE)
-def depthwise_convolution(
-    q,  # int8 [samples, height, width, channels], contiguous
-    w,  # int8 [taps, N], contiguous
-    out,  # int8 where HANDS, else float32; channels last where LAST, else first; contiguous
-    bias,  # float32 [N]
-    static,  # float32 [4] of q: scale, zero point, qmin, qmax
-    x_scale,  # float32 [samples] where those have numbers of their OWN, as the next
-    x_zero,  # float32 [samples]
-    w_scale,  # float32 [N]
-    w_zero,  # int32 [N]
-    to_static,  # float32 [4] of out, where HANDS
-    flag,  # int32 [1]: becomes 1 where out is in doubt
-    other,  # float32, lies as out: where ADDS it is added, before what is after
-    statics,  # a tuple of float32 [4]
-    integers,  # as many, int8 channels last: what each makes of out
-    low,  # least and largest output, where AFTER is 1
-    high,
-    M,
-    N,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    pad_y,
-    pad_x,
-    dilation_y,
-    dilation_x,
-    channels,
-    OWN: tl.constexpr,
-    MULTIPLIER: tl.constexpr,  # output channels of one input channel
-    TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr,
-    PADDED: tl.constexpr,  # as above
-    LAST: tl.constexpr,
-    ALIGNED_AREA: tl.constexpr,  # at most 4; divides the output pixels of a sample
-    HAS_BIAS: tl.constexpr,
-    X_ZERO: tl.constexpr,
-    AFTER: tl.constexpr,
-    HANDS: tl.constexpr,
-    ADDS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Compute BLOCK_M pixels × BLOCK_N channels a program, each from one input channel."""
-    # As above: 4 neighbours are one store.
-    M = M // ALIGNED_AREA * ALIGNED_AREA
-    area = out_height * out_width // ALIGNED_AREA * ALIGNED_AREA
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows, columns = m < M, n < N
-    sample, out_y, out_x = place_of(m % M, out_height, out_width)
-    y0, x0 = out_y * stride_y - pad_y, out_x * stride_x - pad_x
-    first_pixel = (sample * height + y0).to(tl.int64) * width + x0
-    window = q + (first_pixel * channels)[:, None] + (n // MULTIPLIER)[None, :]
-    scale, zero = numbers_of(static, x_scale, x_zero, sample, OWN)
-    w_shift = tl.load(w_zero + n, mask=columns, other=0)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for tap in range(TAPS_Y * TAPS_X):
-        dy, dx = tap // TAPS_X * dilation_y, tap % TAPS_X * dilation_x
-        at = window + (dy * width + dx) * channels
-        if PADDED:
-            row, column = y0 + dy, x0 + dx
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            x = tl.load(at, mask=inside[:, None] & columns[None, :], other=0).to(tl.int32)
-        else:
-            x = tl.load(at, mask=columns[None, :], other=0).to(tl.int32)
-        if X_ZERO:
-            x -= zero[:, None]
-        if PADDED:
-            x = tl.where(inside[:, None], x, 0)
-        b = tl.load(w + tap * N + n, mask=columns, other=0).to(tl.int32) - w_shift
-        acc += x * b[None, :]
-    end = (to_static, flag, other, statics, integers, low, high)
-    finish(
-        acc,
-        out,
-        scale,
-        w_scale,
-        bias,
-        end,
-        rows,
-        columns,
-        m,
-        n,
-        N,
+        outputs,
         area,
         HAS_BIAS,
         AFTER,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from autoquant.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from autoquant.kernels.cpu.heap import keep_freed_memory as keep_freed_memory
+    from autoquant.heap import keep_freed_memory as keep_freed_memory
     from autoquant.models.task import Task as Task
     from autoquant.nn.archive import load_archive as load
     from autoquant.optimize.resume import resume as resume
@@ -36,7 +36,7 @@ _PLACES = {
     "SearchSpace": ("autoquant.spec.space", "SearchSpace"),
     "Task": ("autoquant.models.task", "Task"),
     "apply": ("autoquant.session.apply", "apply"),
-    "keep_freed_memory": ("autoquant.kernels.cpu.heap", "keep_freed_memory"),
+    "keep_freed_memory": ("autoquant.heap", "keep_freed_memory"),
     "load": ("autoquant.nn.archive", "load_archive"),
     "resume": ("autoquant.optimize.resume", "resume"),
     "search": ("autoquant.optimize.run", "search"),

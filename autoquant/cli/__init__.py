@@ -18,7 +18,7 @@ from autoquant.cli.failures import report_failure
 from autoquant.cli.output import given_back
 from autoquant.cli.started import process_start
 from autoquant.cli.terminal import set_encoding
-from autoquant.kernels.cpu.heap import keep_freed_memory
+from autoquant.heap import keep_freed_memory
 from autoquant.models.usercode import interruptible
 
 COMMANDS = {

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autoquant.kernels.cpu.heap import keep_freed_memory
+from autoquant.heap import keep_freed_memory
 from autoquant.models.files import load
 from autoquant.models.task import load_task, run_forward
 from autoquant.nn.convert import deploy

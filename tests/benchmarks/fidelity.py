@@ -21,7 +21,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import autoquant
-from autoquant.kernels.cpu.heap import keep_freed_memory
+from autoquant.heap import keep_freed_memory
 from autoquant.sensitivity.fisher import Candidates, Score, Sensitivity
 from autoquant.sensitivity.profile import Option, Profile, profile
 from autoquant.session.session import Session

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant.heap import keep_freed_memory
 from autoquant.kernels.cpu import instructions, onednn
 from autoquant.kernels.cpu.geometry import may_be_tried
-from autoquant.kernels.cpu.heap import keep_freed_memory
 from autoquant.kernels.engine import make_engine
 from autoquant.kernels.operation import LINEAR, Operation
 from autoquant.kernels.reference import multiply, reference

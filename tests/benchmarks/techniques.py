@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 import torch
 
-from autoquant.kernels.cpu.heap import keep_freed_memory
+from autoquant.heap import keep_freed_memory
 from autoquant.methods.reconstruction.sequential import EVERY_ROW, Sequential
 from autoquant.methods.rounding.coordinate_descent import CoordinateDescent
 from autoquant.methods.rounding.gptq import GPTQ

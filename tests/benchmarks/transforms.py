@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from autoquant.kernels.cpu.heap import keep_freed_memory
+from autoquant.heap import keep_freed_memory
 from autoquant.nn.transforms import transforms_of
 from autoquant.session.session import Session
 from autoquant.session.transforms import transform_inputs

@@ -85,10 +85,14 @@ VECTORS static void finish_span(float *restrict y, const float *restrict sums,
     for (ptrdiff_t i = 0; i < n; ++i) y[i] = (y[i] - zero * sums[i]) * scale + bias[i];
 }
 
-/* See autoquant.quant.affine.choose_qparams. */
-static void choose(float lo, float hi, int bits, int symmetric, float *scale, float *zero) {
+/* Scale and zero point of numbers by their own range, and the ends of the grid less that; see
+ * autoquant.quant.affine.choose_qparams. */
+static int choose(const float *x, ptrdiff_t n, int bits, int symmetric, float *scale, float *zero,
+                  float *least, float *most) {
     const float huge = 1.70141173e38f, tiny = 1.17549435e-38f; /* HUGE and TINY there */
     const float qmax = (float)((1 << (bits - 1)) - 1), qmin = -qmax - 1;
+    float lo, hi;
+    const int bad = range_span(x, n, &lo, &hi);
     lo = lo < -huge ? -huge : lo;
     hi = hi > huge ? huge : hi;
     float s = symmetric ? (-lo > hi ? -lo : hi) / qmax : (hi - lo) / (qmax - qmin);
@@ -97,6 +101,9 @@ static void choose(float lo, float hi, int bits, int symmetric, float *scale, fl
     z = z < qmin ? qmin : z;
     *zero = z > qmax ? qmax : z;
     *scale = s;
+    *least = qmin - *zero;
+    *most = qmax - *zero;
+    return bad;
 }
 
 /* x [n] → q [n], by one scale; lo and hi are the ends of the grid less the zero point. */
@@ -247,16 +254,13 @@ EXPORT int fake_quantize(const float *x, float *y, ptrdiff_t n, float scale, flo
 EXPORT int quantize_rows(const float *x, uint8_t *q, float *scale, float *zero_point,
                          ptrdiff_t rows, ptrdiff_t columns, int bits, int symmetric) {
     int bad = 0;
-    const float qmax = (float)((1 << (bits - 1)) - 1), qmin = -qmax - 1;
 #pragma omp parallel for reduction(| : bad) schedule(static) if (rows > 1 && rows * columns > GRAIN)
     for (ptrdiff_t r = 0; r < rows; ++r) {
         const float *row = x + r * columns;
         float lo, hi;
-        bad |= range_span(row, columns, &lo, &hi);
-        choose(lo, hi, bits, symmetric, scale + r, zero_point + r);
-        const float zero = zero_point[r];
-        bad |= quantize_span(row, q + r * columns, columns, scale[r], qmin - zero, qmax - zero,
-                             (int32_t)zero + OFFSET);
+        bad |= choose(row, columns, bits, symmetric, scale + r, zero_point + r, &lo, &hi);
+        bad |= quantize_span(row, q + r * columns, columns, scale[r], lo, hi,
+                             (int32_t)zero_point[r] + OFFSET);
     }
     return bad;
 }
@@ -265,14 +269,12 @@ EXPORT int quantize_rows(const float *x, uint8_t *q, float *scale, float *zero_p
 EXPORT int fake_quantize_rows(const float *x, float *y, ptrdiff_t rows, ptrdiff_t columns, int bits,
                               int symmetric) {
     int bad = 0;
-    const float qmax = (float)((1 << (bits - 1)) - 1), qmin = -qmax - 1;
 #pragma omp parallel for reduction(| : bad) schedule(static) if (rows > 1 && rows * columns > GRAIN)
     for (ptrdiff_t r = 0; r < rows; ++r) {
         const float *row = x + r * columns;
         float lo, hi, scale, zero;
-        bad |= range_span(row, columns, &lo, &hi);
-        choose(lo, hi, bits, symmetric, &scale, &zero);
-        fake_span(row, y + r * columns, columns, scale, qmin - zero, qmax - zero);
+        bad |= choose(row, columns, bits, symmetric, &scale, &zero, &lo, &hi);
+        fake_span(row, y + r * columns, columns, scale, lo, hi);
     }
     return bad;
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from autoquant.kernels.cpu.heap import keep_freed_memory
+from autoquant.heap import keep_freed_memory
 from tests.benchmarks.peers.cases import load_case
 from tests.benchmarks.peers.score import score
 from tests.benchmarks.peers.tools import BY_NAME, Found

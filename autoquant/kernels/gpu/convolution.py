@@ -87,15 +87,15 @@ class Convolution:
         out = torch.empty(shape, dtype=end.dtype, device=q.device)
         own = images is not None and self.activation.dynamic
         m, n = samples * rows * columns, g.outputs // g.groups
-        taps, cut = g.taps[0] * g.taps[1], {"ALIGNED": math.gcd(g.group_depth, 16)}
+        window = {"ALIGNED": math.gcd(g.group_depth, 16), "W_ZERO": weight.has_zero}
         if g.depthwise:
-            cut = {"ALIGNED": math.gcd(g.channels, 16), "WINDOW": ONE_CHANNEL, "MULTIPLIER": n}
-            cut |= {"TAPS_Y": g.taps[0], "TAPS_X": g.taps[1]}
+            window = {"WINDOW": ONE_CHANNEL, "ALIGNED": math.gcd(g.channels, 16), "W_ZERO": False}
+            window |= {"MULTIPLIER": n, "TAPS_Y": g.taps[0], "TAPS_X": g.taps[1]}
             n = g.outputs
 
         def run(c: Config) -> None:
             tiles = ceil_div(m, c.block("BLOCK_M")), ceil_div(n, c.block("BLOCK_N"))
-            window = cut if g.depthwise else {"WINDOW": self._window(c.block("BLOCK_K"))} | cut
+            held = {} if g.depthwise else {"WINDOW": self._window(c.block("BLOCK_K"))}
             launch(
                 int8_convolution,
                 tiles if g.depthwise else (tiles[0] * tiles[1], g.groups),
@@ -121,7 +121,7 @@ class Convolution:
                 g.channels,
                 g.group_depth,
                 g.taps[1],
-                taps * g.group_depth,
+                g.taps[0] * g.taps[1] * g.group_depth,
                 OWN=own,
                 ALIGNED_N=math.gcd(n, 16),
                 PADDED=any(g.padding),
@@ -129,9 +129,8 @@ class Convolution:
                 ALIGNED_AREA=1 if last else math.gcd(rows * columns, 4),
                 HAS_BIAS=bias is not None,
                 X_ZERO=not self.activation.fold,
-                W_ZERO=weight.has_zero,
                 **end.flags,
-                **window,
+                **(window | held),
                 **c.arguments(),
             )
 

@@ -80,10 +80,8 @@ class PackedLinear:
         few = m <= FEW_ROWS
         if not few and x.dtype == torch.bfloat16 and x.device.type == "cpu":
             return None  # Triton's interpreter multiplies the bits of bfloat16 matrices
-
         shift = rows if bias is None else bias.detach().contiguous()
-        _, chunks, _ = self.packed.shape
-        groups = self.scale.shape[1]
+        chunks, groups = self.packed.shape[1], self.scale.shape[1]
 
         def run(c: Config) -> None:
             tiles = ceil_div(outputs, c.block("BLOCK_N"))

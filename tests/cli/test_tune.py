@@ -20,6 +20,7 @@ from autoquant.session import tuning as fitting
 from autoquant.spec.recipe import WeightScheme
 from autoquant.spec.recipe_file import load
 from autoquant.study.source import Source
+from autoquant.training.trainer import Trainer
 from tests.cli.conftest import TASK
 
 RECIPE = """\
@@ -122,6 +123,52 @@ def test_evaluate_gives_the_very_numbers_of_the_file(tuned, cli):
         assert tuple(found["splits"][name]["interval"]) == split.interval
     assert found["size_bytes"] == evidence.size_bytes
     assert found["average_weight_bits"] == evidence.average_weight_bits
+
+
+def test_training_goes_on_from_what_was_fitted(plain, cli):
+    words = ("--method", "full", "--steps", "100", "--rate", "10")
+    result = cli(*TUNE, *words)
+    assert (result.status, result.err) == (0, ""), result
+    assert "training all layers together (distillation steps 100" in result.out
+    assert "step 10 of 100: loss " in result.out
+    assert "weights that rounding makes 0: " in result.out
+    assert not list(plain.glob("*training*"))
+    cli("tune", "r.yaml", *WORDS, "-o", "fitted.yaml")
+    ours, theirs = (load(plain / f"{name}.yaml") for name in ("tuned", "fitted"))
+    assert ours.reconstruction.method == "distillation"
+    losses = [
+        json.loads(cli("tune", f"{name}.yaml", *WORDS, "-o", "x.yaml", "--json").out)["before"]
+        for name in ("tuned", "fitted")
+    ]
+    assert losses[0] < losses[1]
+    assert set(ours.sites) == set(theirs.sites)
+    found = evaluated(cli, "tuned.yaml")["splits"]["confirm"]
+    assert found["quantized"] == ours.evidence.confirm.quantized
+    result = cli("apply", "tuned.yaml", *WORDS, "-o", "q.safetensors")
+    assert result.done, result.err
+
+
+def test_training_that_was_killed_goes_on(plain, cli, monkeypatch):
+    words = ("--method", "full", "--steps", "60", "--rate", "10")
+    assert cli(*TUNE, *words, "-o", "whole.yaml").done
+    step, steps = Trainer.step, []
+
+    def killed(self):
+        if self.done == 32 and len(steps) < 40:
+            raise KeyboardInterrupt
+        steps.append(self.done)
+        step(self)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    assert cli(*TUNE, *words).status != 0
+    assert (plain / "tuned.training.safetensors").exists()
+    steps += [0] * 40
+    again = len(steps)
+    assert cli(*TUNE, *words).done
+    assert steps[again] == 30
+    ours, whole = (load(plain / f"{name}.yaml") for name in ("tuned", "whole"))
+    assert dict(ours.sites) == dict(whole.sites)
+    assert not list(plain.glob("*training*"))
 
 
 def test_what_apply_writes_gives_them_too(tuned, cli):
@@ -304,6 +351,13 @@ def test_a_task_without_calibration_data(plain, refused):
         (("-o", "x.txt"), "x.txt"),
         (("-o", "x.safetensors"), "x.safetensors"),
         (("-o", "gone.yaml/x.yaml"), ""),
+        (("--steps", "10"), "--steps is of training: give --method full too"),
+        (("--rate", "2"), "--rate is of training: give --method full too"),
+        (("--method", "block"), "block"),
+        (("--method", "full", "--steps", "0"), "0"),
+        (("--method", "full", "--rate", "0"), "0"),
+        (("--method", "full", "--rate", "-1"), "-1"),
+        (("--method", "full", "--estimator", "lsk"), "did you mean 'lsq'?"),
     ],
 )
 def test_wrong_options(plain, cli, words, said):

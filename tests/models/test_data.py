@@ -14,6 +14,7 @@ from autoquant.models.data import (
     make_splits,
     take,
     to_device,
+    training_inputs,
 )
 from autoquant.models.task import Task
 
@@ -273,3 +274,36 @@ def test_mixed_targets_and_empty_calibration():
     fails(Task(evaluation_data=mixed), "batch 2: some batches have targets, some not")
     fails(Task(evaluation_data=numbered([9]), calibration_data=[]), "calibration_data() has no")
     fails(Task(evaluation_data=numbered([9]), calibration_data=[object()]), "batch 1 holds a obj")
+
+
+def test_inputs_to_train_with_are_none_that_are_evaluated_with() -> None:
+    x = torch.arange(80.0).reshape(40, 2)
+    more = torch.arange(100.0, 140.0).reshape(20, 2)
+    task = Task(
+        evaluation_data=lambda: [(x, torch.zeros(40))],
+        calibration_data=lambda: [x[:4]],
+        training_data=lambda: [x[:10], torch.cat([x[20:], more[:5]]), (more[5:], torch.ones(15))],
+        metric="accuracy",
+    )
+    splits = make_splits(task)
+    found = torch.cat(training_inputs(task, splits))
+    assert torch.equal(found, torch.cat([x[:4], more]))
+    assert sum(map(len, training_inputs(task, splits, 7))) == 4  # of the first seven
+
+
+def test_without_inputs_to_train_with_it_is_those_to_calibrate_with() -> None:
+    x = torch.arange(80.0).reshape(40, 2)
+    task = Task(evaluation_data=lambda: [(x, torch.zeros(40))], metric="accuracy")
+    splits = make_splits(task)
+    assert training_inputs(task, splits) == splits.calibrate
+
+
+def test_nothing_to_train_with_is_one_line() -> None:
+    x = torch.arange(80.0).reshape(40, 2)
+    words = {"evaluation_data": lambda: [(x, torch.zeros(40))], "metric": "accuracy"}
+    task = Task(training_data=lambda: [x], calibration_data=lambda: [x[:1] + 0.5], **words)
+    with pytest.raises(TaskError, match="training_data has nothing that is not evaluated with"):
+        training_inputs(task, make_splits(task))
+    empty = Task(training_data=list, **words)
+    with pytest.raises(TaskError, match="training_data"):
+        training_inputs(empty, make_splits(empty))

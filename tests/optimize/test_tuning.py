@@ -150,6 +150,69 @@ def test_an_interrupted_tuning_goes_on_where_it_was():
     assert once_more.recipe == result.recipe
 
 
+def trained_trials(study: str = "s") -> list[Any]:
+    return [t for t in tuned_trials(study) if tuning_of(t).technique.method == "distillation"]
+
+
+@pytest.mark.parametrize("words", [{}, {"bits": 3.0}], ids=str)
+def test_what_was_fitted_is_trained_where_that_is_asked_for(words):
+    fitted = search("fitted", tune="layer", **words)
+    result = search(tune="full", **words)
+    assert not trained_trials("fitted")
+    (trial,) = trained_trials()
+    assert result.tuned == fitted.tuned + 1
+    same = [
+        measured(t)["loss"]
+        for t in Ledger.open("s", None).trials()
+        if t.params == trial.params and t.number != trial.number
+    ]
+    assert len(same) > 1
+    assert measured(trial)["loss"] < min(same)
+    written = load(result.recipe_path)
+    assert said(written) == said(result.recipe) == evaluated(written)
+    assert [p.name for p in Path(".autoquant/s.learned").glob("training*")] == []
+
+
+class Killed(Silent):
+    """Ends the search in the middle of training."""
+
+    def step(self, number: int, done: int, total: int) -> None:
+        if done == 130 < total:
+            raise KeyboardInterrupt
+
+
+def test_training_that_is_interrupted_goes_on_where_it_was():
+    whole = search("whole", tune="full", bits=3.0)
+    with pytest.raises(KeyboardInterrupt):
+        search(reporter=Killed(), tune="full", bits=3.0)
+    assert not trained_trials()
+    (file,) = Path(".autoquant/s.learned").glob("training*")
+    steps: list[int] = []
+
+    class Listening(Silent):
+        def step(self, number: int, done: int, total: int) -> None:
+            steps.append(done)
+
+    result = resume("s", model=net(), task=task(), reporter=Listening())
+    assert min(s for s in steps if s > 10) == 120
+    assert not file.exists()
+    assert dict(result.recipe.sites) == dict(whole.recipe.sites)
+    ours, theirs = trained_trials()[0], trained_trials("whole")[0]
+    assert tuning_of(ours) == tuning_of(theirs)
+    assert measured(ours)["loss"] == measured(theirs)["loss"]
+
+
+def test_training_is_done_by_itself_where_it_is_little_work(monkeypatch):
+    search("some")
+    assert not trained_trials("some")
+    monkeypatch.setattr("autoquant.optimize.tuning.TRAINING_WORK", 0.5)
+    search("more")
+    (trial,) = trained_trials("more")
+    assert 100 <= tuning_of(trial).technique.steps <= 400
+    search("none", tune="layer")
+    assert not trained_trials("none")
+
+
 @pytest.mark.parametrize("storage", [None, "all.journal", "sqlite:///studies.db"])
 def test_a_tuned_trial_is_extracted_as_it_was_measured(storage, tmp_path):
     search(storage=storage)
@@ -249,5 +312,5 @@ def test_a_failing_recipe_is_a_failed_trial_and_is_not_tuned_again():
 
 
 def test_words():
-    with pytest.raises(UserError, match=r"--tune 'block': give auto, layer, none"):
+    with pytest.raises(UserError, match=r"--tune 'block': give auto, none, layer, full"):
         search(tune="block")

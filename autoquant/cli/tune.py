@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -75,6 +75,14 @@ if TYPE_CHECKING:
     help="Multiplies all rates of training (--method full). Default: 1.",
 )
 @click.option(
+    "--rivals",
+    metavar="N",
+    type=click.IntRange(1, 1000),
+    default=None,
+    help="Sets of rates that race for a short while before training (--method full). Default: 1, "
+    "which is the usual rates and no race.",
+)
+@click.option(
     "--estimator",
     metavar="NAME",
     default=None,
@@ -99,6 +107,7 @@ def command(
     steps: int | None,
     batch: int | None,
     rate: float | None,
+    rivals: int | None,
     estimator: str | None,
     accept_changes: bool,
     device: str,
@@ -116,7 +125,10 @@ def command(
     from autoquant.spec.recipe_file import load
 
     loaded_recipe = load(Path(recipe))
-    training = _training(method, steps, batch, rate, estimator)
+    training = _training(
+        method,
+        {"steps": steps, "batch": batch, "rate": rate, "rivals": rivals, "estimator": estimator},
+    )
     from autoquant.optimize.tune import check_tuned, tune
     from autoquant.report.tables import plain_number
     from autoquant.report.verdicts import verdict_line
@@ -158,15 +170,8 @@ def command(
     print(f"recipe: {target}")
 
 
-def _training(
-    method: str,
-    steps: int | None,
-    batch: int | None,
-    rate: float | None,
-    estimator: str | None,
-) -> Distillation | None:
+def _training(method: str, given: dict[str, Any]) -> Distillation | None:
     """Return how to train, None for not at all; UserError for options that say nothing then."""
-    given = {"steps": steps, "batch": batch, "rate": rate, "estimator": estimator}
     if method != "full":
         for name, value in given.items():
             if value is not None:
@@ -175,9 +180,10 @@ def _training(
     from autoquant.methods.reconstruction.distillation import Distillation
 
     usual = Distillation()
-    options = {k: v for k, v in given.items() if v is not None and k != "rate"}
+    rate = given.pop("rate") or 1.0
+    options = {k: v for k, v in given.items() if v is not None}
     for name in ("weight_rate", "scale_rate", "bias_rate", "activation_rate"):
-        options[name] = min(getattr(usual, name) * (rate or 1.0), 1.0)
+        options[name] = min(getattr(usual, name) * rate, 1.0)
     checked = {
         k: Distillation.checked(k, v, "--" + k.replace("_", "-")) for k, v in options.items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,18 @@ from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.techniques import ESTIMATORS
 from autoquant.training.checkpoint import read_checkpoint, write_checkpoint
 from autoquant.training.guard import Finding, vanished
+from autoquant.training.race import Rival, race
 from autoquant.training.student import Student
 from autoquant.training.trainer import Lesson, Trainer
 
 CHECKS = 10
 """How often the quantized model is measured while it is trained."""
 PATIENCE = 4
-"""Checks without a better model after which training ends."""
+"""Checks without a better model after which training ends, if it is worse than it began with: that
+it gets worse while rates are high, and better than ever as they fall, is as it should be."""
+
+RATES = "rates"
+RATE_NAMES = ("weight_rate", "scale_rate", "bias_rate", "activation_rate")
 
 Sites = Mapping[str, SiteRecipe]
 Measure = Callable[[Sites], float]
@@ -52,7 +57,8 @@ class Trained:
     """What training came to: the best recipe on held-back data, or the one that it began with.
 
     ``learned`` is what it has learned by digest. ``lost`` are weights that are not 0 in the float
-    model and are in the quantized one, before and after, as shares.
+    model and are in the quantized one, before and after, as shares. ``rates`` are those that it
+    trained with, chosen among ``rivals`` where there were any.
     """
 
     sites: Sites
@@ -62,6 +68,8 @@ class Trained:
     steps: int
     findings: tuple[Finding, ...]
     lost: tuple[float, float]
+    rates: Mapping[str, float]
+    rivals: tuple[Rival, ...] = ()
 
 
 def train(
@@ -83,21 +91,25 @@ def train(
     nothing has a gradient.
     """
     before = measure(sites)
-    student = Student(applier, sites, lambda _: ESTIMATORS.get(technique.estimator)())
-    if not student.learners:
-        raise TrialError("the recipe quantizes no weight that could be trained")
+    student = _student(applier, sites, technique)
     lost = _lost(student)
+    device = next(iter(student.learners.values())).slot.parameter.device
+    state = None if checkpoint is None else read_checkpoint(*checkpoint, device)
+    rivals: list[Rival] = []
+    if technique.rivals > 1 and state is None:
+        run = _Attempt(applier, sites, lesson, measure, heed)
+        technique, rivals = race(technique, run, lesson.seed)
+    elif state is not None:
+        technique = replace(technique, **state[RATES])
+    rates = {name: getattr(technique, name) for name in RATE_NAMES}
     trainer = Trainer(student, lesson, technique)
     best = _Best(student, before)
-    device = next(iter(student.learners.values())).slot.parameter.device
-    if checkpoint is not None:
-        state = read_checkpoint(*checkpoint, device)
-        if state is not None:
-            trainer.load(state)
-            best.load(state)
+    if state is not None:
+        trainer.load(state)
+        best.load(state)
     every = max(1, technique.steps // CHECKS)
     told = len(trainer.findings)
-    while trainer.done < technique.steps and best.waits <= PATIENCE:
+    while trainer.done < technique.steps and not best.hopeless:
         heed(trainer.done)
         try:
             trainer.step()
@@ -110,7 +122,8 @@ def train(
             held = best.look(measure)
         trainer.keep()
         if checkpoint is not None:
-            write_checkpoint(checkpoint[0], _merged(trainer.state(), best.state()), checkpoint[1])
+            known = _merged(trainer.state(), best.state()) | {RATES: rates}
+            write_checkpoint(checkpoint[0], known, checkpoint[1])
         recent = trainer.losses[-every:]
         new, told = tuple(trainer.findings[told:]), len(trainer.findings)
         mean = sum(recent) / max(len(recent), 1)
@@ -127,7 +140,43 @@ def train(
         trainer.done,
         tuple(trainer.findings),
         (lost, _lost(student)),
+        rates,
+        tuple(rivals),
     )
+
+
+def _student(applier: Applier, sites: Sites, technique: Distillation) -> Student:
+    student = Student(applier, sites, lambda _: ESTIMATORS.get(technique.estimator)())
+    if not student.learners:
+        raise TrialError("the recipe quantizes no weight that could be trained")
+    return student
+
+
+class _Attempt:
+    """Trains from the start, as many steps as a technique has, and measures what comes of it."""
+
+    def __init__(
+        self,
+        applier: Applier,
+        sites: Sites,
+        lesson: Lesson,
+        measure: Measure,
+        heed: Callable[[int], None],
+    ) -> None:
+        self._applier, self._sites, self._lesson = applier, sites, lesson
+        self._measure, self._heed = measure, heed
+
+    def __call__(self, technique: Distillation) -> float:
+        student = _student(self._applier, self._sites, technique)
+        trainer = Trainer(student, self._lesson, technique)
+        while trainer.done < technique.steps:
+            self._heed(0)
+            try:
+                trainer.step()
+            finally:
+                student.rest()
+        with trainer.averaged():
+            return _Best(student, math.inf).look(self._measure)
 
 
 class _Best:
@@ -137,6 +186,8 @@ class _Best:
         self._student = student
         self.loss = before
         self.waits = 0
+        self._start = before
+        self._last = before
         self._kept = self._parameters()
 
     def _parameters(self) -> dict[str, torch.Tensor]:
@@ -160,7 +211,13 @@ class _Best:
             self.loss, self.waits, self._kept = held, 0, self._parameters()
         else:
             self.waits += 1
+        self._last = held
         return held
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether nothing was gained for long, and what there is now is no better than at first."""
+        return self.waits > PATIENCE and self._last >= self._start
 
     def restore(self) -> None:
         """Have the student as it was at its best."""
@@ -170,11 +227,11 @@ class _Best:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"best": self.loss, "waits": self.waits, "kept": self._kept}
+        return {"best": self.loss, "waits": self.waits, "last": self._last, "kept": self._kept}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what a checkpoint kept."""
-        self.loss, self.waits = state["best"], state["waits"]
+        self.loss, self.waits, self._last = state["best"], state["waits"], state["last"]
         prefix = "best:"
         tensors = state["tensors"]
         self._kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

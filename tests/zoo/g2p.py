@@ -29,6 +29,7 @@ SIZE = 256
 
 TEST = 2000
 CALIBRATION = 512
+TRAINING = 60000  # with those to calibrate with
 BATCH = 250
 
 
@@ -109,6 +110,15 @@ def words():
     return shuffled[:TEST], shuffled[TEST : TEST + CALIBRATION]
 
 
+@functools.cache
+def training_words():
+    """Return words to train with, none of which is tested."""
+    shuffled = sorted(dictionary())
+    random.Random(0).shuffle(shuffled)
+    longest = max(len(word) for part in words() for word in part)
+    return [word for word in shuffled[TEST : TEST + TRAINING] if len(word) <= longest]
+
+
 def encode(batch):
     """Return the letters [B, T] of words, each with its end symbol, and their numbers [B]."""
     longest = max(len(word) for part in words() for word in part)
@@ -124,6 +134,10 @@ def _batches(all_words):
 
 def calibration_data():
     return [encode(batch) for batch in _batches(words()[1])]
+
+
+def training_data():
+    return [encode(batch) for batch in _batches(training_words())]
 
 
 def evaluation_data():

@@ -198,6 +198,17 @@ def calibration_pairs():
     return tuple(part[:: len(part) // half][:half] for part in (words, sentences))
 
 
+def training_pairs():
+    """Return pairs of words, and of neighbouring sentences, none of which is tested."""
+    tested = {word.lower() for a, b, _ in word_pairs() for word in (a, b)}
+    words = [(a, b) for a, b, _ in _rated_pairs("simlex999.txt") if not tested & {a, b}]
+    sentences = {}
+    for document in _corpus("lee_background.cor").read_text(encoding="utf-8").splitlines():
+        parts = re.split(r"(?<=[.?!]) +(?=[A-Z])", document)
+        sentences |= dict.fromkeys(zip(parts, parts[1:], strict=False))
+    return words, list(sentences)
+
+
 @functools.cache
 def _tokenizer():
     from tokenizers import Tokenizer
@@ -222,6 +233,14 @@ def calibration_data():
     words, sentences = calibration_pairs()
     for start in range(0, CALIBRATION // 2, BATCH):
         yield encode(words[start : start + BATCH], WORD_TOKENS)
+        yield encode(sentences[start : start + BATCH], SENTENCE_TOKENS)
+
+
+def training_data():
+    words, sentences = training_pairs()
+    for start in range(0, len(words), BATCH):
+        yield encode(words[start : start + BATCH], WORD_TOKENS)
+    for start in range(0, len(sentences), BATCH):
         yield encode(sentences[start : start + BATCH], SENTENCE_TOKENS)
 
 

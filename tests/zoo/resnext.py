@@ -127,6 +127,10 @@ def calibration_data():
     return digits()[0][:CALIBRATION].split(BATCH)
 
 
+def training_data():
+    return digits()[0][:-TEST].split(BATCH)
+
+
 def evaluation_data():
     x, y = digits()
     return zip(x[-TEST:].split(BATCH), y[-TEST:].split(BATCH), strict=True)

@@ -31,6 +31,8 @@ class Distillation(Reconstruction):
     - ``freezing``: a weight whose integer goes back and forth in more than this share of the steps,
       as a running mean, is frozen at the one it has most; 1 freezes none.
     - ``clip``: a gradient of a layer longer than this many times its usual length is cut to that.
+    - ``rivals``: so many sets of rates are tried for a short while, the usual ones first, and those
+      that do best on held-back data are gone on with (``training.race``); 1 tries none.
     - ``estimator`` is how gradients pass quantizers (``quant.estimators``).
     """
 
@@ -39,10 +41,11 @@ class Distillation(Reconstruction):
     batch: int = option(16, 1, 2**16)
     warmup: float = option(0.05, 0.0, 1.0)
     weight_rate: float = option(1e-3, 0.0, 1.0)
-    scale_rate: float = option(3e-5, 0.0, 1.0)
-    bias_rate: float = option(1e-4, 0.0, 1.0)
-    activation_rate: float = option(3e-5, 0.0, 1.0)
+    scale_rate: float = option(2e-4, 0.0, 1.0)
+    bias_rate: float = option(5e-4, 0.0, 1.0)
+    activation_rate: float = option(2e-4, 0.0, 1.0)
     features: float = option(0.0, 0.0, 1e6)
     freezing: float = option(0.02, 0.0, 1.0)
     clip: float = option(3.0, 0.0, 1e9, above=True)
+    rivals: int = option(1, 1, 1000)
     estimator: str = choice("lsq", ESTIMATORS)

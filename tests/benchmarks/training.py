@@ -1,0 +1,199 @@
+"""What training adds: ``python -m tests.benchmarks.training``.
+
+For each case all weights of a model of the zoo have the same few bits, first and last layer too
+(embeddings as said), and so have activations. Layers are fitted to each other first
+(``autoquant tune``), and then trained together (``--method full``), on the unlabelled data that the
+task gives. Nothing is chosen by what is reported: loss (how far outputs are from the float model's)
+and metric are of the confirm split, by the reference. MobileNetV2 has 512 photos in all, of which
+96 are held back to choose by. Each seed draws other batches. Writes ``reports/training.md``; where
+cases are named, it replaces their rows there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from autoquant.heap import keep_freed_memory
+from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.methods.reconstruction.sequential import Sequential
+from autoquant.models.data import Splits
+from autoquant.models.noninferiority import drop_interval
+from autoquant.session.session import Session, open_session
+from autoquant.session.training import train_layers
+from autoquant.session.tuning import fit_layers
+from autoquant.spec.recipe import SiteRecipe
+from autoquant.spec.space import SearchSpace
+from autoquant.spec.uniform import uniform
+from autoquant.study.source import Source
+from tests.benchmarks.evaluation import line
+from tests.benchmarks.machine import machines
+from tests.benchmarks.techniques import SPACE, opened
+from tests.benchmarks.zoo import TITLES
+from tests.zoo.conftest import HERE, task_module
+
+HEAD = [
+    "case", "recipe", "seed", "loss", "metric", "drop in points (95%)",
+    "weights that became 0", "CPU seconds",
+]  # fmt: skip
+REPORT = Path(__file__).resolve().parents[2] / "reports" / "training.md"
+PHOTOS, HELD = 416, 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at some bits, and how it is trained."""
+
+    title: str
+    model: str
+    weights: int
+    activations: int
+    technique: Distillation
+    embeddings: int | None = None
+    words: Mapping[str, Any] = field(default_factory=dict)
+
+
+HIGH = Distillation(
+    steps=1000, batch=32, weight_rate=0.01, scale_rate=2e-3, bias_rate=5e-3, activation_rate=2e-3
+)
+LOW = Distillation(
+    steps=400, weight_rate=3e-4, scale_rate=3e-5, bias_rate=1e-4, activation_rate=3e-5
+)
+CASES = {
+    "mobilenet_v2": Case("MobileNetV2, W4 A8, 512 photos", "mobilenet_v2", 4, 8, LOW),
+    "minilm": Case(f"{TITLES['minilm']}, W2 A8", "minilm", 2, 8, replace(HIGH, features=1.0), 4),
+    "g2p3": Case(f"{TITLES['g2p']}, W3 A8", "g2p", 3, 8, HIGH),
+    "g2p2": Case(f"{TITLES['g2p']}, W2 A8", "g2p", 2, 8, HIGH),
+    "resnext": Case(f"{TITLES['resnext']}, W2 A2", "resnext", 2, 2, HIGH),
+}
+
+
+def session_of(case: Case, folder: Path) -> Session:
+    """Return the session of a case's model."""
+    if case.model != "mobilenet_v2":
+        return opened(case.model, folder)
+    module = task_module(case.model)
+    source = Source(str(module.weights()), str(HERE / f"{case.model}.py"))
+    task = source.load_task()
+    splits = Splits(
+        calibrate=tuple(x for x, _ in module.batches(0, PHOTOS)),
+        search=tuple(module.batches(PHOTOS, PHOTOS + HELD)),
+        confirm=tuple(module.batches(-module.TEST, None)),
+        samples={"calibrate": PHOTOS, "search": HELD, "confirm": module.TEST},
+        notes=(),
+    )
+    return open_session(source.load(task), task, torch.device("cpu"), splits=splits)
+
+
+def recipe_of(case: Case, session: Session) -> Mapping[str, SiteRecipe]:
+    """Return the uniform recipe of a case."""
+    text = SPACE.replace("GRANULARITY", "per_channel").replace("SCHEME", "symmetric")
+    text = text.replace("activation_bits: [8]", f"activation_bits: [{case.activations}]")
+    spaces = SearchSpace.parse(text, "training").resolve(session.prepared.sites)
+    sites = dict(uniform(spaces, case.weights))
+    if case.embeddings is not None:
+        for site in session.prepared.sites:
+            weight = sites[site.name].weight
+            if site.kind == "embedding" and weight is not None:
+                wide = replace(weight, bits=case.embeddings)
+                sites[site.name] = replace(sites[site.name], weight=wide)
+    return sites
+
+
+def rows_of(case: Case, folder: Path, seeds: int) -> list[list[str]]:
+    """Return the rows of one case."""
+    session = session_of(case, folder)
+    session.reuse()
+    began = time.process_time()
+    start = fit_layers(session, recipe_of(case, session), Sequential())
+    session.evaluator.reuse = None
+    rows = [row_of(session, case, "fitted", "", start, time.process_time() - began, "")]
+    for seed in range(seeds):
+        began = time.process_time()
+        found = train_layers(session, start, case.technique, seed=seed)
+        seconds = time.process_time() - began
+        lost = f"{found.lost[0]:.1%} → {found.lost[1]:.1%}"
+        rows.append(row_of(session, case, "trained", str(seed), found.sites, seconds, lost))
+        for finding in found.findings:
+            print("  ", finding, flush=True)
+    return rows
+
+
+def row_of(
+    session: Session,
+    case: Case,
+    what: str,
+    seed: str,
+    sites: Mapping[str, SiteRecipe],
+    seconds: float,
+    lost: str,
+) -> list[str]:
+    """Return what one recipe gives on the confirm split."""
+    base = session.baseline("confirm")
+    with session.prepared.engine.reference(), session.without_reuse():
+        measured, reading, _ = session.measure(sites, "confirm")
+    assert base.evidence is not None
+    assert reading.evidence is not None
+    sure = drop_interval(base.evidence, reading.evidence, base.metric)
+    row = [
+        case.title,
+        what,
+        seed,
+        f"{measured.loss:.4f}",
+        f"{reading.value:.4f} (float {base.value:.4f})",
+        "{:+.2f} ({:+.2f} … {:+.2f})".format(
+            *(100 * part for part in (measured.drop, sure.low, sure.high))
+        ),
+        lost,
+        f"{seconds:.0f}",
+    ]
+    print(line(row), flush=True)
+    return row
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--seeds", default=1, show_default=True, help="How often each case is trained.")
+def main(names: tuple[str, ...], seeds: int) -> None:
+    """Measure NAMES (default: all) and write the report, in which other cases' rows stay."""
+    keep_freed_memory()
+    before = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in CASES.items():
+            if not names or name in names:
+                rows += map(line, rows_of(case, Path(folder), seeds))
+            else:
+                rows += [r for r in before.splitlines() if r.startswith(f"| {case.title} |")]
+    titles = [case.title for case in CASES.values()]
+    text = [
+        "# What training adds",
+        "",
+        "By `python -m tests.benchmarks.training`. All weights have the bits said (W), a scale per",
+        "channel and no zero point, first and last layer too; activations have the bits after A;",
+        "embeddings of MiniLM have 4. `fitted` is `autoquant tune` with far rows counting less;",
+        "`trained` goes on from that, as `--method full` does, on the unlabelled inputs of the",
+        "task's `training_data`, or those to calibrate with. Loss (how far outputs are from the",
+        "float model's) and metric are of the confirm split, by the reference, by which nothing is",
+        "chosen. `weights that became 0` are weights that are not 0 in the float model and are in",
+        "the quantized one, before and after training. Rates of each case are in",
+        "`tests/benchmarks/training.py`.",
+        "",
+        machines(before, [CASES[n].title for n in names or CASES], titles),
+        "",
+        line(HEAD),
+        line(["---"] * len(HEAD)),
+        *rows,
+    ]
+    REPORT.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

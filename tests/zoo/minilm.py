@@ -7,6 +7,7 @@ Reimers and Gurevych 2019, arXiv 1908.10084.
 
 import functools
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 
@@ -205,7 +206,7 @@ def training_pairs():
     sentences = {}
     for document in _corpus("lee_background.cor").read_text(encoding="utf-8").splitlines():
         parts = re.split(r"(?<=[.?!]) +(?=[A-Z])", document)
-        sentences |= dict.fromkeys(zip(parts, parts[1:], strict=False))
+        sentences |= dict.fromkeys(itertools.pairwise(parts))
     return words, list(sentences)
 
 

@@ -89,6 +89,14 @@ if TYPE_CHECKING:
     help="How gradients pass quantizers (--method full). Default: lsq.",
 )
 @click.option(
+    "--gradient-bits",
+    "gradients",
+    metavar="FORMAT",
+    default=None,
+    help="Bring the gradient by each layer's output to int8, int4, fp8 (E5M2) or log4 (powers of "
+    "two) while training, stochastically (--method full). Default: float32.",
+)
+@click.option(
     "--accept-changes", is_flag=True, help="Tune the recipe although it is for another model file."
 )
 @device_option
@@ -109,6 +117,7 @@ def command(
     rate: float | None,
     rivals: int | None,
     estimator: str | None,
+    gradients: str | None,
     accept_changes: bool,
     device: str,
     backend: str,
@@ -127,7 +136,14 @@ def command(
     loaded_recipe = load(Path(recipe))
     training = _training(
         method,
-        {"steps": steps, "batch": batch, "rate": rate, "rivals": rivals, "estimator": estimator},
+        {
+            "steps": steps,
+            "batch": batch,
+            "rate": rate,
+            "rivals": rivals,
+            "estimator": estimator,
+            "gradients": gradients,
+        },
     )
     from autoquant.optimize.tune import check_tuned, tune
     from autoquant.report.tables import plain_number
@@ -175,7 +191,8 @@ def _training(method: str, given: dict[str, Any]) -> Distillation | None:
     if method != "full":
         for name, value in given.items():
             if value is not None:
-                raise UserError(f"--{name} is of training: give --method full too")
+                shown = {"gradients": "gradient-bits"}.get(name, name)
+                raise UserError(f"--{shown} is of training: give --method full too")
         return None
     from autoquant.methods.reconstruction.distillation import Distillation
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,9 +56,9 @@ def option(default: Any, low: float, high: float = LARGEST, *, above: bool = Fal
     return dataclasses.field(default=default, metadata={"bounds": Bounds(low, high, above)})
 
 
-def choice(default: str, registry: Registry[Any]) -> Any:
-    """Return a field of a technique: a name out of a registry."""
-    return dataclasses.field(default=default, metadata={"names": registry})
+def choice(default: str, names: Iterable[str]) -> Any:
+    """Return a field of a technique: one of ``names``, of a registry say."""
+    return dataclasses.field(default=default, metadata={"names": names})
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Technique:
                 raise SpecError(f"{where}: {name}: found {show(value)}, allowed: true, false")
             return value
         if kind is str:
-            names = field.metadata["names"].names()
+            names = tuple(field.metadata["names"])
             if value not in names:
                 raise SpecError(f"{where}: {unknown(name, value, names)}")
             return value

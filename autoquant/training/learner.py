@@ -10,7 +10,7 @@ kept as logarithms, so that they stay positive and a rate is a share of them, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +18,12 @@ from torch import Tensor
 
 from autoquant.methods.learned import LearnedWeight
 from autoquant.nn.held import HeldWeight
+from autoquant.nn.runtime import Rows
 from autoquant.nn.sites import Site
 from autoquant.nn.slots import SiteSlot, StandIn
 from autoquant.quant.blocks import from_blocks, from_matrix, to_blocks, to_matrix
+from autoquant.quant.gradients.backward import with_quantized_gradient
+from autoquant.quant.gradients.format import GradientFormat
 from autoquant.quant.trained import fake_quantize_trained, scale_of
 from autoquant.spec.formats import FORMATS
 from autoquant.spec.recipe import ActivationScheme, WeightScheme
@@ -73,9 +76,11 @@ class Learner:
         held: HeldWeight,
         activation: ActivationScheme | None,
         estimator: Estimator,
+        gradients: GradientFormat | None = None,
     ) -> None:
         self.slot = slot
         self.estimator = estimator
+        self.gradients = gradients
         self.activation = activation
         self._start = held.quantized
         p = self._start.qparams
@@ -150,6 +155,8 @@ class Learner:
         if slot.transform is not None:
             weight = slot.transform.weight_back(weight)
         slot.stand_in = StandIn(weight.to(slot.parameter.dtype), self._bias)
+        if self.gradients is not None:
+            slot.listen = self._with_quantized_gradient
         if self._activation_grid is None:
             slot.switch(None, self.activation)
         else:
@@ -164,6 +171,12 @@ class Learner:
         if own is None:
             return moved
         return (own.detach().to(torch.float32) + moved).to(own.dtype)
+
+    def _with_quantized_gradient(
+        self, x: Tensor, y: Tensor, compute: Callable[[Tensor], Tensor], rows: Rows
+    ) -> Tensor:
+        assert self.gradients is not None
+        return with_quantized_gradient(y, self.gradients, self._generator)
 
     def _quantized_input(self, x: Tensor) -> Tensor:
         grid = self._activation_grid
@@ -189,7 +202,7 @@ class Learner:
 
     def rest(self) -> None:
         """Have the slot forget the parameters."""
-        self.slot.stand_in = self.slot.probe = None
+        self.slot.stand_in = self.slot.probe = self.slot.listen = None
 
 
 def spread(integers: Tensor, wanted: Tensor, seed: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from autoquant.methods.applier import Applier
 from autoquant.methods.learned import LearnedWeight
 from autoquant.nn.sites import Site
+from autoquant.quant.gradients.format import GradientFormat
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.techniques import CORRECTIONS, UNCORRECTED, Estimator
 from autoquant.training.learner import Learner
@@ -21,11 +22,16 @@ EstimatorOf = Callable[[Site], Estimator]
 class Student:
     """The learners of one recipe: of every site whose weight is quantized.
 
+    ``gradients`` is the format of those by layers' outputs, None for float32.
     Sites whose weight stays in float keep what the recipe says of their activation.
     """
 
     def __init__(
-        self, applier: Applier, sites: Mapping[str, SiteRecipe], estimator: EstimatorOf
+        self,
+        applier: Applier,
+        sites: Mapping[str, SiteRecipe],
+        estimator: EstimatorOf,
+        gradients: GradientFormat | None = None,
     ) -> None:
         self.applier = applier
         self.sites = applier.apply(sites)
@@ -35,7 +41,9 @@ class Student:
             held = applier.held(site.name, recipe)
             if held is not None:
                 slot = applier.prepared.slots[site.name]
-                self.learners[site.name] = Learner(slot, held, recipe.activation, estimator(site))
+                self.learners[site.name] = Learner(
+                    slot, held, recipe.activation, estimator(site), gradients
+                )
 
     def parameters(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Yield (site, kind, tensor) of everything that is trained, in the order of the sites."""

@@ -14,7 +14,8 @@ from autoquant.errors import TrialError
 from autoquant.methods.applier import Applier
 from autoquant.methods.learned import LearnedWeight
 from autoquant.methods.reconstruction.distillation import Distillation
-from autoquant.spec.recipe import SiteRecipe
+from autoquant.quant.gradients.format import GradientFormat
+from autoquant.spec.recipe import FLOAT32, SiteRecipe
 from autoquant.spec.techniques import ESTIMATORS
 from autoquant.training.checkpoint import read_checkpoint, write_checkpoint
 from autoquant.training.guard import Finding, vanished
@@ -146,7 +147,11 @@ def train(
 
 
 def _student(applier: Applier, sites: Sites, technique: Distillation) -> Student:
-    student = Student(applier, sites, lambda _: ESTIMATORS.get(technique.estimator)())
+    gradients = None
+    if technique.gradients != FLOAT32:
+        gradients = GradientFormat(technique.gradients, technique.gradient_rounding)
+    estimator = ESTIMATORS.get(technique.estimator)()
+    student = Student(applier, sites, lambda _: estimator, gradients)
     if not student.learners:
         raise TrialError("the recipe quantizes no weight that could be trained")
     return student

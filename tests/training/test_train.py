@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from autoquant.errors import TrialError
 from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.quant.gradients.format import GradientFormat
 from autoquant.session.session import Session
 from autoquant.session.training import train_layers
+from autoquant.spec.gradients import GRADIENT_GRIDS
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.techniques import ESTIMATORS, RECONSTRUCTIONS, technique_of
+from autoquant.training.student import Student
 from autoquant.training.train import CHECKS, Moment, Trained
 from tests.training.models import KINDS, W2A4, W3A8, everywhere, opened, task_of
 
@@ -205,6 +208,40 @@ def test_the_users_code_that_fails_is_one_line() -> None:
 def test_every_estimator_trains(estimator: str) -> None:
     found = trained(opened("mlp"), technique=replace(SHORT, estimator=estimator))
     assert found.after < found.before
+
+
+@pytest.mark.parametrize("gradients", GRADIENT_GRIDS.names())
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_few_bits_train_too(kind: str, gradients: str) -> None:
+    technique = replace(SHORT, gradients=gradients)
+    found = trained(opened(kind), technique=technique)
+    assert found.after < found.before
+    again = trained(opened(kind), technique=technique)
+    assert same(found, again)
+    assert not same(found, trained(opened(kind)))
+
+
+def test_what_gradients_are_brought_to_is_on_the_grid_of_their_format() -> None:
+    session = opened("mlp")
+    formats = GradientFormat("int4", "stochastic")
+    estimator = ESTIMATORS.get("lsq")()
+    student = Student(session.applier, everywhere(session), lambda _: estimator, formats)
+    seen: list[Tensor] = []
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+
+    def listen(module: nn.Module, args: Any, y: Tensor) -> None:
+        y.grad_fn.register_hook(lambda own, _: seen.append(own[0]))
+
+    with torch.enable_grad(), student.learning(torch.Generator().manual_seed(0)):
+        handle = session.model[0].register_forward_hook(listen)
+        bias = student.learners["0"].parameters["bias"]
+        (found,) = torch.autograd.grad(session.model(x).square().sum(), [bias])
+        handle.remove()
+    (gradient,) = seen
+    levels = (gradient / gradient.abs().max() * 7).unique()
+    assert len(levels) <= 15
+    torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(gradient.sum(0), found)
 
 
 def test_it_is_a_technique_of_its_registry() -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from autoquant.spec.gradients import GRADIENT_GRIDS, ROUND_STOCHASTIC, ROUNDINGS
+from autoquant.spec.recipe import FLOAT32
 from autoquant.spec.techniques import ESTIMATORS, RECONSTRUCTIONS, Reconstruction, choice, option
 
 
@@ -34,6 +36,8 @@ class Distillation(Reconstruction):
     - ``rivals``: so many sets of rates are tried for a short while, the usual ones first, and those
       that do best on held-back data are gone on with (``training.race``); 1 tries none.
     - ``estimator`` is how gradients pass quantizers (``quant.estimators``).
+    - ``gradients`` is the format that the gradient by each layer's output is brought to, by
+      ``gradient_rounding``, before it goes into the layer's two products (``quant.gradients``).
     """
 
     method: ClassVar[str] = "distillation"
@@ -49,3 +53,5 @@ class Distillation(Reconstruction):
     clip: float = option(3.0, 0.0, 1e9, above=True)
     rivals: int = option(1, 1, 1000)
     estimator: str = choice("lsq", ESTIMATORS)
+    gradients: str = choice(FLOAT32, (FLOAT32, *GRADIENT_GRIDS))
+    gradient_rounding: str = choice(ROUND_STOCHASTIC, ROUNDINGS)

@@ -213,7 +213,8 @@ def _show(moment: Moment) -> None:
 
     click.echo(
         f"step {moment.step} of {moment.steps}: loss {plain_number(moment.loss)}, on the search "
-        f"data {plain_number(moment.held)}, best {plain_number(moment.best)}"
+        f"data {plain_number(moment.held)}, best {plain_number(moment.best)}; "
+        f"{moment.frozen:.2%} of the weights frozen"
     )
     for finding in moment.findings:
         click.echo(f"  {finding}")

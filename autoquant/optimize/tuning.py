@@ -258,11 +258,13 @@ class _Tuner:
             return found.sites
 
         try:
-            self._kept(sites, technique, fit)
+            trial = self._kept(sites, technique, fit)
         finally:
             for digest in set(session.applier.learned) - known:
                 del session.applier.learned[digest]
         (self._shelf.folder / f"training-{choices_key(sites)}.safetensors").unlink(missing_ok=True)
+        if REASON in trial.user_attrs:
+            raise _Late(f"not trained: {trial.user_attrs[REASON]}")
 
     def _told(self, moment: Moment) -> None:
         for finding in moment.findings:

@@ -107,9 +107,9 @@ class GradientWatch:
         self._usual = dict(state)
 
 
-def bound_scales(learner: Learner, start: dict[str, torch.Tensor]) -> bool:
-    """Hold scales within reach of where they started; return whether one was out of it."""
-    ran = False
+def bound_scales(learner: Learner, start: dict[str, torch.Tensor]) -> list[str]:
+    """Hold scales within reach of where they started; return the kinds of those out of it."""
+    ran = []
     for kind in (SCALE, ACTIVATION):
         own = learner.parameters.get(kind)
         if own is None:
@@ -117,7 +117,7 @@ def bound_scales(learner: Learner, start: dict[str, torch.Tensor]) -> bool:
         with torch.no_grad():
             held = torch.maximum(torch.minimum(own, start[kind] + FARTHEST), start[kind] - FARTHEST)
             if not torch.equal(held, own):
-                ran = True
+                ran.append(kind)
                 own.copy_(held)
     return ran
 

@@ -112,6 +112,11 @@ class Learner:
         return self.slot.site
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._unit.device
+
+    @property
     def scheme(self) -> WeightScheme:
         """How its weight is quantized."""
         return self._start.scheme

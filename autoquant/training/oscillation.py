@@ -39,11 +39,6 @@ class Oscillation:
         if threshold < 1.0:
             self.frozen |= self.frequency > threshold
 
-    @property
-    def share(self) -> float:
-        """The share of weights that are frozen."""
-        return float(self.frozen.float().mean())
-
     def held(self) -> Tensor:
         """Return the integers that frozen weights are held at."""
         return self.mean.round()

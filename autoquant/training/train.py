@@ -42,7 +42,8 @@ class Moment:
     """How training is getting on: what a live view shows.
 
     ``loss`` is the mean of the steps since the last check, ``held`` the loss on held-back data at
-    it, ``best`` the lowest of those; ``findings`` are new.
+    it, ``best`` the lowest of those; ``frozen`` is the share of weights that are held since they
+    went back and forth; ``findings`` are new.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Moment:
     loss: float
     held: float
     best: float
+    frozen: float = 0.0
     findings: tuple[Finding, ...] = ()
 
 
@@ -94,7 +96,7 @@ def train(
     before = measure(sites)
     student = _student(applier, sites, technique)
     lost = _lost(student)
-    device = next(iter(student.learners.values())).slot.parameter.device
+    device = next(iter(student.learners.values())).device
     state = None if checkpoint is None else read_checkpoint(*checkpoint, device)
     rivals: list[Rival] = []
     if technique.rivals > 1 and state is None:
@@ -128,7 +130,7 @@ def train(
         recent = trainer.losses[-every:]
         new, told = tuple(trainer.findings[told:]), len(trainer.findings)
         mean = sum(recent) / max(len(recent), 1)
-        watch(Moment(trainer.done, technique.steps, mean, held, best.loss, new))
+        watch(Moment(trainer.done, technique.steps, mean, held, best.loss, trainer.frozen, new))
     best.restore()
     found, learned = (sites, {}) if best.loss >= before else student.solution()
     applier.learned.update(learned)

@@ -18,7 +18,7 @@ from autoquant.training.guard import (
     bound_scales,
     is_dead,
 )
-from autoquant.training.learner import SCALE, WEIGHT, load
+from autoquant.training.learner import ACTIVATION, WEIGHT, load
 from autoquant.training.objective import loss_of, seeing
 from autoquant.training.oscillation import Oscillation
 from autoquant.training.rates import make_optimizer, sizes_of
@@ -87,6 +87,12 @@ class Trainer:
     def _order(self) -> Any:
         return self.lesson.inputs.order(self._batch, self.lesson.seed)
 
+    @property
+    def frozen(self) -> float:
+        """The share of all weights that are frozen since they went back and forth."""
+        rows = list(self._oscillation.values())
+        return sum(int(r.frozen.sum()) for r in rows) / max(sum(r.frozen.numel() for r in rows), 1)
+
     def keep(self) -> None:
         """Say that all is well so far: what training goes back to where it goes astray."""
         self._safe = self.state()
@@ -122,8 +128,9 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         for name, learner in self.student.learners.items():
-            if bound_scales(learner, self._start[name]):
-                self._stop_kind(name, SCALE, "a scale ran off", "held at twice, or half, its start")
+            for kind in bound_scales(learner, self._start[name]):
+                what = "an activation scale ran off" if kind == ACTIVATION else "a scale ran off"
+                self._stop_kind(name, kind, what, "held at twice, or half, its start")
             seen = self._oscillation[name]
             seen.see(learner.integers(), technique.freezing)
             if bool(seen.frozen.any()):
@@ -158,10 +165,11 @@ class Trainer:
         """Return the loss of one step's batch, and the gradient of each parameter that has one."""
         lesson, student = self.lesson, self.student
         inputs = lesson.inputs.at(self._order().places(number))
-        generator = torch.Generator().manual_seed((lesson.seed << 24) + number)
+        device = next(iter(student.learners.values())).device
+        generator = torch.Generator(device).manual_seed((lesson.seed << 24) + number)
         model = student.applier.prepared.model
         if lesson.augment is not None:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed((lesson.seed << 24) + number)
                 inputs = lesson.augment(inputs)
         with student.teaching(), seeing(self._features, lesson.scorer) as theirs:

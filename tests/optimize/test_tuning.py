@@ -202,6 +202,18 @@ def test_training_that_is_interrupted_goes_on_where_it_was():
     assert measured(ours)["loss"] == measured(theirs)["loss"]
 
 
+def test_what_cannot_be_trained_is_said_and_the_fitted_one_is_returned():
+    def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    result = search(task=task(forward=forward), tune="full", bits=3.0)
+    assert result.notes == ("not trained: no gradient reaches the model's outputs",)
+    assert result.recipe.reconstruction.method == "sequential"
+    again = resume("s", model=net(), task=task(forward=forward))
+    assert again.notes == result.notes
+
+
 def test_training_is_done_by_itself_where_it_is_little_work(monkeypatch):
     search("some")
     assert not trained_trials("some")

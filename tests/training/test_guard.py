@@ -88,7 +88,9 @@ def test_rates_that_are_far_too_high_end_in_no_numbers_that_are_none() -> None:
     )
     for _ in range(40):
         trainer.step()
-    assert any("ran off" in f.what for f in trainer.findings)
+    found = [(f.layer, f.what) for f in trainer.findings]
+    assert any(what == "a scale ran off" for _, what in found)
+    assert len(found) == len(set(found))  # each is said once
     for name, kind, parameter in trainer.student.parameters():
         assert bool(parameter.isfinite().all())
         if kind == SCALE:
@@ -106,6 +108,21 @@ def test_a_layer_all_of_whose_weights_became_one_number_is_taken_back() -> None:
     assert [f.layer for f in trainer.findings] == ["2"]
     trainer.step()
     assert torch.equal(learner.parameters[WEIGHT], trainer._start["2"][WEIGHT])
+
+
+def test_weights_that_go_back_and_forth_are_frozen() -> None:
+    trainer = trainer_of(steps=80, weight_rate=0.2, freezing=0.02, warmup=0.0)
+    for _ in range(80):
+        trainer.step()
+    assert 0.0 < trainer.frozen < 1.0
+    learner, seen = trainer.student.learners["2"], trainer._oscillation["2"]
+    before = learner.integers()[seen.frozen]
+    assert len(before)
+    assert torch.equal(before, seen.held()[seen.frozen])
+    free = trainer_of(steps=80, weight_rate=0.2, freezing=1.0, warmup=0.0)
+    for _ in range(80):
+        free.step()
+    assert free.frozen == 0.0
 
 
 def test_weights_that_rounding_makes_none_are_counted() -> None:

@@ -41,7 +41,6 @@ def test_what_turns_back_is_frozen_at_what_it_is_most() -> None:
         seen.see(now, 0.1)
     assert seen.frozen.tolist() == [[True, False, False]]
     assert seen.held().tolist()[0][0] == 1.0
-    assert abs(seen.share - 1 / 3) < 1e-6
 
 
 def test_it_goes_on_where_it_was() -> None:

@@ -294,6 +294,6 @@ def test_it_gives_the_same_every_time():
 
 def test_it_is_a_technique_that_a_recipe_names():
     technique = Sequential(20.0, 0.1, 3)
-    assert RECONSTRUCTIONS.names() == ("sequential",)
+    assert "sequential" in RECONSTRUCTIONS.names()
     assert technique_of(RECONSTRUCTIONS, technique.plain(), "here") == technique
     assert technique_of(RECONSTRUCTIONS, "sequential", "here") == Sequential()

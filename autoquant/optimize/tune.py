@@ -171,7 +171,7 @@ def _trained(
     )
     kept.unlink(missing_ok=True)
     seconds = round(time.monotonic() - began, 3)
-    row = Tried(technique, done.after, seconds, tuple(map(str, done.findings)), done.lost)
+    row = Tried(done.technique, done.after, seconds, tuple(map(str, done.findings)), done.lost)
     after = min(found.after, done.after)
     return dict(done.sites), replace(found, after=after, tried=(*found.tried, row))
 

@@ -60,8 +60,8 @@ class Trained:
     """What training came to: the best recipe on held-back data, or the one that it began with.
 
     ``learned`` is what it has learned by digest. ``lost`` are weights that are not 0 in the float
-    model and are in the quantized one, before and after, as shares. ``rates`` are those that it
-    trained with, chosen among ``rivals`` where there were any.
+    model and are in the quantized one, before and after, as shares. ``technique`` has the
+    rates that it trained with, which won a race of ``rivals`` where there was one.
     """
 
     sites: Sites
@@ -71,7 +71,7 @@ class Trained:
     steps: int
     findings: tuple[Finding, ...]
     lost: tuple[float, float]
-    rates: Mapping[str, float]
+    technique: Distillation
     rivals: tuple[Rival, ...] = ()
 
 
@@ -143,7 +143,7 @@ def train(
         trainer.done,
         tuple(trainer.findings),
         (lost, _lost(student)),
-        rates,
+        technique,
         tuple(rivals),
     )
 

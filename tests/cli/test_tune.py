@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import autoquant
 from autoquant.methods.learned import LearnedWeight
+from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.optimize import tune as tuning
 from autoquant.session import tuning as fitting
 from autoquant.spec.recipe import WeightScheme
@@ -146,6 +147,21 @@ def test_training_goes_on_from_what_was_fitted(plain, cli):
     assert found["quantized"] == ours.evidence.confirm.quantized
     result = cli("apply", "tuned.yaml", *WORDS, "-o", "q.safetensors")
     assert result.done, result.err
+
+
+def test_a_recipe_says_which_rates_won(plain, cli):
+    words = ("--method", "full", "--steps", "40", "--rivals", "5")
+    result = cli(*TUNE, *words, "--json")
+    assert result.done, result.err
+    row = json.loads(result.out)["tried"][-1]
+    assert row["technique"]["method"] == "distillation"
+    assert row["technique"]["rivals"] == 5
+    recipe = load(plain / "tuned.yaml")
+    if recipe.reconstruction.method == "distillation":
+        assert recipe.reconstruction.plain() == row["technique"]
+    usual = Distillation()
+    every = row["technique"]["scale_rate"] / usual.scale_rate
+    assert row["technique"]["bias_rate"] / usual.bias_rate == pytest.approx(every)
 
 
 def test_training_that_was_killed_goes_on(plain, cli, monkeypatch):

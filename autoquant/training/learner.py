@@ -100,9 +100,13 @@ class Learner:
         self._activation_grid: Grid | None = None
         if activation is not None and activation.scale is not None:
             grid, device = FORMATS[activation.bits], self._start.q.device
-            zero = torch.tensor(float(activation.zero_point or 0), device=device)
+            zero = torch.tensor(
+                float(activation.zero_point or 0), dtype=torch.float32, device=device
+            )
             self._activation_grid = Grid(zero, grid.qmin, grid.qmax, activation.symmetric)
-            self.parameters[ACTIVATION] = torch.tensor(activation.scale, device=device).log()
+            self.parameters[ACTIVATION] = torch.tensor(
+                activation.scale, dtype=torch.float32, device=device
+            ).log()
         for parameter in self.parameters.values():
             parameter.requires_grad_()
 
@@ -194,7 +198,7 @@ class Learner:
         shape = self.site.matrix
         q = from_blocks((self.integers() + zero).to(torch.int8), (shape[0], shape[1]))
         shift = self.parameters.get(BIAS)
-        moved = torch.zeros(0) if shift is None else shift.detach()
+        moved = torch.zeros(0, dtype=torch.float32) if shift is None else shift.detach()
         parts = (q, self.scales(), zero, moved.to(torch.float32))
         activation = self.activation
         if activation is not None and ACTIVATION in self.parameters:
@@ -216,7 +220,9 @@ def spread(integers: Tensor, wanted: Tensor, seed: int = 0) -> Tensor:
     Where ``wanted`` is not in the inner part of the cell, they are at random on that side of it.
     """
     off = wanted - integers
-    drawn = torch.rand(off.shape, generator=torch.Generator().manual_seed(seed)).to(off.device)
+    drawn = torch.rand(
+        off.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+    ).to(off.device)
     return integers + torch.where(off.abs() < EDGE, off, off.sign() * EDGE * drawn)
 
 

@@ -69,7 +69,8 @@ def loss_of(student: Seen, teacher: Seen, *, classes: bool, features: float) -> 
     parts = _features_loss(student.features, teacher.features) if features else []
     if found is None and not parts:
         raise TrialError(NO_GRADIENT)
-    total = sum(parts, start=torch.zeros(())) * (features / max(len(parts), 1))
+    none = torch.zeros((), dtype=torch.float32)
+    total = sum(parts, start=none) * (features / max(len(parts), 1))
     return total if found is None else found + total.to(found.device)
 
 
@@ -97,7 +98,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 def noise_to_signal(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return Σ(x − y)² / Σy² over pairs of tensors; what is infinite in y doesn't count."""
-    noise, signal = torch.zeros(()), torch.zeros(())
+    noise = signal = torch.zeros((), dtype=torch.float32)
     for x, y in pairs:
         known = y.isfinite()
         y = torch.where(known, y, 0.0).float()

@@ -35,7 +35,7 @@ class Stochastic(Estimator):
             return r.round_()
         down = r.floor()
         # Not ⌊r + draw⌋: that sum is rounded, too, and may leave the grid.
-        draw = torch.rand(r.shape, generator=generator, device=r.device)
+        draw = torch.rand(r.shape, generator=generator, dtype=torch.float32, device=r.device)
         return down.add_(draw < r.sub_(down))
 
     def position(

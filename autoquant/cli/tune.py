@@ -191,8 +191,7 @@ def _training(method: str, given: dict[str, Any]) -> Distillation | None:
     if method != "full":
         for name, value in given.items():
             if value is not None:
-                shown = {"gradients": "gradient-bits"}.get(name, name)
-                raise UserError(f"--{shown} is of training: give --method full too")
+                raise UserError(f"{_option(name)} is of training: give --method full too")
         return None
     from autoquant.methods.reconstruction.distillation import Distillation
 
@@ -201,10 +200,13 @@ def _training(method: str, given: dict[str, Any]) -> Distillation | None:
     options = {k: v for k, v in given.items() if v is not None}
     for name in ("weight_rate", "scale_rate", "bias_rate", "activation_rate"):
         options[name] = min(getattr(usual, name) * rate, 1.0)
-    checked = {
-        k: Distillation.checked(k, v, "--" + k.replace("_", "-")) for k, v in options.items()
-    }
+    checked = {k: Distillation.checked(k, v, _option(k)) for k, v in options.items()}
     return Distillation(**checked)
+
+
+def _option(name: str) -> str:
+    """Return what an option of training is called on the command line."""
+    return "--gradient-bits" if name == "gradients" else "--" + name.replace("_", "-")
 
 
 def _show(moment: Moment) -> None:

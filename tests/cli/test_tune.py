@@ -374,6 +374,8 @@ def test_a_task_without_calibration_data(plain, refused):
         (("--method", "full", "--rate", "0"), "0"),
         (("--method", "full", "--rate", "-1"), "-1"),
         (("--method", "full", "--estimator", "lsk"), "did you mean 'lsq'?"),
+        (("--method", "full", "--gradient-bits", "int5"), "--gradient-bits: unknown gradients"),
+        (("--gradient-bits", "int4"), "--gradient-bits is of training: give --method full too"),
     ],
 )
 def test_wrong_options(plain, cli, words, said):

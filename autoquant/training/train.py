@@ -109,6 +109,7 @@ def train(
     best = _Best(student, before)
     if state is not None:
         trainer.load(state)
+        trainer.keep()
         best.load(state)
     every = max(1, technique.steps // CHECKS)
     told = len(trainer.findings)
@@ -123,13 +124,13 @@ def train(
         trainer.check()
         with trainer.averaged():
             held = best.look(measure)
+        mean = sum(trainer.losses) / max(len(trainer.losses), 1)
+        trainer.losses.clear()
         trainer.keep()
         if checkpoint is not None:
             known = _merged(trainer.state(), best.state()) | {RATES: rates}
             write_checkpoint(checkpoint[0], known, checkpoint[1])
-        recent = trainer.losses[-every:]
         new, told = tuple(trainer.findings[told:]), len(trainer.findings)
-        mean = sum(recent) / max(len(recent), 1)
         watch(Moment(trainer.done, technique.steps, mean, held, best.loss, trainer.frozen, new))
     best.restore()
     found, learned = (sites, {}) if best.loss >= before else student.solution()

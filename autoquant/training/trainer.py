@@ -56,7 +56,8 @@ class Trainer:
     """Trains a student step by step.
 
     The state after n steps depends on the start and on n alone, so that training that was
-    interrupted goes on as if it never was (``state``, ``load``).
+    interrupted goes on as if it never was (``state``, ``load``). ``losses`` are those of the steps
+    since whoever looks at them cleared them.
     """
 
     def __init__(self, student: Student, lesson: Lesson, technique: Distillation) -> None:
@@ -119,8 +120,10 @@ class Trainer:
         if wrong is not None:
             return self._go_back("", wrong)
         self._set_rates(number)
-        for name in self.student.learners:
-            mine = [g for (n, _), g in gradients.items() if n == name]
+        by_site: dict[str, list[Tensor]] = {name: [] for name in self.student.learners}
+        for (name, _), gradient in gradients.items():
+            by_site[name].append(gradient)
+        for name, mine in by_site.items():
             if not self._gradient_watch.heed(name, mine):
                 return self._go_back(name, "its gradient is not finite")
         for name, kind, parameter in self.student.parameters():
@@ -191,7 +194,7 @@ class Trainer:
 
     def _go_back(self, layer: str, what: str) -> None:
         """Return to the last safe state, with lower rates: of one layer, or of all."""
-        step, losses, findings = self.done, self.losses, self.findings
+        step, batch, losses, findings = self.done, self._batch, self.losses, self.findings
         shares = [
             g["share"] * (LOWERED if layer in ("", g["site"]) else 1.0)
             for g in self._optimizer.param_groups
@@ -200,7 +203,8 @@ class Trainer:
         for group, share in zip(self._optimizer.param_groups, shares, strict=True):
             group["share"] = share
         # The same batches would come again, so only the parameters go back, not the clock.
-        self.done, self.losses, self.findings = step + 1, losses, findings
+        self.done, self._batch = step + 1, batch
+        self.losses, self.findings = losses, findings
         self._loss_watch.forget()
         whose = "its rates" if layer else "all rates"
         self._find(layer, what, f"back to the last check, and {whose} are halved", step)
@@ -251,7 +255,10 @@ class Trainer:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state`` returned, here or in another process."""
+        """Take up what ``state`` returned, here or in another process.
+
+        In another process that is what training goes back to where it goes astray (``keep``).
+        """
         tensors = state["tensors"]
         for name, kind, parameter in self.student.parameters():
             with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.techniques import ESTIMATORS, RECONSTRUCTIONS, technique_of
 from autoquant.training.student import Student
 from autoquant.training.train import CHECKS, Moment, Trained
+from autoquant.training.trainer import Trainer
 from tests.training.models import KINDS, W2A4, W3A8, everywhere, opened, task_of
 
 SHORT = Distillation(
@@ -98,6 +100,31 @@ def test_killed_and_resumed_is_as_if_it_never_was(tmp_path: Path, at: int, estim
     seen: list[int] = []
     again = trained(opened("mlp"), technique=technique, checkpoint=file, heed=seen.append)
     assert seen[0] == at - at % 6
+    assert same(whole, again)
+
+
+def test_what_goes_astray_after_it_was_resumed_goes_back_to_the_same_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Trainer._gradients
+
+    def poisoned(self: Trainer, number: int):
+        loss, gradients = own(self, number)
+        return (loss * math.nan if number == 22 else loss), gradients
+
+    monkeypatch.setattr(Trainer, "_gradients", poisoned)
+    whole = trained(opened("mlp"))
+    assert [f.step for f in whole.findings] == [22]
+    file = tmp_path / "c.safetensors"
+
+    def killed(step: int) -> None:
+        if step == 20:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        trained(opened("mlp"), checkpoint=file, heed=killed)
+    again = trained(opened("mlp"), checkpoint=file)
+    assert [f.step for f in again.findings] == [22]
     assert same(whole, again)
 
 

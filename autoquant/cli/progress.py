@@ -171,7 +171,7 @@ class ConsoleReporter:
         if result.tuned:
             best = result.recipe.reconstruction
             chosen = "none of them is the best" if best is None else f"the best one is ({best})"
-            out.print(f"tuned: {result.tuned} trials, layer by layer; {chosen}", markup=False)
+            out.print(f"tuned: {result.tuned} trials; {chosen}", markup=False)
         for note in result.notes:
             out.print(note, markup=False)
         if result.done is not None:

@@ -81,7 +81,7 @@ def _study(rivals: int, shortest: int, seed: int) -> optuna.Study:
         )
     finally:
         optuna.logging.set_verbosity(before)
-    study.enqueue_trial({"all": 1.0, "weight": 1.0})
+    study.enqueue_trial({"all": 1.0, "weight": 1.0, "curvature": 0.0, "mismatch": 0.0})
     return study
 
 
@@ -95,4 +95,6 @@ def _scaled(technique: Distillation, trial: optuna.Trial) -> Distillation:
         scale_rate=min(technique.scale_rate * every, 1.0),
         activation_rate=min(technique.activation_rate * every, 1.0),
         bias_rate=min(technique.bias_rate * every, 1.0),
+        curvature_power=trial.suggest_float("curvature", 0.0, 1.0),
+        mismatch_power=trial.suggest_float("mismatch", 0.0, 1.0),
     )

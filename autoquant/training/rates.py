@@ -29,17 +29,23 @@ def base_rates(technique: Distillation) -> dict[str, float]:
 
 
 def make_optimizer(
-    student: Student, technique: Distillation, outputs: Mapping[str, float]
+    student: Student,
+    technique: Distillation,
+    outputs: Mapping[str, float],
+    layers: Mapping[str, float] | None = None,
 ) -> torch.optim.Adam:
     """Return the optimizer of a student: one group for each site and kind, with its own rate.
 
-    ``outputs`` are the usual sizes of layers' outputs, the unit of their biases. Each group has
-    ``site``, ``kind`` and ``base``, the rate at its highest; ``share`` is what a guard left of it.
+    ``outputs`` are the usual sizes of layers' outputs, the unit of their biases; ``layers`` is what
+    the rates of each site are multiplied by. Each group has ``site``, ``kind`` and ``base``, the
+    rate at its highest; ``share`` is what a guard left of it.
     """
+    layers = layers or {}
     base = base_rates(technique)
     groups = []
     for name, kind, parameter in student.parameters():
         rate = base[kind] * (outputs.get(name, 0.0) if kind == BIAS else 1.0)
+        rate *= layers.get(name, 1.0)
         groups.append(
             {"params": [parameter], "site": name, "kind": kind, "base": rate, "share": 1.0}
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from autoquant.spec.recipe import FLOAT32, SiteRecipe
 from autoquant.spec.techniques import ESTIMATORS
 from autoquant.training.checkpoint import read_checkpoint, write_checkpoint
 from autoquant.training.guard import Finding, vanished
+from autoquant.training.layer_rates import Evidence, evidence_of, layer_rates, needs_evidence
+from autoquant.training.probes import Pupil
 from autoquant.training.race import Rival, race
 from autoquant.training.student import Student
 from autoquant.training.trainer import Lesson, Trainer
@@ -29,8 +31,18 @@ PATIENCE = 4
 """Checks without a better model after which training ends, if it is worse than it began with: that
 it gets worse while rates are high, and better than ever as they fall, is as it should be."""
 
-RATES = "rates"
-RATE_NAMES = ("weight_rate", "scale_rate", "bias_rate", "activation_rate")
+RATES, LAYERS = "rates", "layers"
+RATE_NAMES = (
+    "weight_rate",
+    "scale_rate",
+    "bias_rate",
+    "activation_rate",
+    "curvature_power",
+    "mismatch_power",
+)
+
+ASKED = 2
+"""Batches that what is known of layers is found on."""
 
 Sites = Mapping[str, SiteRecipe]
 Measure = Callable[[Sites], float]
@@ -61,7 +73,8 @@ class Trained:
 
     ``learned`` is what it has learned by digest. ``lost`` are weights that are not 0 in the float
     model and are in the quantized one, before and after, as shares. ``technique`` has the
-    rates that it trained with, which won a race of ``rivals`` where there was one.
+    rates that it trained with, which won a race of ``rivals`` where there was one; ``layers`` is
+    what those of each layer were multiplied by, empty where all learned alike.
     """
 
     sites: Sites
@@ -73,6 +86,7 @@ class Trained:
     lost: tuple[float, float]
     technique: Distillation
     rivals: tuple[Rival, ...] = ()
+    layers: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -99,13 +113,16 @@ def train(
     device = next(iter(student.learners.values())).device
     state = None if checkpoint is None else read_checkpoint(*checkpoint, device)
     rivals: list[Rival] = []
-    if technique.rivals > 1 and state is None:
-        run = _Attempt(applier, sites, lesson, measure, heed)
-        technique, rivals = race(technique, run, lesson.seed)
-    elif state is not None:
-        technique = replace(technique, **state[RATES])
+    if state is None:
+        known = _Known(student, lesson, technique.batch)
+        if technique.rivals > 1:
+            run = _Attempt(applier, sites, lesson, measure, heed, known)
+            technique, rivals = race(technique, run, lesson.seed)
+        layers = known.layers(technique)
+    else:
+        technique, layers = replace(technique, **state[RATES]), state[LAYERS]
     rates = {name: getattr(technique, name) for name in RATE_NAMES}
-    trainer = Trainer(student, lesson, technique)
+    trainer = Trainer(student, lesson, technique, layers)
     best = _Best(student, before)
     if state is not None:
         trainer.load(state)
@@ -128,8 +145,8 @@ def train(
         trainer.losses.clear()
         trainer.keep()
         if checkpoint is not None:
-            known = _merged(trainer.state(), best.state()) | {RATES: rates}
-            write_checkpoint(checkpoint[0], known, checkpoint[1])
+            kept = _merged(trainer.state(), best.state()) | {RATES: rates, LAYERS: layers}
+            write_checkpoint(checkpoint[0], kept, checkpoint[1])
         new, told = tuple(trainer.findings[told:]), len(trainer.findings)
         watch(Moment(trainer.done, technique.steps, mean, held, best.loss, trainer.frozen, new))
     best.restore()
@@ -146,6 +163,7 @@ def train(
         (lost, _lost(student)),
         technique,
         tuple(rivals),
+        layers,
     )
 
 
@@ -160,6 +178,25 @@ def _student(applier: Applier, sites: Sites, technique: Distillation) -> Student
     return student
 
 
+class _Known:
+    """What is found out of each layer at the start, once it is asked for."""
+
+    def __init__(self, student: Student, lesson: Lesson, batch: int) -> None:
+        self._student, self._lesson, self._batch = student, lesson, batch
+        self._evidence: Evidence | None = None
+
+    def layers(self, technique: Distillation) -> dict[str, float]:
+        if not needs_evidence(technique):
+            return {}
+        if self._evidence is None:
+            inputs, order = self._lesson.inputs, self._lesson.inputs.order(self._batch, 0)
+            batches = [inputs.at(order.places(i)) for i in range(min(ASKED, order.length))]
+            pupil = Pupil(self._student, self._lesson, batches)
+            self._evidence = evidence_of(pupil, self._lesson.seed)
+            self._student.rest()
+        return layer_rates(self._evidence, technique)
+
+
 class _Attempt:
     """Trains from the start, as many steps as a technique has, and measures what comes of it."""
 
@@ -170,13 +207,14 @@ class _Attempt:
         lesson: Lesson,
         measure: Measure,
         heed: Callable[[int], None],
+        known: _Known,
     ) -> None:
         self._applier, self._sites, self._lesson = applier, sites, lesson
-        self._measure, self._heed = measure, heed
+        self._measure, self._heed, self._known = measure, heed, known
 
     def __call__(self, technique: Distillation) -> float:
         student = _student(self._applier, self._sites, technique)
-        trainer = Trainer(student, self._lesson, technique)
+        trainer = Trainer(student, self._lesson, technique, self._known.layers(technique))
         while trainer.done < technique.steps:
             self._heed(0)
             try:

@@ -57,10 +57,17 @@ class Trainer:
 
     The state after n steps depends on the start and on n alone, so that training that was
     interrupted goes on as if it never was (``state``, ``load``). ``losses`` are those of the steps
-    since whoever looks at them cleared them.
+    since whoever looks at them cleared them. ``layers`` is what the rates of each layer are
+    multiplied by.
     """
 
-    def __init__(self, student: Student, lesson: Lesson, technique: Distillation) -> None:
+    def __init__(
+        self,
+        student: Student,
+        lesson: Lesson,
+        technique: Distillation,
+        layers: Mapping[str, float] | None = None,
+    ) -> None:
         self.student = student
         self.lesson = lesson
         self.technique = technique
@@ -70,7 +77,7 @@ class Trainer:
         self._batch = technique.batch
         self._features = dict(lesson.modules) if technique.features else {}
         self._start = _copied(student)
-        self._optimizer = make_optimizer(student, technique, self._usual_outputs())
+        self._optimizer = make_optimizer(student, technique, self._usual_outputs(), layers)
         self._oscillation = {n: Oscillation(x.integers()) for n, x in student.learners.items()}
         self._loss_watch, self._gradient_watch = LossWatch(), GradientWatch(technique.clip)
         self._off: set[str] = set()

@@ -39,6 +39,8 @@ def test_it_finds_the_rates_that_lose_least(best: float) -> None:
         scale_rate=found.scale_rate,
         bias_rate=found.bias_rate,
         activation_rate=found.activation_rate,
+        curvature_power=found.curvature_power,
+        mismatch_power=found.mismatch_power,
     )
     assert len(rivals) == USUAL.rivals
     assert asked[0] == replace(USUAL, steps=10)  # the usual ones are among them

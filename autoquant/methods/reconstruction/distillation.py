@@ -35,6 +35,9 @@ class Distillation(Reconstruction):
     - ``clip``: a gradient of a layer longer than this many times its usual length is cut to that.
     - ``rivals``: so many sets of rates are tried for a short while, the usual ones first, and those
       that do best on held-back data are gone on with (``training.race``); 1 tries none.
+    - ``curvature_power`` is how much slower layers learn whose loss is the more curved: 1 has noise
+      in the weights of each cost the same, 0 has all learn alike; ``mismatch_power`` how much
+      slower those whose gradient is mismatched (``training.layer_rates``).
     - ``estimator`` is how gradients pass quantizers (``quant.estimators``).
     - ``gradients`` is the format that the gradient by each layer's output is brought to, by
       ``gradient_rounding``, before it goes into the layer's two products (``quant.gradients``).
@@ -52,6 +55,8 @@ class Distillation(Reconstruction):
     freezing: float = option(0.02, 0.0, 1.0)
     clip: float = option(3.0, 0.0, 1e9, above=True)
     rivals: int = option(1, 1, 1000)
+    curvature_power: float = option(0.0, -2.0, 2.0)
+    mismatch_power: float = option(0.0, 0.0, 2.0)
     estimator: str = choice("lsq", ESTIMATORS)
     gradients: str = choice(FLOAT32, (FLOAT32, *GRADIENT_GRIDS))
     gradient_rounding: str = choice(ROUND_STOCHASTIC, ROUNDINGS)

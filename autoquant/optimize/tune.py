@@ -26,7 +26,7 @@ from autoquant.spec.outputs import check_target, is_signed
 from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import save
 from autoquant.spec.techniques import Reconstruction
-from autoquant.training.train import Moment
+from autoquant.training.train import Moment, Step
 
 MOST_RIDGE = 1e9
 
@@ -105,15 +105,16 @@ def tune(
     backend: str = "auto",
     say: Callable[[str], None] = lambda _: None,
     watch: Callable[[Moment], None] = lambda _: None,
+    follow: Callable[[Step], None] = lambda _: None,
 ) -> Tuned:
     """Fit the layers of ``recipe`` to each other and write the best recipe to ``out``.
 
     What was learned goes beside it, as NAME.learned.safetensors. Each of ``ridges`` is tried,
     without any the ways that a search tries; what is best then is trained, where ``training`` says
-    how, and ``watch`` hears how that goes. The recipe itself is what is written where nothing makes
-    the loss on the search split less. Training that was interrupted is gone on with: what it needs
-    lies beside ``out`` until it ends, as NAME.training.safetensors. Raises UserError where the task
-    gives no calibration data, or the user's code fails.
+    how: ``watch`` hears each check of that, ``follow`` each step. The recipe itself is what is
+    written where nothing makes the loss on the search split less. Training that was interrupted is
+    gone on with: what it needs lies beside ``out`` until it ends, as NAME.training.safetensors.
+    Raises UserError where the task gives no calibration data, or the user's code fails.
     """
     path = Path(os.path.abspath(out))
     check_tuned(path, recipe)
@@ -126,7 +127,7 @@ def tune(
     try:
         best, found = _best(session, task, recipe, ridges, say)
         if training is not None:
-            best, found = _trained(session, best, found, training, path, say, watch)
+            best, found = _trained(session, best, found, training, path, say, watch, follow)
         goal = Goal(margin_of(session.baseline("search"), recipe), session.sizes.float_size_bytes)
         say("confirming")
         with session.prepared.engine.reference():
@@ -161,14 +162,16 @@ def _trained(
     path: Path,
     say: Callable[[str], None],
     watch: Callable[[Moment], None],
+    follow: Callable[[Step], None],
 ) -> tuple[dict[str, SiteRecipe], Tuned]:
     """Return the sites after training, and how they came about."""
     began = time.monotonic()
     say(f"training all layers together ({technique})")
     kept = training_path(path)
     done = train_layers(
-        session, start, technique, watch=watch, checkpoint=kept, seed=found.recipe.seed
-    )
+        session, start, technique, watch=watch, follow=follow, checkpoint=kept,
+        seed=found.recipe.seed,
+    )  # fmt: skip
     kept.unlink(missing_ok=True)
     seconds = round(time.monotonic() - began, 3)
     row = Tried(done.technique, done.after, seconds, tuple(map(str, done.findings)), done.lost)

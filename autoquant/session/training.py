@@ -21,7 +21,7 @@ from autoquant.models.usercode import guarded
 from autoquant.session.session import Session
 from autoquant.spec.recipe import SiteRecipe, choices_key
 from autoquant.training.schedule import Lessons
-from autoquant.training.train import Moment, Trained, train
+from autoquant.training.train import Held, Moment, Step, Trained, train
 from autoquant.training.trainer import Lesson
 
 Sites = Mapping[str, SiteRecipe]
@@ -33,22 +33,25 @@ def train_layers(
     technique: Distillation,
     *,
     watch: Callable[[Moment], None] = lambda _: None,
+    follow: Callable[[Step], None] = lambda _: None,
     heed: Callable[[int], None] = lambda _: None,
     checkpoint: Path | None = None,
     seed: int = 0,
 ) -> Trained:
     """Train a recipe on the session's data; what was learned is the applier's.
 
-    ``heed`` hears each step to come, and may raise to end it; ``checkpoint`` is a file to go on
-    from. Raises TrialError where the user's code fails on the quantized model, where its outputs
-    have no gradient, or memory runs out.
+    ``watch`` hears each check, ``follow`` each step that was taken; ``heed`` hears each step to
+    come, and may raise to end it; ``checkpoint`` is a file to go on from. Raises TrialError where
+    the user's code fails on the quantized model, where its outputs have no gradient, or memory runs
+    out.
     """
     lesson = lesson_of(session, seed)
     session.baseline("search")  # which ``measure`` compares with
 
-    def measure(candidate: Sites) -> float:
+    def measure(candidate: Sites) -> Held:
         with session.without_reuse():
-            return session.measure(candidate, "search")[0].loss
+            measured, reading, _ = session.measure(candidate, "search")
+        return Held(measured.loss, reading.metric.name, reading.value)
 
     kept = (
         None if checkpoint is None else (checkpoint, identity_of(session, sites, technique, lesson))
@@ -56,7 +59,7 @@ def train_layers(
     try:
         return train(
             session.applier, sites, lesson, technique, measure,
-            watch=watch, heed=heed, checkpoint=kept,
+            watch=watch, follow=follow, heed=heed, checkpoint=kept,
         )  # fmt: skip
     except OUT_OF_MEMORY as error:
         raise out_of_memory(error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,19 @@ BETAS = (0.9, 0.99)
 as a reconstruction has, the usual 1,000 would be those of the start."""
 EPSILON = 1e-12
 """Adam's: parameters are in units in which gradients may be tiny."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one kind of parameter of a site learns at now.
+
+    ``share`` is what the guard left of it: less than 1 where it was lowered, 0 where it is stopped.
+    """
+
+    site: str
+    kind: str
+    rate: float
+    share: float
 
 
 def base_rates(technique: Distillation) -> dict[str, float]:

@@ -22,6 +22,7 @@ from autoquant.training.guard import Finding, vanished
 from autoquant.training.layer_rates import Evidence, evidence_of, layer_rates, needs_evidence
 from autoquant.training.probes import Pupil
 from autoquant.training.race import Rival, race
+from autoquant.training.rates import Rate
 from autoquant.training.student import Student
 from autoquant.training.trainer import Lesson, Trainer
 
@@ -45,8 +46,35 @@ ASKED = 2
 """Batches that what is known of layers is found on."""
 
 Sites = Mapping[str, SiteRecipe]
-Measure = Callable[[Sites], float]
-"""The loss of a recipe on data that training does not learn from."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a recipe comes to on data that training does not learn from.
+
+    That is its ``loss``, and the ``value`` of the task's ``metric``; None where it has none.
+    """
+
+    loss: float
+    metric: str = ""
+    value: float | None = None
+
+
+Measure = Callable[[Sites], Held]
+"""Measures a recipe on data that training does not learn from."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of training that was taken: ``number`` are done now, 0 while sets of rates race.
+
+    ``findings`` are those of this step.
+    """
+
+    number: int
+    steps: int
+    loss: float
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,8 +82,10 @@ class Moment:
     """How training is getting on: what a live view shows.
 
     ``loss`` is the mean of the steps since the last check, ``held`` the loss on held-back data at
-    it, ``best`` the lowest of those; ``frozen`` is the share of weights that are held since they
-    went back and forth; ``findings`` are new.
+    it, ``best`` the lowest of those, and of what training began with; ``metric`` and ``value`` are
+    the task's on that data, None where the model gave nothing that could be measured. ``rates`` are
+    those of each site and kind; ``frozen`` is the share of weights that are held since they went
+    back and forth, ``lost`` that of weights which rounding alone makes 0; ``findings`` are new.
     """
 
     step: int
@@ -65,6 +95,10 @@ class Moment:
     best: float
     frozen: float = 0.0
     findings: tuple[Finding, ...] = ()
+    metric: str = ""
+    value: float | None = None
+    rates: tuple[Rate, ...] = ()
+    lost: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,17 +131,19 @@ def train(
     measure: Measure,
     *,
     watch: Callable[[Moment], None] = lambda _: None,
+    follow: Callable[[Step], None] = lambda _: None,
     heed: Callable[[int], None] = lambda _: None,
     checkpoint: tuple[Path, str] | None = None,
 ) -> Trained:
     """Train the quantized layers of a recipe and return the best of what ``measure`` was shown.
 
-    ``heed`` hears each step that is to come and may raise to end it. A ``checkpoint``, (file, what
+    ``watch`` hears each check, ``follow`` each step that was taken, ``heed`` each that is to come,
+    and may raise to end it. A ``checkpoint``, (file, what
     it is of), is written at each check and gone on from. The model is left in float; what is
     returned is in ``applier.learned``. Raises TrialError where the user's code fails, or where
     nothing has a gradient.
     """
-    before = measure(sites)
+    before = measure(sites).loss
     student = _student(applier, sites, technique)
     lost = _lost(student)
     device = next(iter(student.learners.values())).device
@@ -116,7 +152,7 @@ def train(
     if state is None:
         known = _Known(student, lesson, technique.batch)
         if technique.rivals > 1:
-            run = _Attempt(applier, sites, lesson, measure, heed, known)
+            run = _Attempt(applier, sites, lesson, measure, heed, follow, known)
             technique, rivals = race(technique, run, lesson.seed)
         layers = known.layers(technique)
     else:
@@ -132,15 +168,18 @@ def train(
     told = len(trainer.findings)
     while trainer.done < technique.steps and not best.hopeless:
         heed(trainer.done)
+        known = len(trainer.findings)
         try:
             trainer.step()
         finally:
             student.rest()
+        taken = tuple(trainer.findings[known:])
+        follow(Step(trainer.done, technique.steps, trainer.losses[-1], taken))
         if trainer.done % every and trainer.done < technique.steps:
             continue
         trainer.check()
         with trainer.averaged():
-            held = best.look(measure)
+            held, lost_now = best.look(measure), _lost(student)
         mean = sum(trainer.losses) / max(len(trainer.losses), 1)
         trainer.losses.clear()
         trainer.keep()
@@ -148,7 +187,21 @@ def train(
             kept = _merged(trainer.state(), best.state()) | {RATES: rates, LAYERS: layers}
             write_checkpoint(checkpoint[0], kept, checkpoint[1])
         new, told = tuple(trainer.findings[told:]), len(trainer.findings)
-        watch(Moment(trainer.done, technique.steps, mean, held, best.loss, trainer.frozen, new))
+        watch(
+            Moment(
+                trainer.done,
+                technique.steps,
+                mean,
+                held.loss,
+                best.loss,
+                trainer.frozen,
+                new,
+                held.metric,
+                held.value,
+                trainer.rates(),
+                lost_now,
+            )
+        )
     best.restore()
     found, learned = (sites, {}) if best.loss >= before else student.solution()
     applier.learned.update(learned)
@@ -207,10 +260,12 @@ class _Attempt:
         lesson: Lesson,
         measure: Measure,
         heed: Callable[[int], None],
+        follow: Callable[[Step], None],
         known: _Known,
     ) -> None:
         self._applier, self._sites, self._lesson = applier, sites, lesson
-        self._measure, self._heed, self._known = measure, heed, known
+        self._measure, self._heed = measure, heed
+        self._follow, self._known = follow, known
 
     def __call__(self, technique: Distillation) -> float:
         student = _student(self._applier, self._sites, technique)
@@ -221,8 +276,9 @@ class _Attempt:
                 trainer.step()
             finally:
                 student.rest()
+            self._follow(Step(0, technique.steps, trainer.losses[-1]))
         with trainer.averaged():
-            return _Best(student, math.inf).look(self._measure)
+            return _Best(student, math.inf).look(self._measure).loss
 
 
 class _Best:
@@ -239,8 +295,8 @@ class _Best:
     def _parameters(self) -> dict[str, torch.Tensor]:
         return {f"{n}|{k}": p.detach().clone() for n, k, p in self._student.parameters()}
 
-    def look(self, measure: Measure) -> float:
-        """Measure the student as it is; return its loss."""
+    def look(self, measure: Measure) -> Held:
+        """Measure the student as it is; return what that gave."""
         applier = self._student.applier
         sites, learned = self._student.solution()
         known = set(applier.learned)
@@ -248,16 +304,16 @@ class _Best:
         try:
             held = measure(sites)
         except TrialError:  # outputs that are not finite, say: as bad as can be
-            held = math.inf
+            held = Held(math.inf)
         finally:
             for digest in set(learned) - known:
                 del applier.learned[digest]
             applier.to_float()
-        if held < self.loss:
-            self.loss, self.waits, self._kept = held, 0, self._parameters()
+        if held.loss < self.loss:
+            self.loss, self.waits, self._kept = held.loss, 0, self._parameters()
         else:
             self.waits += 1
-        self._last = held
+        self._last = held.loss
         return held
 
     @property

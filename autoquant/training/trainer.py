@@ -21,7 +21,7 @@ from autoquant.training.guard import (
 from autoquant.training.learner import ACTIVATION, WEIGHT, load
 from autoquant.training.objective import loss_of, seeing
 from autoquant.training.oscillation import Oscillation
-from autoquant.training.rates import make_optimizer, sizes_of
+from autoquant.training.rates import Rate, make_optimizer, sizes_of
 from autoquant.training.schedule import Lessons, rate_at
 from autoquant.training.student import Student
 
@@ -100,6 +100,16 @@ class Trainer:
         """The share of all weights that are frozen since they went back and forth."""
         rows = list(self._oscillation.values())
         return sum(int(r.frozen.sum()) for r in rows) / max(sum(r.frozen.numel() for r in rows), 1)
+
+    def rates(self) -> tuple[Rate, ...]:
+        """Return what each site and kind learns at, as of the last step."""
+        self._set_rates(max(self.done - 1, 0))  # a step that went back has not set them
+        found = []
+        for group in self._optimizer.param_groups:
+            on = group["site"] not in self._off
+            rate, share = (group["lr"], group["share"]) if on else (0.0, 0.0)
+            found.append(Rate(group["site"], group["kind"], rate, share))
+        return tuple(found)
 
     def keep(self) -> None:
         """Say that all is well so far: what training goes back to where it goes astray."""

@@ -149,3 +149,18 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch: pytest.MonkeyPatch) -> 
     assert sizes == [16, 8, 4, 4]
     assert [f.what for f in trainer.findings] == ["out of memory"] * 2
     assert "4 samples" in trainer.findings[-1].done
+
+
+def test_rates_tell_what_the_guard_left_of_them() -> None:
+    trainer = trainer_of()
+    trainer.step()
+    first = {(r.site, r.kind): r for r in trainer.rates()}
+    assert all(r.share == 1.0 and r.rate > 0 for r in first.values())
+    name, other = list(trainer.student.learners)[:2]
+    trainer._stop_kind(name, SCALE, "a scale ran off", "held")
+    trainer._go_back(other, "its gradient is not finite")
+    trainer._off.add(name)
+    for row in trainer.rates():
+        expected = {name: 0.0, other: 0.5}.get(row.site, 1.0)
+        assert row.share == expected
+        assert (row.rate > 0) == (expected > 0)

@@ -19,8 +19,10 @@ from autoquant.session.training import train_layers
 from autoquant.spec.gradients import GRADIENT_GRIDS
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.techniques import ESTIMATORS, RECONSTRUCTIONS, technique_of
+from autoquant.training.learner import WEIGHT
+from autoquant.training.schedule import rate_at
 from autoquant.training.student import Student
-from autoquant.training.train import CHECKS, Moment, Trained
+from autoquant.training.train import CHECKS, Moment, Step, Trained
 from autoquant.training.trainer import Trainer
 from tests.training.models import KINDS, W2A4, W3A8, everywhere, opened, task_of
 
@@ -52,6 +54,75 @@ def test_it_makes_the_loss_less_on_data_that_it_has_not_seen(kind: str, recipe: 
     assert found.after == pytest.approx(loss(session, found.sites, "search"), rel=1e-12)
     assert [m.step for m in moments][:2] == [60 // CHECKS, 2 * (60 // CHECKS)]
     assert moments[-1].loss < moments[0].loss
+
+
+def test_what_a_check_tells_is_what_the_model_gives() -> None:
+    session = opened("mlp")
+    moments: list[Moment] = []
+    found = trained(session, watch=moments.append)
+    best = min(moments, key=lambda m: m.held)
+    assert best.metric == session.baseline("search").metric.name
+    assert best.value == session.measure(found.sites, "search")[1].value
+    assert best.lost == found.lost[1]
+    learners = {name for name, site in found.sites.items() if site.learned}
+    for moment in moments:
+        assert {row.site for row in moment.rates} == learners
+        assert all(row.share == 1.0 for row in moment.rates)
+    weights = [[r.rate for r in m.rates if r.kind == WEIGHT] for m in moments]
+    assert all(len(set(row)) == 1 for row in weights)
+    assert [row[0] for row in weights] == [
+        SHORT.weight_rate * rate_at(m.step - 1, 60, 3) for m in moments
+    ]
+
+
+def test_each_step_is_told_with_its_loss_and_what_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = Trainer._gradients
+
+    def poisoned(self: Trainer, number: int):
+        loss, gradients = own(self, number)
+        return (loss * math.nan if number == 22 else loss), gradients
+
+    monkeypatch.setattr(Trainer, "_gradients", poisoned)
+    steps: list[Step] = []
+    moments: list[Moment] = []
+    found = trained(opened("mlp"), watch=moments.append, follow=steps.append)
+    assert [s.number for s in steps] == list(range(1, 61))
+    assert [s.number for s in steps if math.isnan(s.loss)] == [23]
+    assert steps[22].findings == found.findings == moments[3].findings
+    every = 60 // CHECKS
+    for moment in moments[:3]:
+        own_losses = [s.loss for s in steps[moment.step - every : moment.step]]
+        assert moment.loss == pytest.approx(sum(own_losses) / every)
+    assert {row.share for row in moments[2].rates} == {1.0}
+    assert {row.share for row in moments[3].rates} == {0.5}
+
+
+def test_a_race_tells_its_steps_as_none_of_training() -> None:
+    steps: list[Step] = []
+    technique = replace(SHORT, steps=20, rivals=2)
+    trained(opened("mlp"), technique=technique, follow=steps.append)
+    race = [s for s in steps if not s.number]
+    assert steps[: len(race)] == race
+    assert [s.number for s in steps[len(race) :]] == list(range(1, 21))
+    assert len(race) > 2
+
+
+def test_a_value_that_cannot_be_measured_is_none() -> None:
+    session = opened("mlp")
+    own, moments = session.measure, list[Moment]()
+    calls = iter(range(100))
+
+    def broken(*args: Any, **words: Any) -> Any:
+        if next(calls) == 2:
+            raise TrialError("not finite")
+        return own(*args, **words)
+
+    session.measure = broken  # type: ignore[method-assign]
+    trained(session, watch=moments.append)
+    assert [m.value is None for m in moments[:3]] == [False, True, False]
+    assert math.isinf(moments[1].held)
 
 
 def test_where_nothing_is_gained_the_recipe_is_as_it_was() -> None:

@@ -54,7 +54,7 @@ def command(
     loaded_recipe = load(Path(recipe))
     from autoquant.session.apply import check_model, check_output, quantize, write
     from autoquant.session.session import choose_device
-    from autoquant.study.opening import check_folder
+    from autoquant.spec.outputs import check_folder
     from autoquant.study.source import Source
 
     target = Path(os.path.abspath(output))  # before the task runs, which may change the folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,6 +137,33 @@ def memory_option(command: F) -> F:
         help="Memory for results of layers, so that what candidates share is computed once (512MB, "
         "2GB; 0 for none). Default: 2GiB, or a quarter of what is free where that is less.",
     )(command)
+
+
+def log_option(command: F) -> F:
+    """Add --log."""
+    return click.option(
+        "--log",
+        metavar="DIR",
+        type=click.Path(),
+        help="Write how training goes to DIR as TensorBoard scalars: losses, metric, rates of each "
+        "layer, what was found. Needs the package tensorboard.",
+    )(command)
+
+
+def log_folder(log: str | None) -> Path | None:
+    """Return the folder of --log, absolute: the task may change where we are.
+
+    Raises UserError where the package that it needs is missing, or nothing can be written there.
+    """
+    if log is None:
+        return None
+    from autoquant.report.scalars import check_scalars
+    from autoquant.spec.outputs import check_folder
+
+    folder = Path(os.path.abspath(log))
+    check_scalars()
+    check_folder(folder)
+    return folder
 
 
 def json_option(command: F) -> F:

@@ -6,17 +6,20 @@ import contextlib
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.cli.failures import Interrupted
+from autoquant.cli.live import TrainingLines
 from autoquant.cli.output import emit
 from autoquant.libraries import unchanged
 from autoquant.models.usercode import interruptible
 from autoquant.optimize.loop import Stop
 from autoquant.optimize.result import SearchResult
+from autoquant.report.scalars import ScalarLog
 from autoquant.report.tables import (
     console,
     describe_bits,
@@ -34,22 +37,41 @@ from autoquant.study.ledger import REASON
 from autoquant.study.opening import RECIPE_FILE
 from autoquant.study.trials import measured
 from autoquant.study.tuned import TUNED, searched
+from autoquant.training.guard import Finding
+from autoquant.training.train import Moment, Step
 
 with unchanged():
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.text import Text
 
 
-class ConsoleReporter:
-    """Draws a bar with the best recipe so far, its drop, its size and the time left."""
+class _SearchProgress(Progress):
+    """A bar, and below it how training goes, while a trial is trained."""
 
-    def __init__(self, as_json: bool, storage: str | None) -> None:
+    training: TrainingLines | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield what is drawn."""
+        yield from super().get_renderables()
+        if self.training is not None:
+            yield self.training
+
+
+class ConsoleReporter:
+    """Draws a bar with the best recipe so far, its drop, its size and the time left.
+
+    ``log`` is where scalars of training go.
+    """
+
+    def __init__(self, as_json: bool, storage: str | None, log: Path | None = None) -> None:
         self.as_json = as_json
         self.storage = storage
         self.study: str | None = None
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.progress = Progress(
+        self.log = None if log is None else ScalarLog(log, self._warn)
+        self._findings: set[Finding] = set()
+        self.progress = _SearchProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -92,8 +114,41 @@ class ConsoleReporter:
         if self.bar is not None:
             self.progress.update(self.bar, description=f"trial {number} {done}/{total}")
 
+    def trained(self, step: Step) -> None:
+        """Show a step of training below the bar, which ``step`` moves."""
+        if self.progress.training is None:
+            self.progress.training = TrainingLines()
+        self.progress.training.step(step)
+        self._print(step.findings)
+        if self.log is not None:
+            self.log.step(step)
+
+    def checked(self, moment: Moment) -> None:
+        """Show a check of training."""
+        if self.progress.training is not None:
+            self.progress.training.check(moment)
+        self._print(moment.findings)
+        if self.log is not None:
+            self.log.check(moment)
+
+    def _print(self, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            if finding not in self._findings:
+                self._findings.add(finding)
+                self.console.print(f"training, {finding}", markup=False)
+
+    def _warn(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        """Take the bar away, and write what is left of scalars."""
+        self.progress.stop()
+        if self.log is not None:
+            self.log.close()
+
     def trial(self, trial: FrozenTrial, best: FrozenTrial | None) -> None:
         """Show a finished trial."""
+        self.progress.training = None
         self.done += TUNED not in trial.user_attrs  # those come on top of what was asked for
         text = "no recipe yet"
         m = None if best is None else measured(best)
@@ -197,9 +252,11 @@ class ConsoleReporter:
 
 
 @contextlib.contextmanager
-def searching(as_json: bool, storage: str | None) -> Iterator[ConsoleReporter]:
+def searching(
+    as_json: bool, storage: str | None, log: Path | None = None
+) -> Iterator[ConsoleReporter]:
     """Give a reporter; on Ctrl-C or SIGTERM say how to go on, and exit with status 130."""
-    reporter = ConsoleReporter(as_json, storage)
+    reporter = ConsoleReporter(as_json, storage, log)
     try:
         with interruptible(signal.SIGINT, signal.SIGTERM):
             yield reporter
@@ -213,4 +270,4 @@ def searching(as_json: bool, storage: str | None) -> Iterator[ConsoleReporter]:
             f"every finished trial is kept; go on with: {shlex.join(words)}"
         ) from None
     finally:
-        reporter.progress.stop()
+        reporter.close()

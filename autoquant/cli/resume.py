@@ -6,7 +6,15 @@ import click
 
 from autoquant.cli.failures import verdict_status
 from autoquant.cli.loading import loading
-from autoquant.cli.options import Trials, json_option, memory_option, seconds, storage_option
+from autoquant.cli.options import (
+    Trials,
+    json_option,
+    log_folder,
+    log_option,
+    memory_option,
+    seconds,
+    storage_option,
+)
 
 
 @click.command(
@@ -28,6 +36,7 @@ from autoquant.cli.options import Trials, json_option, memory_option, seconds, s
     "profile and the confirmation; what there was no time for is said.",
 )
 @memory_option
+@log_option
 @click.option(
     "--model", metavar="FILE", type=click.Path(), help="Where the model is now; the study keeps it."
 )
@@ -54,6 +63,7 @@ def command(
     trials: int | str | None,
     timeout: str | None,
     memory: str | None,
+    log: str | None,
     model: str | None,
     task: str | None,
     data: str | None,
@@ -78,12 +88,13 @@ def command(
 
     if task is not None and data is not None:
         raise UserError("--task and --data are two sources of data; give one")
+    scalars = log_folder(log)
     with loading():
         from autoquant.cli.progress import searching
         from autoquant.optimize.resume import resume
 
     limit = seconds(timeout)
-    with searching(as_json, storage) as reporter:
+    with searching(as_json, storage, scalars) as reporter:
         result = resume(
             study,
             storage=storage,

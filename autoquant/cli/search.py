@@ -16,6 +16,8 @@ from autoquant.cli.options import (
     backend_option,
     device_option,
     json_option,
+    log_folder,
+    log_option,
     memory_option,
     seconds,
     storage_option,
@@ -117,6 +119,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
 @memory_option
+@log_option
 @click.option(
     "--out",
     metavar="DIR",
@@ -150,6 +153,7 @@ def command(
     rest: str,
     seed: int,
     memory: str | None,
+    log: str | None,
     out: str,
     as_json: bool,
 ) -> int:
@@ -164,7 +168,7 @@ def command(
     3 FAIL, 4 NOT PROVEN.
     """
     from autoquant.errors import UserError
-    from autoquant.spec.options import Options, check
+    from autoquant.spec.options import AUTO, FULL, Options, check
 
     # All that is cheap to check comes before what takes seconds to import.
     limit = seconds(timeout)
@@ -193,7 +197,9 @@ def command(
     if not Path(model).exists():
         raise UserError(f"{model}: no such file")
     sources = (model, task, data, metric, trust_pickle, space)
-    result = run(*sources, options, study, storage, out, as_json)
+    if log is not None and tune not in (FULL, AUTO):
+        raise UserError(f"--log is of training: --tune {tune} trains nothing, {FULL} does")
+    result = run(*sources, options, study, storage, out, as_json, log)
     return verdict_status(result.verdict)
 
 
@@ -209,11 +215,16 @@ def run(
     storage: str | None,
     out: str,
     as_json: bool,
+    log: str | None = None,
 ) -> SearchResult:
-    """Search, drawing progress on standard error and the result on standard output."""
+    """Search, drawing progress on standard error and the result on standard output.
+
+    Scalars of training go to the folder ``log``.
+    """
     from autoquant.spec.space import SearchSpace
 
     chosen = SearchSpace.load(space)
+    scalars = log_folder(log)
     with loading():
         from autoquant.cli.progress import searching
         from autoquant.optimize.run import Request, start
@@ -223,7 +234,7 @@ def run(
     # Before the task runs, which may change the working directory.
     place, folder = Storage.parse(storage), Path(os.path.abspath(out))
     source = Source(model, task, data, metric, trust_pickle, space_file(space))
-    with searching(as_json, storage) as reporter:
+    with searching(as_json, storage, scalars) as reporter:
         loaded_task = source.load_task()
         request = Request(
             loaded=source.load(loaded_task),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ from autoquant.cli.options import (
     backend_option,
     device_option,
     json_option,
+    log_folder,
+    log_option,
     task_options,
 )
 from autoquant.cli.output import emit
@@ -21,7 +25,6 @@ from autoquant.errors import UserError
 
 if TYPE_CHECKING:
     from autoquant.methods.reconstruction.distillation import Distillation
-    from autoquant.training.train import Moment
 
 
 @click.command(epilog="Example: autoquant tune recipe.yaml model.pt --task task.py -o tuned.yaml")
@@ -99,6 +102,7 @@ if TYPE_CHECKING:
 @click.option(
     "--accept-changes", is_flag=True, help="Tune the recipe although it is for another model file."
 )
+@log_option
 @device_option
 @backend_option("auto")
 @json_option
@@ -119,6 +123,7 @@ def command(
     estimator: str | None,
     gradients: str | None,
     accept_changes: bool,
+    log: str | None,
     device: str,
     backend: str,
     as_json: bool,
@@ -131,6 +136,7 @@ def command(
     goes on where it was when the command is given again. The tuned recipe is written with its
     confirmed metric; where nothing makes it better, it is the recipe as it was.
     """
+    from autoquant.report.scalars import ScalarLog
     from autoquant.spec.recipe_file import load
 
     loaded_recipe = load(Path(recipe))
@@ -145,11 +151,15 @@ def command(
             "gradients": gradients,
         },
     )
+    if log is not None and training is None:
+        raise UserError("--log is of training: give --method full too")
+    folder = log_folder(log)
+    from autoquant.cli.live import Several, view_of
     from autoquant.optimize.tune import check_tuned, tune
     from autoquant.report.tables import plain_number
     from autoquant.report.verdicts import verdict_line
     from autoquant.session.apply import check_model
-    from autoquant.study.opening import check_folder
+    from autoquant.spec.outputs import check_folder
     from autoquant.study.source import Source
 
     target = Path(os.path.abspath(output))  # before the task runs, which may change the folder
@@ -159,11 +169,17 @@ def command(
     loaded_task = source.load_task()
     loaded = source.load(loaded_task)
     check_model(loaded_recipe, loaded, accept=accept_changes)
-    found = tune(
-        loaded, loaded_task, loaded_recipe, target, ridges=ridges, training=training,
-        device=device, backend=backend, say=(lambda _: None) if as_json else click.echo,
-        watch=(lambda _: None) if as_json else _show,
-    )  # fmt: skip
+    with contextlib.ExitStack() as ends:
+        view = ends.enter_context(view_of(as_json))
+        hearers = Several((view,))
+        if folder is not None:
+            scalars = ScalarLog(folder, functools.partial(click.echo, err=True))
+            hearers = Several((view, ends.enter_context(contextlib.closing(scalars))))
+        found = tune(
+            loaded, loaded_task, loaded_recipe, target, ridges=ridges, training=training,
+            device=device, backend=backend, say=view.say,
+            watch=hearers.check, follow=hearers.step,
+        )  # fmt: skip
     if as_json:
         emit(found.plain() | {"path": str(target)})
         return
@@ -207,16 +223,3 @@ def _training(method: str, given: dict[str, Any]) -> Distillation | None:
 def _option(name: str) -> str:
     """Return what an option of training is called on the command line."""
     return "--gradient-bits" if name == "gradients" else "--" + name.replace("_", "-")
-
-
-def _show(moment: Moment) -> None:
-    """Print how training goes."""
-    from autoquant.report.tables import plain_number
-
-    click.echo(
-        f"step {moment.step} of {moment.steps}: loss {plain_number(moment.loss)}, on the search "
-        f"data {plain_number(moment.held)}, best {plain_number(moment.best)}; "
-        f"{moment.frozen:.2%} of the weights frozen"
-    )
-    for finding in moment.findings:
-        click.echo(f"  {finding}")

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 from autoquant.optimize.loop import Listener, Stop
 from autoquant.session.preflight import Preflight
 from autoquant.spec.goal import Goal
+from autoquant.training.train import Moment, Step
 
 
 class Reporter(Listener, Protocol):
@@ -23,6 +24,12 @@ class Reporter(Listener, Protocol):
 
     def begin(self, study: str, goal: Goal, done: Sequence[FrozenTrial], stop: Stop) -> None:
         """The trials begin."""
+
+    def trained(self, step: Step) -> None:
+        """A step of training was taken, of the trial in flight."""
+
+    def checked(self, moment: Moment) -> None:
+        """The model was measured while it is trained."""
 
 
 class Silent:
@@ -41,4 +48,10 @@ class Silent:
         """Do nothing."""
 
     def step(self, number: int, done: int, total: int) -> None:
+        """Do nothing."""
+
+    def trained(self, step: Step) -> None:
+        """Do nothing."""
+
+    def checked(self, moment: Moment) -> None:
         """Do nothing."""

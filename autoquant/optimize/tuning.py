@@ -32,7 +32,6 @@ from autoquant.spec.techniques import Reconstruction
 from autoquant.study.ledger import MEASURED, REASON, finished
 from autoquant.study.trials import SCALES, best_trial, measured, scales
 from autoquant.study.tuned import TUNED, Shelf, Tuning, searched, sites_of, tuning_of
-from autoquant.training.train import Moment
 
 RUNGS = (8.0, 6.3, 5.0, 4.0, 3.2, 2.5, 2.0, 1.6, 1.25)
 """Losses of the recipes that are tuned under a maximum drop, in units of the loss of that drop."""
@@ -251,7 +250,8 @@ class _Tuner:
                 start,
                 technique,
                 heed=lambda number: step(number, technique.steps),
-                watch=self._told,
+                watch=self._study.reporter.checked,
+                follow=self._study.reporter.trained,
                 checkpoint=self._shelf.folder / key,
                 seed=self._study.options.seed,
             )
@@ -265,10 +265,6 @@ class _Tuner:
         (self._shelf.folder / f"training-{choices_key(sites)}.safetensors").unlink(missing_ok=True)
         if REASON in trial.user_attrs:
             raise _Late(f"not trained: {trial.user_attrs[REASON]}")
-
-    def _told(self, moment: Moment) -> None:
-        for finding in moment.findings:
-            self._study.reporter.say(f"training, {finding}")
 
     def _affordable(self, technique: Distillation) -> int:
         """Return how many steps are no more work than what tuning has left of its share."""

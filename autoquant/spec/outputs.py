@@ -33,6 +33,17 @@ def is_signed(path: Path) -> bool:
     return hashlib.sha256(content[match.end() :]).hexdigest().encode() == match[1]
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UserError where nothing could be written to ``folder`` after long work."""
+    path = folder.absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"{folder}: nothing can be written there: {path} is no folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: nothing can be written there: {path} is not writable")
+
+
 def check_target(
     path: Path, ours: Callable[[Path], bool], inputs: Mapping[str, str | Path | None] | None = None
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from autoquant.session.preflight import Preflight
 from autoquant.session.session import Session
 from autoquant.spec.goal import Goal
 from autoquant.spec.options import Options, parse_latency, parse_size
-from autoquant.spec.outputs import check_target, is_signed
+from autoquant.spec.outputs import check_folder, check_target, is_signed
 from autoquant.spec.recipe import ModelIdentity, SiteRecipe
 from autoquant.spec.space import SearchSpace, SiteSpace, shipped
 from autoquant.study.header import Baseline, Header, SavedSpace, StoredSite, versions
@@ -47,17 +46,6 @@ def check_size(size: str | None, session: Session, spaces: Mapping[str, SiteSpac
             f"--size {size}: the space's smallest recipe has {least:,} bytes, {least / whole:.1%} "
             "of the float model; give that or more, or a space with fewer bits"
         )
-
-
-def check_folder(folder: Path) -> None:
-    """Raise UserError where nothing could be written to ``folder`` after long work."""
-    path = folder.absolute()
-    while not path.exists():
-        path = path.parent
-    if not path.is_dir():
-        raise UserError(f"{folder}: nothing can be written there: {path} is no folder")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: nothing can be written there: {path} is not writable")
 
 
 def check_out(folder: Path, source: Source) -> None:

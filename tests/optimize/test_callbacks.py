@@ -10,4 +10,6 @@ def test_whoever_says_nothing_can_stand_for_any_reporter():
     assert quiet.begin("study", None, [], None) is None
     assert quiet.trial(None, None) is None
     assert quiet.step(0, 1, 2) is None
+    assert quiet.trained(None) is None
+    assert quiet.checked(None) is None
     assert vars(quiet) == {}

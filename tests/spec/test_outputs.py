@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autoquant.errors import UserError
-from autoquant.spec.outputs import check_target, is_signed, signed, write_text
+from autoquant.spec.outputs import check_folder, check_target, is_signed, signed, write_text
 from autoquant.spec.recipe import Recipe, SiteRecipe, WeightScheme
 from autoquant.spec.recipe_file import load, save
 
@@ -78,3 +78,17 @@ def test_inputs_and_folders(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         check_target(tmp_path / "x", is_signed)
     assert Path(path).read_text() == signed("a")
+
+
+def test_check_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_folder(tmp_path)
+    check_folder(tmp_path / "new" / "deeper")
+    check_folder(Path("relative"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is no folder"):
+        check_folder(tmp_path / "file" / "below")
+    monkeypatch.setattr("autoquant.spec.outputs.os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match="is not writable"):
+        check_folder(tmp_path)

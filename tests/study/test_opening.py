@@ -1,12 +1,9 @@
 """What a study is checked for before its first trial, and how it is named."""
 
-from pathlib import Path
-
 import pytest
 
-from autoquant.errors import UserError
 from autoquant.study.ledger import Ledger
-from autoquant.study.opening import check_folder, new_name
+from autoquant.study.opening import new_name
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +26,3 @@ def _here(tmp_path, monkeypatch):
 def test_new_name(model, name):
     assert new_name(model, None) == name
     Ledger.check_free(name, None)
-
-
-def test_check_folder(tmp_path, monkeypatch):
-    check_folder(tmp_path)
-    check_folder(tmp_path / "new" / "deeper")
-    check_folder(Path("relative"))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is no folder"):
-        check_folder(tmp_path / "file" / "below")
-    monkeypatch.setattr("autoquant.study.opening.os.access", lambda path, mode: False)
-    with pytest.raises(UserError, match="is not writable"):
-        check_folder(tmp_path)

@@ -73,6 +73,12 @@ class Counter:
     def step(self, number: int, done: int, total: int) -> None:
         pass
 
+    def trained(self, step: Any) -> None:
+        pass
+
+    def checked(self, moment: Any) -> None:
+        pass
+
     def trial(self, trial: Any, best: Any) -> None:
         self.proposals += 1
         if time.monotonic() - self._began >= self.limit:

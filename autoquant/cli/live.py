@@ -104,7 +104,9 @@ def view_of(as_json: bool) -> View:
     beside what is drawn.
     """
     console = Console(stderr=True, highlight=False)
-    return Drawn(console, as_json) if console.is_interactive else Lines(as_json)
+    # FORCE_COLOR, which many a CI sets, has rich take a log for a terminal.
+    drawn = console.is_interactive and console.file.isatty()
+    return Drawn(console, as_json) if drawn else Lines(as_json)
 
 
 class Lines:

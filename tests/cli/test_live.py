@@ -35,12 +35,19 @@ def plain(project):
     return project
 
 
+class Screen(io.TextIOWrapper):
+    """A file that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
 class Terminal:
     """A terminal that standard error is said to be."""
 
     def __init__(self, encoding="utf-8", width=100):
         self.bytes = io.BytesIO()
-        self.file = io.TextIOWrapper(self.bytes, encoding, write_through=True)
+        self.file = Screen(self.bytes, encoding, write_through=True)
         self.encoding, self.width = encoding, width
 
     def console(self, **words):
@@ -178,6 +185,13 @@ def test_the_time_left_is_told_by_the_steps_that_were_taken_here(terminal, monke
     assert any("loss 0.5000; not yet measured on the search data" in line for line in last)
 
 
+def test_colours_that_are_forced_make_no_terminal_of_a_log(plain, cli, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    result = cli(*TUNE, *FULL)
+    assert result.out.count("\nstep ") == 10
+    assert "\x1b" not in result.out + result.err
+
+
 def test_layers_that_are_fitted_alone_draw_nothing(plain, cli, terminal):
     screen = terminal()
     assert cli(*TUNE).done
@@ -187,7 +201,8 @@ def test_layers_that_are_fitted_alone_draw_nothing(plain, cli, terminal):
 def test_a_dumb_terminal_is_given_lines(plain, cli, monkeypatch):
     def console(**words):
         del words["stderr"]
-        return Console(**words, file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+        file = Screen(io.BytesIO())
+        return Console(**words, file=file, force_terminal=True, _environ={"TERM": "dumb"})
 
     monkeypatch.setattr(live, "Console", console)
     assert "step 40 of 40: " in cli(*TUNE, *FULL).out

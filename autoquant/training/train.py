@@ -150,11 +150,11 @@ def train(
     state = None if checkpoint is None else read_checkpoint(*checkpoint, device)
     rivals: list[Rival] = []
     if state is None:
-        known = _Known(student, lesson, technique.batch)
+        found_out = _Known(student, lesson, technique.batch)
         if technique.rivals > 1:
-            run = _Attempt(applier, sites, lesson, measure, heed, follow, known)
+            run = _Attempt(applier, sites, lesson, measure, heed, follow, found_out)
             technique, rivals = race(technique, run, lesson.seed)
-        layers = known.layers(technique)
+        layers = found_out.layers(technique)
     else:
         technique, layers = replace(technique, **state[RATES]), state[LAYERS]
     rates = {name: getattr(technique, name) for name in RATE_NAMES}

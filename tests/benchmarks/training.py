@@ -43,6 +43,8 @@ HEAD = [
     "weights that became 0", "CPU seconds",
 ]  # fmt: skip
 REPORT = Path(__file__).resolve().parents[2] / "reports" / "training.md"
+RULE = "\n## "
+"""What sections of the report begin with."""
 PHOTOS, HELD = 416, 96
 
 
@@ -198,7 +200,9 @@ def main(names: tuple[str, ...], seeds: int) -> None:
         line(["---"] * len(HEAD)),
         *rows,
     ]
-    REPORT.write_text("\n".join(text) + "\n", encoding="utf-8")
+    # The sections of ``tests.benchmarks.challenges`` come after that, and stay.
+    _, *sections = before.split(RULE)
+    REPORT.write_text(RULE.join(["\n".join(text) + "\n", *sections]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.benchmarks.challenges import (
     small_weights,
 )
 from tests.benchmarks.challenges.rows import Rows
-from tests.benchmarks.training import REPORT
+from tests.benchmarks.training import REPORT, RULE
 
 SECTIONS = {
     "language": (language, "Accuracy of BERT-like models"),
@@ -34,7 +34,6 @@ SECTIONS = {
     "signs": (signs, "Sign and magnitude together"),
     "layer-rates": (layer_rates, "Rates of layers"),
 }
-RULE = "\n## "
 
 
 def sections(rows: Rows) -> str:
@@ -44,7 +43,7 @@ def sections(rows: Rows) -> str:
         own = rows.of_section(module.SECTION)
         if own:
             lines += ["", f"## {title}", ""]
-            lines += module.text(own, REPORT.with_name("training"))
+            lines += module.text(own)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -67,6 +66,7 @@ def main(names: tuple[str, ...], seeds: int, again: bool) -> None:
         before = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
         head = before.split(RULE)[0].rstrip() + "\n"
         REPORT.write_text(head + sections(rows), encoding="utf-8")
+        convergence.plot(rows.of_section(convergence.SECTION), REPORT.with_name("training"))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.training.mismatch import Unrounded
 from tests.benchmarks.challenges.lab import Lab
+from tests.benchmarks.challenges.plots import chart
 from tests.benchmarks.challenges.rows import Row, Rows, interval, ordered, table, values
 
 SECTION = "convergence"
@@ -69,7 +70,7 @@ def best_rates(rows: list[Row], case: str) -> dict[str | int, float]:
     return found
 
 
-def text(rows: list[Row], plots: Path) -> list[str]:
+def text(rows: list[Row]) -> list[str]:
     """Return the section."""
     lines = [
         "Weights are trained alone, by distillation, from one start: the network with 2-bit",
@@ -95,29 +96,31 @@ def text(rows: list[Row], plots: Path) -> list[str]:
             body.append([f"{rate:g}", *marked])
         head = ["rate", *(g if g == FLOAT else f"{g} bits" for g in GRIDS)]
         lines += [*table(head, body), ""]
-        lines += [f"![{case}](training/{_plot(own, case, plots)})", ""]
+        lines += [f"![{case}](training/{_file(case)})", ""]
     return lines
 
 
-def _plot(rows: list[Row], case: str, folder: Path) -> str:
-    from tests.benchmarks.challenges.plots import chart
+def _file(case: str) -> str:
+    return f"convergence-{case.split()[0].lower()}.svg"
 
-    name = f"convergence-{case.split()[0].lower()}.svg"
-    with chart(
-        folder / name, "rate, in steps of the 2-bit grid", "loss on the confirm split"
-    ) as ax:
-        for grid in GRIDS:
-            points = [
-                (r, sum(v) / len(v))
-                for r in RATES
-                if (v := values(rows, "loss", grid=grid, rate=r)) and max(v) < 1e3
-            ]
-            label = grid if grid == FLOAT else f"{grid} bits"
-            ax.plot(*zip(*points, strict=True), marker="o", label=label)
-        start = values(rows, "loss", grid="start")
-        ax.axhline(start[0], color="grey", linestyle=":", label="start")
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_title(case)
-        ax.legend()
-    return name
+
+def plot(rows: list[Row], folder: Path) -> None:
+    """Draw a chart for each case."""
+    for case in ordered(rows, "case"):
+        own = [row for row in rows if row["case"] == case]
+        with chart(folder / _file(case), "rate, in steps of the 2-bit grid", "loss") as axes:
+            for grid in GRIDS:
+                points = [
+                    (rate, sum(found) / len(found))
+                    for rate in RATES
+                    if (found := values(own, "loss", grid=grid, rate=rate)) and max(found) < 1e3
+                ]
+                if points:
+                    label = grid if grid == FLOAT else f"{grid} bits"
+                    axes.plot(*zip(*points, strict=True), marker="o", label=label)
+            start = values(own, "loss", grid="start")
+            axes.axhline(start[0], color="grey", linestyle=":", label="start")
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_title(case)
+            axes.legend()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.spec.techniques import ESTIMATORS
@@ -38,7 +37,7 @@ def _one(lab: Lab, technique: Distillation, seed: int) -> Row:
     return {"loss": outcome.loss, "curve": [round(x, 6) for x in outcome.steps]}
 
 
-def text(rows: list[Row], plots: Path) -> list[str]:
+def text(rows: list[Row]) -> list[str]:
     """Return the section."""
     lines = [
         "Weights, scales, biases and activation scales are trained, all at the same rates, for",

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from autoquant.methods.learned import LearnedWeight
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.methods.reconstruction.sequential import Sequential
 from autoquant.quant.gradients.format import GradientFormat
@@ -164,23 +165,23 @@ class Lab:
         return self.session.baseline("confirm").value
 
     def on_finer_grids(self, bits: int) -> tuple[Sites, int]:
-        """Return the start with the same real weights on the grid of more bits.
+        """Return the start on the grids of more bits, as ``refined`` does."""
+        return refined(self.start, bits, self.session.applier.learned)
 
-        And how many steps of that grid one of the start's is. The function is the very same.
-        """
-        if bits == self.case.weights:
-            return self.start, 1
-        coarse, fine = FORMATS[self.case.weights], FORMATS[bits]
+
+def refined(sites: Sites, bits: int, learned: dict[str, LearnedWeight]) -> tuple[Sites, int]:
+    """Return learned sites with the same real weights on the grids of ``bits``, finer ones.
+
+    And how many steps of those a step of theirs is. What is new is put to ``learned``.
+    """
+    found, ratio = dict(sites), 1
+    for name, site in sites.items():
+        if site.weight is None or site.learned is None:
+            continue
+        coarse, fine = FORMATS[site.weight.bits], FORMATS[bits]
         ratio = min(fine.qmax // coarse.qmax, fine.qmin // coarse.qmin)
-        sites = {}
-        for name, site in self.start.items():
-            if site.weight is None or site.learned is None:
-                sites[name] = site
-                continue
-            known = self.session.applier.learned[site.learned]
-            finer = replace(known, q=known.q * ratio, scale=known.scale / ratio)
-            self.session.applier.learned[finer.digest] = finer
-            sites[name] = replace(
-                site, weight=replace(site.weight, bits=bits), learned=finer.digest
-            )
-        return sites, ratio
+        known = learned[site.learned]
+        finer = replace(known, q=known.q * ratio, scale=known.scale / ratio)
+        learned[finer.digest] = finer
+        found[name] = replace(site, weight=replace(site.weight, bits=bits), learned=finer.digest)
+    return found, ratio

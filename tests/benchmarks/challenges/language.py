@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from autoquant.models.noninferiority import drop_interval
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
@@ -71,7 +70,7 @@ def _one(lab: Lab, sites: Mapping[str, SiteRecipe]) -> Row:
     }
 
 
-def text(rows: list[Row], plots: Path) -> list[str]:
+def text(rows: list[Row]) -> list[str]:
     """Return the section."""
     lines = [
         "All layers alike. Of the last row layers were fitted to each other by `autoquant",

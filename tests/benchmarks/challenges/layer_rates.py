@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.session.training import train_layers
@@ -97,7 +96,7 @@ def best_factor(rows: list[Row], rule: str) -> float | None:
     return min(means, key=lambda f: means[f]) if means else None
 
 
-def text(rows: list[Row], plots: Path) -> list[str]:
+def text(rows: list[Row]) -> list[str]:
     """Return the section."""
     lines = [
         "Each rule for the rates of layers beside each other was tried at .3, 1 and 3 times the",

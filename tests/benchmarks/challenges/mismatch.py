@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 
 from autoquant.spec.techniques import ESTIMATORS
 from autoquant.training.mismatch import Mismatch, mismatch, smooth_gradients
@@ -53,7 +52,7 @@ def _plain(found: Mismatch) -> Row:
     }
 
 
-def text(rows: list[Row], plots: Path) -> list[str]:
+def text(rows: list[Row]) -> list[str]:
     """Return the section."""
     lines = [
         "Of each layer's weight at the start of training, on 128 samples. `cosine`, `signs`",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.spec.gradients import GRADIENT_GRIDS, ROUND_NEAREST, ROUNDINGS
@@ -42,7 +41,7 @@ def _one(lab: Lab, technique: Distillation, seed: int) -> Row:
     return {"loss": outcome.loss, "metric": lab.metric(outcome.sites)}
 
 
-def text(rows: list[Row], plots: Path) -> list[str]:
+def text(rows: list[Row]) -> list[str]:
     """Return the section."""
     lines = [
         "The gradient by each layer's output is brought to a few bits before it goes into the",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -86,7 +85,7 @@ def _one(lab: Lab, technique: Distillation, variant: str, seed: int) -> Row:
     return {"loss": outcome.loss, "findings": outcome.findings}
 
 
-def text(rows: list[Row], plots: Path) -> list[str]:
+def text(rows: list[Row]) -> list[str]:
     """Return the section."""
     lines = [
         "Gradients of all parameters are changed before Adam sees them, all else is the same:",

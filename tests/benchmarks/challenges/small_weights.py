@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -101,7 +100,7 @@ def _own(bias: torch.Tensor | None) -> torch.Tensor | None:
     return bias
 
 
-def text(rows: list[Row], plots: Path) -> list[str]:
+def text(rows: list[Row]) -> list[str]:
     """Return the section."""
     lines = [
         "`became 0` is the share of the weights, not 0 in the float model, that are in the",

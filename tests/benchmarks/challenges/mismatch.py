@@ -12,7 +12,9 @@ from tests.benchmarks.challenges.rows import Row, Rows, ordered, table
 
 SECTION = "mismatch"
 DIRECTIONS = 16
-STEP = 0.5
+STEP, ALONG = 0.5, 0.1
+"""How far each weight goes on the average, in steps of its grid: along random directions, where many
+must get to another integer, and along a gradient."""
 CASES = (("resnext", 2, 2), ("resnext", 4, 4), ("g2p2", 2, 8), ("g2p2", 4, 8))
 SHOWN = "lsq"
 
@@ -33,7 +35,7 @@ def measure(rows: Rows, seeds: int) -> None:
             chosen = ESTIMATORS.get(estimator)()
             key = (SECTION, lab.title, estimator, 0)
             asked = lambda p=(pupil, chosen, smooth, measured): {  # noqa: E731
-                "layers": {n: _plain(m) for n, m in mismatch(*p, step=STEP).items()}
+                "layers": {n: _plain(m) for n, m in mismatch(*p, step=ALONG).items()}
             }
             rows.make(key, asked)
 
@@ -60,10 +62,12 @@ def text(rows: list[Row]) -> list[str]:
         "estimate with the exact gradient of the float network of the same weights, whose",
         "activations are clipped as in the quantized one but not rounded. `descent` is what the",
         "loss of the network that rounds really does where the layer goes along the estimate,",
-        "half a step of its grid for each weight on the average, as a share of what the",
-        "estimate foretells: 1 is as foretold, below 0 the loss rises. `correlation` is that of",
-        f"measured and foretold slopes along {DIRECTIONS} random directions (95%, Fisher).",
-        "Medians of the layers; how many of them would rise (`descent` below 0).",
+        f"{ALONG:g} steps of its grid for each weight on the average, as a share of what the",
+        "estimate foretells: 1 is as foretold, below 0 the loss rises, which `rising` counts.",
+        "`correlation` is that of measured and foretold slopes along",
+        f"{DIRECTIONS} random directions, {STEP:g} steps for each weight (95%, Fisher). Medians of",
+        "the layers. `stochastic` rounds at random in its forward pass and so is the gradient of",
+        "another network, whose layers don't fit each other as those of the start do.",
         "",
     ]
     for case in ordered(rows, "case"):

@@ -13,7 +13,7 @@ from tests.benchmarks.challenges.rows import Row, Rows, ordered, table
 SECTION = "mismatch"
 DIRECTIONS = 16
 STEP, ALONG = 0.5, 0.1
-"""How far each weight goes on the average, in steps of its grid: along random directions, where many
+"""How far a weight goes on the average, in steps of its grid: along random directions, where many
 must get to another integer, and along a gradient."""
 CASES = (("resnext", 2, 2), ("resnext", 4, 4), ("g2p2", 2, 8), ("g2p2", 4, 8))
 SHOWN = "lsq"

@@ -7,12 +7,8 @@ that is known.
 
 from __future__ import annotations
 
-import json
 import os
 import queue
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,12 +22,12 @@ from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.peers import summary, tables
 from tests.benchmarks.peers.cases import NAMES, prepare
 from tests.benchmarks.peers.plan import BUDGETS, RIVALS, Wanted, plan
+from tests.benchmarks.peers.process import ROOT, call_worker
 from tests.benchmarks.peers.results import Results, Row
 from tests.benchmarks.peers.tools import BY_NAME, TOOLS
 from tests.benchmarks.peers.version import commit
 from tests.benchmarks.zoo import TITLES
 
-ROOT = Path(__file__).resolve().parents[3]
 ROWS = ROOT / "reports" / "peers.jsonl"
 LONGEST = 3600.0
 """Seconds that a run may take beside its trials."""
@@ -111,35 +107,18 @@ SECONDS_HEAD = [
 def run_one(wanted: Wanted, folder: Path, threads: int) -> Row:
     """Return the row that one process gives."""
     key = wanted.row
-    with tempfile.TemporaryDirectory() as temporary:
-        paths = [Path(temporary) / name for name in ("arguments.json", "result.json")]
-        arguments: dict[str, Any] = {
-            "tool": key.tool,
-            "model": key.model,
-            "budget": key.budget,
-            "seed": key.seed,
-            "trials": key.trials,
-            "limit": wanted.limit,
-            "folder": str(folder),
-        }
-        paths[0].write_text(json.dumps(arguments), encoding="utf-8")
-        words = [sys.executable, "-m", "tests.benchmarks.peers.worker", *map(str, paths)]
-        log = folder / f"{key.tool}-{key.model}-{key.budget:g}-{key.seed}.log"
-        count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        most = wanted.limit + LONGEST
-        error = None
-        with log.open("w", encoding="utf-8") as file:
-            try:
-                # A search ends by itself at its limit; then its result is confirmed and scored.
-                done = subprocess.run(
-                    words, cwd=ROOT, env=os.environ | count, stdout=file, stderr=file, timeout=most
-                )
-                error = f"ended with {done.returncode}; see {log.name}" if done.returncode else None
-            except subprocess.TimeoutExpired:
-                error = f"took more than {most:.0f} s"
-        found = {"error": error or "no result"}
-        if paths[1].exists():
-            found = json.loads(paths[1].read_text(encoding="utf-8"))
+    arguments: dict[str, Any] = {
+        "tool": key.tool,
+        "model": key.model,
+        "budget": key.budget,
+        "seed": key.seed,
+        "trials": key.trials,
+        "limit": wanted.limit,
+        "folder": str(folder),
+    }
+    log = folder / f"{key.tool}-{key.model}-{key.budget:g}-{key.seed}.log"
+    most = wanted.limit + LONGEST  # a search ends by itself at its limit; then it is scored
+    found = call_worker("tests.benchmarks.peers.worker", arguments, log, threads, most)
     return Row.read(vars(key) | found)
 
 

@@ -46,38 +46,44 @@ class Row:
         row = {k: v for k, v in plain.items() if k in known}
         return cls(**row | {"curve": tuple(row.get("curve", ()))})
 
+    def plain(self) -> dict[str, Any]:
+        """Return what a line of the file keeps."""
+        return asdict(self) | {"curve": [float(f"{value:.6g}") for value in self.curve]}
+
 
 class Results:
-    """The rows in one file; a later line replaces an earlier one of the same run."""
+    """The rows in one file; a later line replaces an earlier one of the same run.
 
-    def __init__(self, path: Path) -> None:
+    ``kind`` is the class of the rows: another benchmark's have other fields and another key.
+    """
+
+    def __init__(self, path: Path, kind: Any = Row) -> None:
         self.path = path
-        self._rows: dict[Key, Row] = {}
+        self._rows: dict[Any, Any] = {}
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    row = Row.read(json.loads(line))
+                    row = kind.read(json.loads(line))
                 except (json.JSONDecodeError, TypeError):
                     continue  # the line that was being written when the run was killed
                 self._rows[row.key] = row
 
-    def done(self, key: Key, commit: str | None = None) -> bool:
+    def done(self, key: Any, commit: str | None = None) -> bool:
         """Return whether a run has a result, of that commit's code; failed ones are tried again."""
         row = self._rows.get(key)
         return row is not None and row.error is None and commit in (None, row.commit)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Any) -> None:
         """Keep a row, on disk too."""
         self._rows[row.key] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        plain = asdict(row) | {"curve": [float(f"{value:.6g}") for value in row.curve]}
         with self.path.open("a", encoding="utf-8") as file:
             # A line of its own, even after one that was cut short.
-            file.write("\n" * cut + json.dumps(plain, ensure_ascii=False) + "\n")
+            file.write("\n" * cut + json.dumps(row.plain(), ensure_ascii=False) + "\n")
 
-    def rows(self, **match: Any) -> list[Row]:
+    def rows(self, **match: Any) -> list[Any]:
         """Return the rows whose fields are as given, ordered by seed."""
-        found: Iterable[Row] = self._rows.values()
+        found: Iterable[Any] = self._rows.values()
         kept = [r for r in found if all(getattr(r, k) == v for k, v in match.items())]
         return sorted(kept, key=lambda r: r.seed)

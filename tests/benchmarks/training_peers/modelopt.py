@@ -1,0 +1,70 @@
+"""NVIDIA ModelOpt: ``mtq.quantize``, then training through its quantizers (QAT).
+
+Ranges come from calibration and stay: ModelOpt learns those of NVFP4 alone. Of the algorithms for
+weights ``mse`` is the one that suits few bits. Activations get a percentile of the histogram:
+``mse`` of it gives ranges of a twentieth of the largest value at any width, and ``entropy`` takes a
+minute and is worse than the largest value. The guide has the model's own training loop, so
+normalization layers train as they always do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.benchmarks.training_peers.distil import Trainee
+
+
+def scheme(weights: int, activations: int, signed: str, percentile: float) -> dict[str, Any]:
+    """Return the configuration; inputs of the layer ``signed`` are not all positive."""
+    from modelopt.torch.quantization.calib import HistogramCalibrator
+
+    class Percentile(HistogramCalibrator):  # type: ignore[misc]
+        """The calibration of ``mtq.quantize`` names no method, which histograms ask for."""
+
+        def compute_amax(self, method: str = "percentile", **options: Any) -> Any:
+            return super().compute_amax(method, percentile=percentile, **options)
+
+    def of(unsigned: bool) -> dict[str, Any]:
+        calibrator = (Percentile, (activations, None, unsigned))
+        return {
+            "num_bits": activations,
+            "axis": None,
+            "unsigned": unsigned,
+            "calibrator": calibrator,
+        }
+
+    return {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": weights, "axis": 0}},
+            {"quantizer_name": "*input_quantizer", "cfg": of(True)},
+            {"quantizer_name": f"{signed}.input_quantizer", "cfg": of(False)},
+            # ModelOpt has quantizers of these too, which its own configurations switch off.
+            {"quantizer_name": "*", "parent_class": "nn.BatchNorm2d", "enable": False},
+        ],
+        "algorithm": "mse",
+    }
+
+
+def prepare(
+    model: nn.Module,
+    calibration: tuple[Any, ...],
+    weights: int,
+    activations: int,
+    first: str,
+    percentile: float = 99.0,
+) -> Trainee:
+    """Return the module to train; ``first`` is the layer whose input has both signs."""
+    import modelopt.torch.quantization as mtq
+
+    def calibrate(module: nn.Module) -> None:
+        with torch.no_grad():
+            for inputs in calibration:
+                module(inputs)
+
+    chosen = scheme(weights, activations, first, percentile)
+    module = mtq.quantize(model, chosen, calibrate)
+    return Trainee(module, module.train)

@@ -81,10 +81,13 @@ def plan(case: Case, tools: Sequence[Tool], look: Look, seeds: int) -> Iterator[
         if not tool.swept:
             yield Row(case.name, tool.name, STEPS, 0.0, 0, case.steps)
             continue
-        while (rate := next_rate(swept(look(), tool.name))) is not None:
-            yield Row(case.name, tool.name, STEPS, rate, 0, case.steps)
-            if best_rate(look(), tool.name) is None:
+        if best_rate(look(), tool.name) is None:
+            yield Row(case.name, tool.name, STEPS, RATES[0], 0, case.steps)
+        while best_rate(look(), tool.name) is not None:
+            rate = next_rate(swept(look(), tool.name))
+            if rate is None:
                 break
+            yield Row(case.name, tool.name, STEPS, rate, 0, case.steps)
     for seed in range(seeds):
         yield from _of_seed(case, tools, look, seed)
 

@@ -82,6 +82,15 @@ class Results:
             # A line of its own, even after one that was cut short.
             file.write("\n" * cut + json.dumps(row.plain(), ensure_ascii=False) + "\n")
 
+    def forget(self, gone: Iterable[Any]) -> None:
+        """Drop rows, from disk too, so that they are measured anew."""
+        for row in gone:
+            self._rows.pop(row.key, None)
+        lines = [json.dumps(r.plain(), ensure_ascii=False) + "\n" for r in self._rows.values()]
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text("".join(lines), encoding="utf-8")
+        part.replace(self.path)
+
     def rows(self, **match: Any) -> list[Any]:
         """Return the rows whose fields are as given, ordered by seed."""
         found: Iterable[Any] = self._rows.values()

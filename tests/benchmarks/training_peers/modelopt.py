@@ -17,8 +17,8 @@ from torch import nn
 from tests.benchmarks.training_peers.distil import Trainee
 
 FEW_LEVELS, MORE_LEVELS = 99.0, 99.9
-"""Percentiles that did best on the search split after some 100 steps: at 2 bits, of 99 and 99.99; at
-3 bits, of 99 and 99.9."""
+"""Percentiles that did best on the search split after some 100 steps: at 2 bits of 99 and 99.99, at
+3 of 99 and 99.9."""
 
 
 def scheme(weights: int, activations: int, signed: str, percentile: float) -> dict[str, Any]:

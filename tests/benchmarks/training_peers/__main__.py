@@ -49,7 +49,7 @@ median run. Seconds are those of the processor, on one thread; what else the mac
 by a third and more. Rows that are missing here were not run yet; the command goes on with them.
 
 - ModelOpt: `mtq.quantize`, weights by its `mse` algorithm, activations by a percentile of its
-  histogram (99% at 2 bits and 99.9% above, which did best on the search split); unsigned but in the
+  histogram (99% at 2 bits, 99.9% above, by a first look at the search split); unsigned but in the
   first layer. Its quantizers' ranges stay as calibrated: it learns those of NVFP4 alone.
 - Brevitas: `layerwise_quantize`, learned scales, of weights begun at the least squared error. Its
   symmetric weights are narrow: 2 bits have three levels.

@@ -2,8 +2,8 @@
 
 Ranges come from calibration and stay: ModelOpt learns those of NVFP4 alone. Of the algorithms for
 weights ``mse`` is the one that suits few bits. Activations get a percentile of the histogram:
-``mse`` of it gives ranges of a twentieth of the largest value at any width, and ``entropy`` takes a
-minute and is worse than the largest value. The guide has the model's own training loop, so
+``mse`` of it gives ranges of about a twentieth of the largest value at any width, and ``entropy``
+takes a minute and is far worse than that at 4 bits. The guide has the model's own training loop, so
 normalization layers train as they always do.
 """
 

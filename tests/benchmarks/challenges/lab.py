@@ -147,6 +147,8 @@ class Lab:
             if trainer.done % every == 0:  # as ``train`` does, so that the guard works as there
                 trainer.check()
                 trainer.keep()
+        for learner in student.learners.values():
+            learner.gradients = None  # nothing is trained from here on
         with trainer.averaged():
             loss = self.loss_of(student)
             sites, learned = student.solution()

@@ -8,7 +8,7 @@ further. Of n layers that takes about n/2 passes over the data, by the fast kern
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,12 +101,16 @@ def reconstruct(
     technique: Sequential,
     progress: Callable[[str], None] = lambda _: None,
     around: Around = lambda _: contextlib.nullcontext(),
+    *,
+    names: Collection[str] | None = None,
+    clean_batches: Sequence[Any] | None = None,
 ) -> dict[str, SiteRecipe]:
     """Return ``sites`` with weights that were learned one after another; the model is left so.
 
     ``run`` runs the model on one of ``batches``, within ``around``, which may give again what
     modules before the layer gave in an earlier run: the layer itself has no name while it is
-    looked at. What was learned is in ``applier.learned``. Sites
+    looked at. What was learned is in ``applier.learned``. With ``names`` those sites alone are
+    fitted; ``clean_batches`` are what the float model runs on, where that is something else. Sites
     in float, those that no activation meets, and those that see other numbers of rows in the
     quantized model than in the float one (a decoder that ends elsewhere) stay as they are.
     """
@@ -115,11 +119,14 @@ def reconstruct(
     chosen = [
         site
         for site in prepared.sites
-        if done[site.name].weight is not None and site.activation and site.kind in KINDS
+        if done[site.name].weight is not None
+        and site.activation
+        and site.kind in KINDS
+        and (names is None or site.name in names)
     ]
     applier.to_float()
     with prepared.in_float32():
-        clean = _float_inputs(applier, chosen, batches, run)
+        clean = _float_inputs(applier, chosen, clean_batches or batches, run)
     applier.apply(done)
     correction = CORRECTIONS.get("bias")()
     for site in chosen:

@@ -81,7 +81,14 @@ def _outputs_loss(ours: Any, theirs: Any, classes: bool) -> Tensor | None:
         for (_, x), (_, y) in zip(leaves(ours), leaves(theirs), strict=False)
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point()
     ]
-    pairs = [(x, y) for x, y in pairs if x.requires_grad and x.shape == y.shape]
+    return distance([(x, y) for x, y in pairs if x.requires_grad and x.shape == y.shape], classes)
+
+
+def distance(pairs: Sequence[tuple[Tensor, Tensor]], classes: bool) -> Tensor | None:
+    """Return how far outputs are from those of the teacher, None where there are none.
+
+    Where they are scores of ``classes`` that is their divergence, else noise over signal.
+    """
     if not pairs:
         return None
     if classes and pairs[0][0].dim() == 2:

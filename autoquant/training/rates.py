@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.methods.training import Training
 from autoquant.training.learner import ACTIVATION, BIAS, SCALE, WEIGHT
 from autoquant.training.student import Student
 
@@ -32,7 +32,7 @@ class Rate:
     share: float
 
 
-def base_rates(technique: Distillation) -> dict[str, float]:
+def base_rates(technique: Training) -> dict[str, float]:
     """Return kind → rate of a layer that learns at the usual one."""
     return {
         WEIGHT: technique.weight_rate,
@@ -44,7 +44,7 @@ def base_rates(technique: Distillation) -> dict[str, float]:
 
 def make_optimizer(
     student: Student,
-    technique: Distillation,
+    technique: Training,
     outputs: Mapping[str, float],
     layers: Mapping[str, float] | None = None,
 ) -> torch.optim.Adam:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ EstimatorOf = Callable[[Site], Estimator]
 
 
 class Student:
-    """The learners of one recipe: of every site whose weight is quantized.
+    """The learners of one recipe: of every site whose weight is quantized, or those ``names``.
 
     ``gradients`` is the format of those by layers' outputs, None for float32.
     Sites whose weight stays in float keep what the recipe says of their activation.
@@ -32,11 +32,14 @@ class Student:
         sites: Mapping[str, SiteRecipe],
         estimator: EstimatorOf,
         gradients: GradientFormat | None = None,
+        names: Collection[str] | None = None,
     ) -> None:
         self.applier = applier
         self.sites = applier.apply(sites)
         self.learners: dict[str, Learner] = {}
         for site in applier.prepared.sites:
+            if names is not None and site.name not in names:
+                continue
             recipe = self.sites[site.name]
             held = applier.held(site.name, recipe)
             if held is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from autoquant.errors import TrialError
 from autoquant.methods.applier import Applier
 from autoquant.methods.learned import LearnedWeight
 from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.methods.training import Training
 from autoquant.quant.gradients.format import GradientFormat
 from autoquant.spec.recipe import FLOAT32, SiteRecipe
 from autoquant.spec.techniques import ESTIMATORS
@@ -118,7 +119,7 @@ class Trained:
     steps: int
     findings: tuple[Finding, ...]
     lost: tuple[float, float]
-    technique: Distillation
+    technique: Training
     rivals: tuple[Rival, ...] = ()
     layers: Mapping[str, float] = field(default_factory=dict)
 
@@ -127,9 +128,10 @@ def train(
     applier: Applier,
     sites: Sites,
     lesson: Lesson,
-    technique: Distillation,
+    technique: Training,
     measure: Measure,
     *,
+    names: Collection[str] | None = None,
     watch: Callable[[Moment], None] = lambda _: None,
     follow: Callable[[Step], None] = lambda _: None,
     heed: Callable[[int], None] = lambda _: None,
@@ -137,6 +139,7 @@ def train(
 ) -> Trained:
     """Train the quantized layers of a recipe and return the best of what ``measure`` was shown.
 
+    With ``names`` those layers alone are trained, and the others are in float while they are.
     ``watch`` hears each check, ``follow`` each step that was taken, ``heed`` each that is to come,
     and may raise to end it. A ``checkpoint``, (file, what
     it is of), is written at each check and gone on from. The model is left in float; what is
@@ -144,20 +147,21 @@ def train(
     nothing has a gradient.
     """
     before = measure(sites).loss
-    student = _student(applier, sites, technique)
-    lost = _lost(student)
+    student = student_of(applier, sites, technique, names)
+    lost = lost_of(student)
     device = next(iter(student.learners.values())).device
     state = None if checkpoint is None else read_checkpoint(*checkpoint, device)
     rivals: list[Rival] = []
-    if state is None:
+    layers: Mapping[str, float] = {}
+    if state is not None:
+        technique, layers = replace(technique, **state[RATES]), state[LAYERS]
+    elif isinstance(technique, Distillation):
         found_out = _Known(student, lesson, technique.batch)
         if technique.rivals > 1:
             run = _Attempt(applier, sites, lesson, measure, heed, follow, found_out)
             technique, rivals = race(technique, run, lesson.seed)
         layers = found_out.layers(technique)
-    else:
-        technique, layers = replace(technique, **state[RATES]), state[LAYERS]
-    rates = {name: getattr(technique, name) for name in RATE_NAMES}
+    rates = {name: getattr(technique, name) for name in RATE_NAMES if hasattr(technique, name)}
     trainer = Trainer(student, lesson, technique, layers)
     best = _Best(student, before)
     if state is not None:
@@ -213,19 +217,22 @@ def train(
         min(best.loss, before),
         trainer.done,
         tuple(trainer.findings),
-        (lost, _lost(student)),
+        (lost, lost_of(student)),
         technique,
         tuple(rivals),
         layers,
     )
 
 
-def _student(applier: Applier, sites: Sites, technique: Distillation) -> Student:
+def student_of(
+    applier: Applier, sites: Sites, technique: Training, names: Collection[str] | None = None
+) -> Student:
+    """Return the student of a recipe; TrialError where it quantizes no weight to train."""
     gradients = None
     if technique.gradients != FLOAT32:
         gradients = GradientFormat(technique.gradients, technique.gradient_rounding)
     estimator = ESTIMATORS.get(technique.estimator)()
-    student = Student(applier, sites, lambda _: estimator, gradients)
+    student = Student(applier, sites, lambda _: estimator, gradients, names)
     if not student.learners:
         raise TrialError("the recipe quantizes no weight that could be trained")
     return student
@@ -268,7 +275,7 @@ class _Attempt:
         self._follow, self._known = follow, known
 
     def __call__(self, technique: Distillation) -> float:
-        student = _student(self._applier, self._sites, technique)
+        student = student_of(self._applier, self._sites, technique)
         trainer = Trainer(student, self._lesson, technique, self._known.layers(technique))
         while trainer.done < technique.steps:
             self._heed(0)
@@ -344,6 +351,7 @@ def _merged(state: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
     return state | best | {"tensors": state["tensors"] | kept}
 
 
-def _lost(student: Student) -> float:
+def lost_of(student: Student) -> float:
+    """Return the share of weights that are 0 in the quantized model alone."""
     counts = [vanished(learner) for learner in student.learners.values()]
     return sum(gone for gone, _ in counts) / max(sum(alive for _, alive in counts), 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.methods.training import Training
 from autoquant.training.guard import (
     Finding,
     GradientWatch,
@@ -19,7 +20,7 @@ from autoquant.training.guard import (
     is_dead,
 )
 from autoquant.training.learner import ACTIVATION, WEIGHT, load
-from autoquant.training.objective import loss_of, seeing
+from autoquant.training.objective import Seen, loss_of, seeing
 from autoquant.training.oscillation import Oscillation
 from autoquant.training.rates import Rate, make_optimizer, sizes_of
 from autoquant.training.schedule import Lessons, rate_at
@@ -51,6 +52,12 @@ class Lesson:
     augment: Augment | None = None
     seed: int = 0
 
+    def taught(self, student: Student, inputs: Any, features: Mapping[str, nn.Module]) -> Seen:
+        """Return what the teacher, the float model, gives on a batch, with layers' outputs."""
+        with student.teaching(), seeing(features, self.scorer) as seen:
+            seen.outputs = self.run(student.applier.prepared.model, inputs)
+        return seen
+
 
 class Trainer:
     """Trains a student step by step.
@@ -65,7 +72,7 @@ class Trainer:
         self,
         student: Student,
         lesson: Lesson,
-        technique: Distillation,
+        technique: Training,
         layers: Mapping[str, float] | None = None,
     ) -> None:
         self.student = student
@@ -75,7 +82,8 @@ class Trainer:
         self.losses: list[float] = []
         self.findings: list[Finding] = []
         self._batch = technique.batch
-        self._features = dict(lesson.modules) if technique.features else {}
+        self._share = technique.features if isinstance(technique, Distillation) else 0.0
+        self._features = dict(lesson.modules) if self._share else {}
         self._start = _copied(student)
         self._optimizer = make_optimizer(student, technique, self._usual_outputs(), layers)
         self._oscillation = {n: Oscillation(x.integers()) for n, x in student.learners.items()}
@@ -192,13 +200,12 @@ class Trainer:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed((lesson.seed << 24) + number)
                 inputs = lesson.augment(inputs)
-        with student.teaching(), seeing(self._features, lesson.scorer) as theirs:
-            theirs.outputs = lesson.run(model, inputs)
+        theirs = lesson.taught(student, inputs, self._features)
         rows = list(student.parameters())
         with torch.enable_grad(), student.learning(generator):
             with seeing(self._features, lesson.scorer) as ours:
                 ours.outputs = lesson.run(model, inputs)
-            loss = loss_of(ours, theirs, classes=lesson.classes, features=self.technique.features)
+            loss = loss_of(ours, theirs, classes=lesson.classes, features=self._share)
             found = torch.autograd.grad(loss, [p for _, _, p in rows], allow_unused=True)
         known = zip(rows, found, strict=True)
         return loss.detach(), {(n, k): g for (n, k, _), g in known if g is not None}

@@ -1,12 +1,8 @@
 """Distillation: all layers of a recipe are trained together, to give what the float model gives.
 
-The quantized model runs as it is, and gradients pass its quantizers by an estimator. Weights,
-scales, biases and activation scales learn at once, each kind at a rate of its own; no labels are
+The quantized model runs as it is, and gradients pass its quantizers by an estimator. No labels are
 needed. It starts at the recipe's own numbers, best at layers that were fitted to each other before.
-Sources: Esser et al. 2020 (LSQ, arXiv 1902.08153) for training scales; Hinton et al. 2015 (arXiv
-1503.02531) for the teacher; Nagel et al. 2022 (arXiv 2203.11086) for freezing what oscillates;
-Polyak & Juditsky 1992 (SIAM J. Control Optim. 30) for the mean of the way; Wu et al. 2020 (arXiv
-2004.09602, section 5) for low rates and the cosine.
+Source: Hinton et al. 2015 (arXiv 1503.02531) for the teacher; for the rest ``methods.training``.
 """
 
 from __future__ import annotations
@@ -14,49 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from autoquant.spec.gradients import GRADIENT_GRIDS, ROUND_STOCHASTIC, ROUNDINGS
-from autoquant.spec.recipe import FLOAT32
-from autoquant.spec.techniques import ESTIMATORS, RECONSTRUCTIONS, Reconstruction, choice, option
+from autoquant.methods.training import Training
+from autoquant.spec.techniques import RECONSTRUCTIONS, option
 
 
 @RECONSTRUCTIONS.register("distillation")
 @dataclass(frozen=True)
-class Distillation(Reconstruction):
-    """Train all layers together.
+class Distillation(Training):
+    """Train all layers together, by options that all training has (``Training``), and these.
 
-    - ``steps`` of ``batch`` samples; rates rise in a line for ``warmup`` of all steps, and fall by
-      half a cosine.
-    - ``weight_rate`` is in units of a weight's scale, ``scale_rate`` and ``activation_rate`` are
-      shares of a scale, ``bias_rate`` is in units of a channel's output, a step: about what a step
-      of Adam moves a number by.
     - ``features`` is how much outputs of layers count beside those of the model.
-    - ``freezing``: a weight whose integer goes back and forth in more than this share of the steps,
-      as a running mean, is frozen at the one it has most; 1 freezes none.
-    - ``clip``: a gradient of a layer longer than this many times its usual length is cut to that.
     - ``rivals``: so many sets of rates are tried for a short while, the usual ones first, and those
       that do best on held-back data are gone on with (``training.race``); 1 tries none.
     - ``curvature_power`` is how much slower layers learn whose loss is the more curved: 1 has noise
       in the weights of each cost the same, 0 has all learn alike; ``mismatch_power`` how much
       slower those whose gradient is mismatched (``training.layer_rates``).
-    - ``estimator`` is how gradients pass quantizers (``quant.estimators``).
-    - ``gradients`` is the format that the gradient by each layer's output is brought to, by
-      ``gradient_rounding``, before it goes into the layer's two products (``quant.gradients``).
     """
 
     method: ClassVar[str] = "distillation"
-    steps: int = option(400, 1, 10**7)
-    batch: int = option(16, 1, 2**16)
-    warmup: float = option(0.05, 0.0, 1.0)
-    weight_rate: float = option(1e-3, 0.0, 1.0)
-    scale_rate: float = option(2e-4, 0.0, 1.0)
-    bias_rate: float = option(5e-4, 0.0, 1.0)
-    activation_rate: float = option(2e-4, 0.0, 1.0)
     features: float = option(0.0, 0.0, 1e6)
-    freezing: float = option(0.02, 0.0, 1.0)
-    clip: float = option(3.0, 0.0, 1e9, above=True)
     rivals: int = option(1, 1, 1000)
     curvature_power: float = option(0.0, -2.0, 2.0)
     mismatch_power: float = option(0.0, 0.0, 2.0)
-    estimator: str = choice("lsq", ESTIMATORS)
-    gradients: str = choice(FLOAT32, (FLOAT32, *GRADIENT_GRIDS))
-    gradient_rounding: str = choice(ROUND_STOCHASTIC, ROUNDINGS)

@@ -15,9 +15,10 @@ from typing import Protocol, Self
 import click
 
 from autoquant.libraries import unchanged
-from autoquant.report.training import live_lines, moment_line
+from autoquant.report.training import block_line, live_lines, moment_line
 from autoquant.training.guard import Finding
 from autoquant.training.train import Moment, Step
+from autoquant.training.turn import BlockDone
 
 with unchanged():
     from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -86,6 +87,9 @@ class View(Hearer, Protocol):
     def say(self, text: str) -> None:
         """Name the stage that began."""
 
+    def block(self, done: BlockDone) -> None:
+        """Take in a block that was trained."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -127,6 +131,12 @@ class Lines:
         """Print a check, and what was found since the one before."""
         self.say(moment_line(moment))
         for finding in moment.findings:
+            self.say(f"  {finding}")
+
+    def block(self, done: BlockDone) -> None:
+        """Print how a block came out, and what was found in it."""
+        self.say(block_line(done))
+        for finding in done.findings:
             self.say(f"  {finding}")
 
     def __enter__(self) -> Self:
@@ -205,6 +215,17 @@ class Drawn:
         self._print(moment.findings)
         if self._to_log:
             self._said.check(moment)
+
+    def block(self, done: BlockDone) -> None:
+        """Move the bar by a block, and say above it how that came out."""
+        if self._bar is None:
+            self._bar = self._progress.add_task("blocks", total=done.count, left="")
+        self._live.start()
+        self._progress.update(self._bar, total=done.count, completed=done.number)
+        self._live.console.print(Text(block_line(done)))
+        self._print(done.findings)
+        if self._to_log:
+            self._said.block(done)
 
     def _print(self, findings: tuple[Finding, ...]) -> None:
         for finding in findings:

@@ -39,6 +39,7 @@ from autoquant.study.trials import measured
 from autoquant.study.tuned import TUNED, searched
 from autoquant.training.guard import Finding
 from autoquant.training.train import Moment, Step
+from autoquant.training.turn import BlockDone
 
 with unchanged():
     from rich.console import Console, RenderableType
@@ -130,6 +131,10 @@ class ConsoleReporter:
         self._print(moment.findings)
         if self.log is not None:
             self.log.check(moment)
+
+    def block(self, done: BlockDone) -> None:
+        """Show what went wrong in a block: how far it is, ``step`` shows."""
+        self._print(done.findings)
 
     def _print(self, findings: Sequence[Finding]) -> None:
         for finding in findings:

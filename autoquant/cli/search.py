@@ -106,8 +106,9 @@ if TYPE_CHECKING:
     default="auto",
     show_default=True,
     help="After the trials make good recipes better, on unlabelled data: layer fits the layers to "
-    "each other, full trains all of them together after that, none does nothing; auto does what is "
-    "no more work than twice the trials.",
+    "each other, block trains one block after another after that, full all layers together, none "
+    "does nothing; auto fits layers, and trains them together, where it is no more work than twice "
+    "the trials.",
 )
 @click.option(
     "--rest",

@@ -24,7 +24,11 @@ from autoquant.cli.output import emit
 from autoquant.errors import UserError
 
 if TYPE_CHECKING:
-    from autoquant.methods.reconstruction.distillation import Distillation
+    from autoquant.methods.training import Training
+
+
+TRAINED = ("block", "full")
+"""Methods that train."""
 
 
 @click.command(epilog="Example: autoquant tune recipe.yaml model.pt --task task.py -o tuned.yaml")
@@ -51,31 +55,33 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    type=click.Choice(("layer", "full")),
+    type=click.Choice(("layer", *TRAINED)),
     default="layer",
     show_default=True,
-    help="layer fits the layers to each other; full trains all of them together after that.",
+    help="layer fits the layers to each other; block trains one block after another after that, "
+    "full all layers together.",
 )
 @click.option(
     "--steps",
     metavar="N",
     type=click.IntRange(1, 10**7),
     default=None,
-    help="Steps of training (--method full). Default: 400.",
+    help="Steps of training (--method full), or of each block (--method block). Default: 400, or "
+    "200 of each block.",
 )
 @click.option(
     "--batch",
     metavar="N",
     type=click.IntRange(1, 2**16),
     default=None,
-    help="Samples of a step (--method full). Default: 16.",
+    help="Samples of a step (--method block or full); of large blocks fewer. Default: 16.",
 )
 @click.option(
     "--rate",
     metavar="FACTOR",
     type=click.FloatRange(0.0, 1000.0, min_open=True),
     default=None,
-    help="Multiplies all rates of training (--method full). Default: 1.",
+    help="Multiplies all rates of training (--method block or full). Default: 1.",
 )
 @click.option(
     "--rivals",
@@ -89,7 +95,7 @@ if TYPE_CHECKING:
     "--estimator",
     metavar="NAME",
     default=None,
-    help="How gradients pass quantizers (--method full). Default: lsq.",
+    help="How gradients pass quantizers (--method block or full). Default: lsq.",
 )
 @click.option(
     "--gradient-bits",
@@ -97,7 +103,22 @@ if TYPE_CHECKING:
     metavar="FORMAT",
     default=None,
     help="Bring the gradient by each layer's output to int8, int4, fp8 (E5M2) or log4 (powers of "
-    "two) while training, stochastically (--method full). Default: float32.",
+    "two) while training, stochastically (--method block or full). Default: float32.",
+)
+@click.option(
+    "--most",
+    metavar="N",
+    type=click.IntRange(1, 10**6),
+    default=None,
+    help="Most quantized layers of a block (--method block). Default: 8.",
+)
+@click.option(
+    "--drop",
+    metavar="SHARE",
+    type=click.FloatRange(0.0, 1.0),
+    default=None,
+    help="Share of the numbers of a block's input that are as in the float model, drawn for each "
+    "step (--method block). Default: 0.",
 )
 @click.option(
     "--accept-changes", is_flag=True, help="Tune the recipe although it is for another model file."
@@ -122,6 +143,8 @@ def command(
     rivals: int | None,
     estimator: str | None,
     gradients: str | None,
+    most: int | None,
+    drop: float | None,
     accept_changes: bool,
     log: str | None,
     device: str,
@@ -130,11 +153,13 @@ def command(
 ) -> None:
     """Fit the layers of RECIPE to each other, or train them, on unlabelled data.
 
-    Each layer in turn is fitted to the float model's output, on what the quantized layers before it
-    give: bits, granularities and activations stay as they are. With --method full all layers are
-    trained together after that, on the task's training_data, or its calibration data; killed, it
-    goes on where it was when the command is given again. The tuned recipe is written with its
-    confirmed metric; where nothing makes it better, it is the recipe as it was.
+    Each layer in turn is fitted to the float model's output, on what the quantized ones before it
+    give: bits, granularities and activations stay as they are. With --method block the model's
+    blocks are trained after that, one after another, each to give what it gives in the float model;
+    with --method full all layers are trained together. Both learn from the task's training_data,
+    or its calibration data; killed, they go on where they were when the command is given again. The
+    tuned recipe is written with its confirmed metric; where nothing makes it better, it is the
+    recipe as it was.
     """
     from autoquant.report.scalars import ScalarLog
     from autoquant.spec.recipe_file import load
@@ -149,10 +174,12 @@ def command(
             "rivals": rivals,
             "estimator": estimator,
             "gradients": gradients,
+            "most": most,
+            "drop": drop,
         },
     )
-    if log is not None and training is None:
-        raise UserError("--log is of training: give --method full too")
+    if log is not None and method != "full":
+        raise UserError("--log is of training all layers together: give --method full too")
     folder = log_folder(log)
     from autoquant.cli.live import Several, view_of
     from autoquant.optimize.tune import check_tuned, tune
@@ -178,7 +205,7 @@ def command(
         found = tune(
             loaded, loaded_task, loaded_recipe, target, ridges=ridges, training=training,
             device=device, backend=backend, say=view.say,
-            watch=hearers.check, follow=hearers.step,
+            watch=hearers.check, follow=hearers.step, block=view.block,
         )  # fmt: skip
     if as_json:
         emit(found.plain() | {"path": str(target)})
@@ -202,22 +229,27 @@ def command(
     print(f"recipe: {target}")
 
 
-def _training(method: str, given: dict[str, Any]) -> Distillation | None:
+def _training(method: str, given: dict[str, Any]) -> Training | None:
     """Return how to train, None for not at all; UserError for options that say nothing then."""
-    if method != "full":
-        for name, value in given.items():
-            if value is not None:
-                raise UserError(f"{_option(name)} is of training: give --method full too")
+    own = {"most": ("block",), "drop": ("block",), "rivals": ("full",)}
+    for name, value in given.items():
+        methods = own.get(name, TRAINED)
+        if value is not None and method not in methods:
+            wanted = " or ".join(methods)
+            raise UserError(f"{_option(name)} is of training: give --method {wanted} too")
+    if method not in TRAINED:
         return None
+    from autoquant.methods.reconstruction.blockwise import Blockwise
     from autoquant.methods.reconstruction.distillation import Distillation
 
-    usual = Distillation()
+    kind: type[Training] = Blockwise if method == "block" else Distillation
+    usual = kind()
     rate = given.pop("rate") or 1.0
     options = {k: v for k, v in given.items() if v is not None}
     for name in ("weight_rate", "scale_rate", "bias_rate", "activation_rate"):
         options[name] = min(getattr(usual, name) * rate, 1.0)
-    checked = {k: Distillation.checked(k, v, _option(k)) for k, v in options.items()}
-    return Distillation(**checked)
+    checked = {k: kind.checked(k, v, _option(k)) for k, v in options.items()}
+    return kind(**checked)
 
 
 def _option(name: str) -> str:

@@ -11,6 +11,7 @@ from autoquant.optimize.loop import Listener, Stop
 from autoquant.session.preflight import Preflight
 from autoquant.spec.goal import Goal
 from autoquant.training.train import Moment, Step
+from autoquant.training.turn import BlockDone
 
 
 class Reporter(Listener, Protocol):
@@ -30,6 +31,9 @@ class Reporter(Listener, Protocol):
 
     def checked(self, moment: Moment) -> None:
         """The model was measured while it is trained."""
+
+    def block(self, done: BlockDone) -> None:
+        """One block of the model was trained."""
 
 
 class Silent:
@@ -54,4 +58,7 @@ class Silent:
         """Do nothing."""
 
     def checked(self, moment: Moment) -> None:
+        """Do nothing."""
+
+    def block(self, done: BlockDone) -> None:
         """Do nothing."""

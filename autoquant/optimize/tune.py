@@ -12,14 +12,17 @@ from typing import Any
 
 from autoquant.errors import TrialError, UserError
 from autoquant.methods.learned import is_learned, learned_path, write_learned
+from autoquant.methods.reconstruction.blockwise import Blockwise
 from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.methods.reconstruction.sequential import Sequential
+from autoquant.methods.training import Training
 from autoquant.models.files import LoadedModel
 from autoquant.models.task import Task
 from autoquant.models.usercode import interruptible
 from autoquant.optimize.evaluate import margin_of
 from autoquant.selection.confirmation import confirm_one
 from autoquant.session.session import Session, choose_device, open_session
-from autoquant.session.training import train_layers
+from autoquant.session.training import train_blocks, train_layers
 from autoquant.session.tuning import fit_layers, techniques, why_not
 from autoquant.spec.goal import Goal
 from autoquant.spec.outputs import check_target, is_signed
@@ -27,6 +30,7 @@ from autoquant.spec.recipe import Recipe, SiteRecipe
 from autoquant.spec.recipe_file import save
 from autoquant.spec.techniques import Reconstruction
 from autoquant.training.train import Moment, Step
+from autoquant.training.turn import BlockDone
 
 MOST_RIDGE = 1e9
 
@@ -100,21 +104,23 @@ def tune(
     out: str | os.PathLike[str],
     *,
     ridges: Sequence[float] = (),
-    training: Distillation | None = None,
+    training: Training | None = None,
     device: str = "auto",
     backend: str = "auto",
     say: Callable[[str], None] = lambda _: None,
     watch: Callable[[Moment], None] = lambda _: None,
     follow: Callable[[Step], None] = lambda _: None,
+    block: Callable[[BlockDone], None] = lambda _: None,
 ) -> Tuned:
     """Fit the layers of ``recipe`` to each other and write the best recipe to ``out``.
 
     What was learned goes beside it, as NAME.learned.safetensors. Each of ``ridges`` is tried,
     without any the ways that a search tries; what is best then is trained, where ``training`` says
-    how: ``watch`` hears each check of that, ``follow`` each step. The recipe itself is what is
-    written where nothing makes the loss on the search split less. Training that was interrupted is
-    gone on with: what it needs lies beside ``out`` until it ends, as NAME.training.safetensors.
-    Raises UserError where the task gives no calibration data, or the user's code fails.
+    how: ``watch`` hears each check of that, ``follow`` each step, ``block`` each block. The recipe
+    itself is what is written where nothing makes the loss on the search split less. Training that
+    was interrupted is gone on with: what it needs lies beside ``out`` until it ends, as
+    NAME.training.safetensors. Raises UserError where the task gives no calibration data, or the
+    user's code fails.
     """
     path = Path(os.path.abspath(out))
     check_tuned(path, recipe)
@@ -127,7 +133,7 @@ def tune(
     try:
         best, found = _best(session, task, recipe, ridges, say)
         if training is not None:
-            best, found = _trained(session, best, found, training, path, say, watch, follow)
+            best, found = _trained(session, best, found, training, path, say, watch, follow, block)
         goal = Goal(margin_of(session.baseline("search"), recipe), session.sizes.float_size_bytes)
         say("confirming")
         with session.prepared.engine.reference():
@@ -158,20 +164,29 @@ def _trained(
     session: Session,
     start: Mapping[str, SiteRecipe],
     found: Tuned,
-    technique: Distillation,
+    technique: Training,
     path: Path,
     say: Callable[[str], None],
     watch: Callable[[Moment], None],
     follow: Callable[[Step], None],
+    block: Callable[[BlockDone], None],
 ) -> tuple[dict[str, SiteRecipe], Tuned]:
     """Return the sites after training, and how they came about."""
     began = time.monotonic()
-    say(f"training all layers together ({technique})")
-    kept = training_path(path)
-    done = train_layers(
-        session, start, technique, watch=watch, follow=follow, checkpoint=kept,
-        seed=found.recipe.seed,
-    )  # fmt: skip
+    kept, seed = training_path(path), found.recipe.seed
+    if isinstance(technique, Blockwise):
+        say(f"training one block after another ({technique})")
+        best = min(found.tried, key=lambda row: row.loss).technique if found.gained else None
+        fit = best if isinstance(best, Sequential) else None
+        done = train_blocks(
+            session, start, technique, fit=fit, watch=block, checkpoint=kept, seed=seed
+        )
+    else:
+        assert isinstance(technique, Distillation)
+        say(f"training all layers together ({technique})")
+        done = train_layers(
+            session, start, technique, watch=watch, follow=follow, checkpoint=kept, seed=seed
+        )
     kept.unlink(missing_ok=True)
     seconds = round(time.monotonic() - began, 3)
     row = Tried(done.technique, done.after, seconds, tuple(map(str, done.findings)), done.lost)

@@ -20,13 +20,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autoquant.errors import StudyError, TrialError
 from autoquant.methods.learned import read_learned
+from autoquant.methods.reconstruction.blockwise import Blockwise
 from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.methods.reconstruction.sequential import Sequential
+from autoquant.methods.training import Training
 from autoquant.optimize.opened import OpenStudy
 from autoquant.optimize.prepare import Plan
 from autoquant.selection.finalists import estimated_drops
-from autoquant.session.training import train_layers
+from autoquant.session.training import train_blocks, train_layers
 from autoquant.session.tuning import fit_layers, fitted, techniques, why_not
-from autoquant.spec.options import AUTO, FULL
+from autoquant.spec.options import AUTO, BLOCK, FULL
 from autoquant.spec.recipe import Recipe, SiteRecipe, choices_key
 from autoquant.spec.techniques import Reconstruction
 from autoquant.study.ledger import MEASURED, REASON, finished
@@ -231,63 +234,81 @@ class _Tuner:
 
     def _train(self, sites: Sites) -> None:
         """Train the best that one recipe was tuned to, if that is asked for or little work."""
-        technique = Distillation()
-        if self._study.options.tune == AUTO:
-            steps = self._affordable(technique)
-            if steps < FEWEST_STEPS:
-                return  # nobody asked for it
-            technique = replace(technique, steps=min(steps, technique.steps))
-        elif self._study.options.tune != FULL:
+        technique = self._training()
+        if technique is None:
             return
         session = self._study.session
-        start = self._best_of(sites)
+        start, fitted_by = self._best_of(sites)
         known = set(session.applier.learned)
+        file = self._shelf.folder / f"training-{choices_key(sites)}.safetensors"
+        seed = self._study.options.seed
 
         def fit(step: Step) -> Sites:
-            key = f"training-{choices_key(sites)}.safetensors"
-            found = train_layers(
+            if isinstance(technique, Blockwise):
+                return train_blocks(
+                    session,
+                    start,
+                    technique,
+                    fit=fitted_by,
+                    heed=step,
+                    watch=self._study.reporter.block,
+                    checkpoint=file,
+                    seed=seed,
+                ).sites
+            assert isinstance(technique, Distillation)
+            return train_layers(
                 session,
                 start,
                 technique,
                 heed=lambda number: step(number, technique.steps),
                 watch=self._study.reporter.checked,
                 follow=self._study.reporter.trained,
-                checkpoint=self._shelf.folder / key,
-                seed=self._study.options.seed,
-            )
-            return found.sites
+                checkpoint=file,
+                seed=seed,
+            ).sites
 
         try:
             trial = self._kept(sites, technique, fit)
         finally:
             for digest in set(session.applier.learned) - known:
                 del session.applier.learned[digest]
-        (self._shelf.folder / f"training-{choices_key(sites)}.safetensors").unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         if REASON in trial.user_attrs:
             raise _Late(f"not trained: {trial.user_attrs[REASON]}")
+
+    def _training(self) -> Training | None:
+        """Return how to train, None where nobody asks for it and it is much work."""
+        asked, usual = self._study.options.tune, Distillation()
+        if asked == FULL:
+            return usual
+        if asked == BLOCK:
+            return Blockwise()
+        steps = self._affordable(usual) if asked == AUTO else 0
+        return replace(usual, steps=min(steps, usual.steps)) if steps >= FEWEST_STEPS else None
 
     def _affordable(self, technique: Distillation) -> int:
         """Return how many steps are no more work than what tuning has left of its share."""
         samples = self._study.session.splits.samples["search"]
         return int(self._spare * samples / (TRAINING_WORK * FLOAT_WORK * technique.batch))
 
-    def _best_of(self, sites: Sites) -> Sites:
-        """Return what a recipe came to so far, tuned or not, with the least loss."""
+    def _best_of(self, sites: Sites) -> tuple[Sites, Sequential | None]:
+        """Return what a recipe came to so far with the least loss, and how it was fitted if so."""
         key, mapping = choices_key(sites), self._plan.mapping
         rows = [
             (m["loss"], t.number, t)
             for t in self._study.ledger.trials()
             if (m := measured(t)) is not None and choices_key(mapping.decode(t.params)) == key
         ]
-        rows = [row for row in rows if not isinstance(_technique(row[2]), Distillation)]
+        rows = [row for row in rows if not isinstance(_technique(row[2]), Training)]
         if not rows:
-            return sites
+            return sites, None
         best = min(rows)[2]
         found, tuning = sites_of(best, mapping), tuning_of(best)
         if tuning is not None:
             recipe = Recipe(found, learned=self._shelf.file(tuning.sha256))
             self._study.session.applier.learned |= read_learned(recipe)
-        return found
+        technique = _technique(best)
+        return found, technique if isinstance(technique, Sequential) else None
 
     def _kept(
         self, sites: Sites, technique: Reconstruction, fit: Callable[[Step], Sites]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from autoquant.report.tables import plain_number
 from autoquant.training.rates import Rate
 from autoquant.training.train import Moment
+from autoquant.training.turn import BlockDone
 
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 """Heights of a sparkline, lowest first."""
@@ -22,6 +23,17 @@ def moment_line(moment: Moment) -> str:
         f"step {moment.step} of {moment.steps}: loss {plain_number(moment.loss)}, on the search "
         f"data {plain_number(moment.held)}, best {plain_number(moment.best)}{metric}; "
         f"{weights_line(moment)}"
+    )
+
+
+def block_line(done: BlockDone) -> str:
+    """Return how one block came out."""
+    what = f"block {done.number} of {done.count}, {done.path}"
+    if not done.samples:
+        return f"{what}: not trained"
+    return (
+        f"{what}: loss on held-back samples {plain_number(done.before)}, fitted anew "
+        f"{plain_number(done.fitted)}, best {plain_number(done.after)}"
     )
 
 

@@ -5,24 +5,30 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from autoquant.errors import TrialError
+from autoquant.kernels.reference import full_float32
 from autoquant.measure.evaluator import OUT_OF_MEMORY, out_of_memory
+from autoquant.methods.reconstruction.blockwise import Blockwise
 from autoquant.methods.reconstruction.distillation import Distillation
+from autoquant.methods.reconstruction.sequential import Sequential
+from autoquant.methods.training import Training
 from autoquant.models.data import training_inputs
 from autoquant.models.digests import sample_digests
 from autoquant.models.task import outputs_of
 from autoquant.models.usercode import guarded
 from autoquant.session.session import Session
 from autoquant.spec.recipe import SiteRecipe, choices_key
+from autoquant.training.blockwise import train_blockwise
 from autoquant.training.schedule import Lessons
 from autoquant.training.train import Held, Moment, Step, Trained, train
 from autoquant.training.trainer import Lesson
+from autoquant.training.turn import BlockDone, School
 
 Sites = Mapping[str, SiteRecipe]
 
@@ -46,23 +52,76 @@ def train_layers(
     out.
     """
     lesson = lesson_of(session, seed)
-    session.baseline("search")  # which ``measure`` compares with
+    kept = None
+    if checkpoint is not None:
+        batches = lesson.inputs.batches
+        kept = checkpoint, identity_of(session, sites, technique, batches, seed)
+    try:
+        return train(
+            session.applier, sites, lesson, technique, _measure_of(session),
+            watch=watch, follow=follow, heed=heed, checkpoint=kept,
+        )  # fmt: skip
+    except OUT_OF_MEMORY as error:
+        raise out_of_memory(error) from error
+
+
+def train_blocks(
+    session: Session,
+    sites: Sites,
+    technique: Blockwise,
+    *,
+    fit: Sequential | None = None,
+    watch: Callable[[BlockDone], None] = lambda _: None,
+    heed: Callable[[int, int], None] = lambda *_: None,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+) -> Trained:
+    """Train the blocks of a recipe's model in turn; what was learned is the applier's.
+
+    ``fit`` is how the layers of each block are fitted first. ``heed`` hears each step to come, of
+    how many, and may raise to end it; ``checkpoint`` is a file to go on from. Raises TrialError
+    where the user's code fails on the quantized model, where no block can be trained, or memory
+    runs out.
+    """
+    fit = fit or Sequential()
+    prepared, lesson = session.prepared, lesson_of(session, seed)
+
+    def compute(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        with (
+            prepared.in_float32(),
+            guarded(_failed, session.task.source, OUT_OF_MEMORY),
+            full_float32(session.device),
+        ):
+            return module(*args, **kwargs)
+
+    def run(model: nn.Module, inputs: Any) -> Any:
+        with prepared.in_float32(), guarded(_failed, session.task.source, OUT_OF_MEMORY):
+            return session.evaluator.run(model, inputs)
+
+    batches = lesson.inputs.batches
+    school = School(batches, run, compute, lesson.classes, lesson.modules, seed)
+    kept = None
+    if checkpoint is not None:
+        kept = checkpoint, identity_of(session, sites, technique, batches, seed, fit)
+    try:
+        return train_blockwise(
+            session.applier, sites, school, technique, _measure_of(session),
+            fit=fit, watch=watch, heed=heed, checkpoint=kept,
+        )  # fmt: skip
+    except OUT_OF_MEMORY as error:
+        raise out_of_memory(error) from error
+
+
+def _measure_of(session: Session) -> Callable[[Sites], Held]:
+    """Return what measures a recipe on the search split."""
+    session.baseline("search")  # which is what it compares with
 
     def measure(candidate: Sites) -> Held:
         with session.without_reuse():
             measured, reading, _ = session.measure(candidate, "search")
         return Held(measured.loss, reading.metric.name, reading.value)
 
-    kept = (
-        None if checkpoint is None else (checkpoint, identity_of(session, sites, technique, lesson))
-    )
-    try:
-        return train(
-            session.applier, sites, lesson, technique, measure,
-            watch=watch, follow=follow, heed=heed, checkpoint=kept,
-        )  # fmt: skip
-    except OUT_OF_MEMORY as error:
-        raise out_of_memory(error) from error
+    return measure
 
 
 def lesson_of(session: Session, seed: int = 0) -> Lesson:
@@ -100,14 +159,23 @@ def _failed(reason: str) -> TrialError:
     return TrialError(f"the model fails while it is trained: {reason}")
 
 
-def identity_of(session: Session, sites: Sites, technique: Distillation, lesson: Lesson) -> str:
+def identity_of(
+    session: Session,
+    sites: Sites,
+    technique: Training,
+    batches: Sequence[Any],
+    seed: int,
+    fit: Sequential | None = None,
+) -> str:
     """Return what a checkpoint is of: the model, the recipe, the technique, the data."""
     found = hashlib.sha256()
     scales = {
         n: (s.activation.scale, s.activation.zero_point) for n, s in sites.items() if s.activation
     }
-    known = [session.identity.sha256, choices_key(sites), technique.plain(), lesson.seed, scales]
+    known = [session.identity.sha256, choices_key(sites), technique.plain(), seed, scales]
+    if fit is not None:
+        known.append(fit.plain())
     found.update(json.dumps(known, sort_keys=True).encode())
-    for digest in sample_digests(lesson.inputs.batches):
+    for digest in sample_digests(batches):
         found.update(digest)
     return found.hexdigest()

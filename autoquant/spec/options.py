@@ -21,10 +21,11 @@ AUTO = "auto"
 """As many trials as it takes; see ``optimize.termination``."""
 TRIALS = 60
 """Most trials of a search that is told neither --trials nor --timeout, and ends itself."""
-FULL = "full"
-TUNINGS = (AUTO, "none", "layer", FULL)
-"""Whether recipes are tuned after the trials: not at all, layer by layer, all layers together after
-that, or (auto) each of these where it is no more work than twice the trials."""
+BLOCK, FULL = "block", "full"
+TUNINGS = (AUTO, "none", "layer", BLOCK, FULL)
+"""Whether recipes are tuned after the trials: not at all, layer by layer, block by block or all
+layers together after that, or (auto) layer by layer and all together, where it is no more work than
+twice the trials."""
 
 
 @dataclass(frozen=True)

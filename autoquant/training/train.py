@@ -183,7 +183,7 @@ def train(
             continue
         trainer.check()
         with trainer.averaged():
-            held, lost_now = best.look(measure), _lost(student)
+            held, lost_now = best.look(measure), lost_of(student)
         mean = sum(trainer.losses) / max(len(trainer.losses), 1)
         trainer.losses.clear()
         trainer.keep()

@@ -149,6 +149,48 @@ def test_training_goes_on_from_what_was_fitted(plain, cli):
     assert result.done, result.err
 
 
+def test_blocks_are_trained_on_from_what_was_fitted(plain, cli):
+    words = ("--method", "block", "--steps", "200", "--rate", "4", "--most", "4", "--drop", "0.1")
+    result = cli(*TUNE, *words)
+    assert (result.status, result.err) == (0, ""), result
+    assert "training one block after another (blockwise " in result.out
+    assert "block 1 of 3, 0: loss on held-back samples " in result.out
+    assert not list(plain.glob("*training*"))
+    ours = load(plain / "tuned.yaml")
+    assert ours.reconstruction.method == "blockwise"
+    assert (ours.reconstruction.most, ours.reconstruction.drop) == (4, 0.1)
+    found = evaluated(cli, "tuned.yaml")["splits"]["confirm"]
+    assert found["quantized"] == ours.evidence.confirm.quantized
+    result = cli(*TUNE, *words, "-o", "again.yaml", "--json")
+    row = json.loads(result.out)["tried"][-1]
+    assert row["technique"] == ours.reconstruction.plain()
+    assert row["loss"] < min(r["loss"] for r in json.loads(result.out)["tried"][:-1])
+
+
+def test_blocks_that_were_killed_go_on(plain, cli, monkeypatch):
+    words = ("--method", "block", "--steps", "20", "--rate", "3")
+    assert cli(*TUNE, *words, "-o", "whole.yaml").done
+    step, steps = Trainer.step, []
+
+    def killed(self):
+        if len(steps) == 30:
+            raise KeyboardInterrupt
+        steps.append(self.done)
+        step(self)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    assert cli(*TUNE, *words).status != 0
+    assert (plain / "tuned.training.safetensors").exists()
+    monkeypatch.setattr(Trainer, "step", step)
+    result = cli(*TUNE, *words)
+    assert result.done, result.err
+    assert "block 1 of 3" not in result.out
+    assert "block 2 of 3" in result.out
+    ours, whole = (load(plain / f"{name}.yaml") for name in ("tuned", "whole"))
+    assert dict(ours.sites) == dict(whole.sites)
+    assert not list(plain.glob("*training*"))
+
+
 def test_a_recipe_says_which_rates_won(plain, cli):
     words = ("--method", "full", "--steps", "40", "--rivals", "5")
     result = cli(*TUNE, *words, "--json")
@@ -367,15 +409,23 @@ def test_a_task_without_calibration_data(plain, refused):
         (("-o", "x.txt"), "x.txt"),
         (("-o", "x.safetensors"), "x.safetensors"),
         (("-o", "gone.yaml/x.yaml"), ""),
-        (("--steps", "10"), "--steps is of training: give --method full too"),
-        (("--rate", "2"), "--rate is of training: give --method full too"),
-        (("--method", "block"), "block"),
+        (("--steps", "10"), "--steps is of training: give --method block or full too"),
+        (("--rate", "2"), "--rate is of training: give --method block or full too"),
+        (("--method", "blocks"), "blocks"),
+        (("--method", "block", "--rivals", "2"), "--rivals is of training: give --method full too"),
+        (("--method", "full", "--most", "2"), "--most is of training: give --method block too"),
+        (("--drop", "0.5"), "--drop is of training: give --method block too"),
+        (("--method", "block", "--drop", "2"), "2"),
+        (("--method", "block", "--most", "0"), "0"),
         (("--method", "full", "--steps", "0"), "0"),
         (("--method", "full", "--rate", "0"), "0"),
         (("--method", "full", "--rate", "-1"), "-1"),
         (("--method", "full", "--estimator", "lsk"), "did you mean 'lsq'?"),
         (("--method", "full", "--gradient-bits", "int5"), "--gradient-bits: unknown gradients"),
-        (("--gradient-bits", "int4"), "--gradient-bits is of training: give --method full too"),
+        (
+            ("--gradient-bits", "int4"),
+            "--gradient-bits is of training: give --method block or full too",
+        ),
     ],
 )
 def test_wrong_options(plain, cli, words, said):

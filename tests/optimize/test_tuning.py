@@ -150,8 +150,8 @@ def test_an_interrupted_tuning_goes_on_where_it_was():
     assert once_more.recipe == result.recipe
 
 
-def trained_trials(study: str = "s") -> list[Any]:
-    return [t for t in tuned_trials(study) if tuning_of(t).technique.method == "distillation"]
+def trained_trials(study: str = "s", method: str = "distillation") -> list[Any]:
+    return [t for t in tuned_trials(study) if tuning_of(t).technique.method == method]
 
 
 @pytest.mark.parametrize("words", [{}, {"bits": 3.0}], ids=str)
@@ -171,6 +171,42 @@ def test_what_was_fitted_is_trained_where_that_is_asked_for(words):
     written = load(result.recipe_path)
     assert said(written) == said(result.recipe) == evaluated(written)
     assert [p.name for p in Path(".autoquant/s.learned").glob("training*")] == []
+
+
+@pytest.mark.parametrize("words", [{}, {"bits": 3.0}], ids=str)
+def test_blocks_are_trained_where_that_is_asked_for(words):
+    fitted = search("fitted", tune="layer", **words)
+    result = search(tune="block", **words)
+    assert len(trained_trials(method="blockwise")) == 1
+    assert not trained_trials()
+    assert result.tuned == fitted.tuned + 1
+    written = load(result.recipe_path)
+    assert said(written) == said(result.recipe) == evaluated(written)
+    assert [p.name for p in Path(".autoquant/s.learned").glob("training*")] == []
+
+
+def test_blocks_that_are_interrupted_go_on_where_they_were():
+    whole = search("whole", tune="block", bits=3.0)
+
+    class Ending(Silent):
+        def step(self, number: int, done: int, total: int) -> None:
+            if done == 230 and total == 600:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(reporter=Ending(), tune="block", bits=3.0)
+    (file,) = Path(".autoquant/s.learned").glob("training*")
+    steps: list[int] = []
+
+    class Listening(Silent):
+        def step(self, number: int, done: int, total: int) -> None:
+            if total == 600:
+                steps.append(done)
+
+    result = resume("s", model=net(), task=task(), reporter=Listening())
+    assert min(steps) == 200
+    assert not file.exists()
+    assert dict(result.recipe.sites) == dict(whole.recipe.sites)
 
 
 class Killed(Silent):
@@ -324,5 +360,5 @@ def test_a_failing_recipe_is_a_failed_trial_and_is_not_tuned_again():
 
 
 def test_words():
-    with pytest.raises(UserError, match=r"--tune 'block': give auto, none, layer, full"):
-        search(tune="block")
+    with pytest.raises(UserError, match=r"--tune 'blocks': give auto, none, layer, block, full"):
+        search(tune="blocks")

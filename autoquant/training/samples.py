@@ -25,8 +25,8 @@ from autoquant.training.schedule import Lessons, Order
 
 ROOM = 1 << 30
 """Bytes of inputs and outputs that are kept of one block."""
-HELD = 8
-"""One of so many samples is held back to choose by."""
+HELD, MOST_HELD = 8, 512
+"""One of so many samples is held back to choose by, and no more than so many in all."""
 ALIKE = 1e-3
 """How far outputs of some samples may be off from those of all: kernels sum in other orders."""
 
@@ -135,7 +135,7 @@ def gather(
         clean.append(_thinned(given, share, size, number))
     to_quantized()
     calls: list[Call] = []
-    samples = kept = 0
+    samples = 0
     for number, (batch, theirs) in enumerate(zip(batches, clean, strict=True)):
         size = batch_size(batch) if divisible else None
         samples += block.calls[number] * (size or 1)
@@ -146,7 +146,8 @@ def gather(
         for (x_hat, _), (x, z) in zip(ours, theirs, strict=False):
             if _shapes(x_hat) == _shapes(x):  # else a decoder went another way
                 calls.append(Call(x_hat, x, z, len(z[0]) if divisible else 1))
-        kept = sum(call.size for call in calls)
+        clean[number] = []  # its tensors are the calls' own from here on
+    kept = sum(call.size for call in calls)
     if not kept:
         raise TrialError("the quantized model never calls it as the float model does")
     learn, held = _divide(calls, divisible)
@@ -263,27 +264,32 @@ def _shapes(tree: Any) -> list[Any]:
     return [tuple(x.shape) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(tree)]
 
 
-def _divide(calls: Sequence[Call], divisible: bool) -> tuple[list[Call], list[Call]]:
+def _divide(calls: list[Call], divisible: bool) -> tuple[list[Call], list[Call]]:
     """Return the calls to learn from, and those held back: one of HELD samples, or of calls.
 
-    Where there are too few to hold any back, all are both.
+    Where there are too few to hold any back, all are both. Else ``calls`` are emptied on the way,
+    as there may be no room for all of them twice.
     """
-    learn, held = [], []
-    if not divisible:
-        held = [call for i, call in enumerate(calls) if i % HELD == HELD - 1]
-        learn = [call for i, call in enumerate(calls) if i % HELD != HELD - 1]
-        return learn, held or list(calls)
+    total = sum(call.size for call in calls)
+    every = max(HELD, -(-total // MOST_HELD))
+    if total < every:
+        return list(calls), list(calls)
+    learn: list[Call] = []
+    held: list[Call] = []
     place = 0
-    for call in calls:
-        rows = range(call.size)
-        out = [i for i in rows if (place + i) % HELD == HELD - 1]
-        kept = [i for i in rows if (place + i) % HELD != HELD - 1]
+    while calls:
+        call = calls.pop(0)
+        out = [i for i in range(call.size) if (place + i) % every == every - 1]
+        kept = [i for i in range(call.size) if (place + i) % every != every - 1]
         place += call.size
+        if not divisible:
+            (held if out else learn).append(call)
+            continue
         if out:
             held.append(call.rows(out))
         if kept:
             learn.append(call.rows(kept))
-    return (learn, held) if held else (list(calls), list(calls))
+    return learn, held
 
 
 def mixed(share: float, call: Call) -> Call:

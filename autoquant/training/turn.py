@@ -31,9 +31,9 @@ class BlockDone:
     """One block that has been trained, the ``number``-th of ``count``.
 
     ``before`` is the noise over the signal of its outputs on samples that were held back (of the
-    last block it may be the divergence), ``fitted`` that after its layers were fitted anew, and
-    ``after`` at the best of both and of training; ``kept`` of ``samples`` had room in memory.
-    ``findings`` are what went wrong, and what was done about it.
+    last block it may be the divergence), ``fitted`` that after its layers were fitted anew, if any
+    can be, and ``after`` at the best of both and of training; ``kept`` of ``samples`` had room in
+    memory. ``findings`` are what went wrong, and what was done about it.
     """
 
     path: str
@@ -109,9 +109,8 @@ class Turn:
         )  # fmt: skip
         measure = functools.partial(self._loss, samples)
         before = measured(measure, sites)
-        start, fitted = self._fitted(samples, sites), math.inf
-        if start != sites:
-            fitted = measured(measure, start)
+        start = self._fitted(samples, sites)
+        fitted = measured(measure, start) if start != sites else before
         if not fitted < before:
             start = sites
         drop = self._technique.drop
@@ -158,7 +157,7 @@ class Turn:
         return reconstruct(
             self._applier,
             sites,
-            [call.copied() for call in calls],
+            calls,
             lambda _, call: self._run(call.copied()),
             self._fit,
             names=self._block.sites,

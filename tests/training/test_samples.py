@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autoquant.errors import TrialError
 from autoquant.nn.sites import find_sites
 from autoquant.training.blocks import Block, find_blocks
-from autoquant.training.samples import HELD, Call, Gathered, Samples, gather, mixed
+from autoquant.training.samples import HELD, MOST_HELD, Call, Gathered, Samples, gather, mixed
 
 
 def compute(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -184,3 +184,9 @@ def test_a_share_of_the_numbers_is_as_in_the_float_model() -> None:
     assert found.inputs[1] == {"n": 2}
     assert torch.equal(mixed(0.0, call).inputs[0][0], x + 1.0)
     assert torch.equal(mixed(1.0, call).inputs[0][0], x)
+
+
+def test_of_many_samples_no_more_are_held_back_than_it_takes() -> None:
+    found, _ = gathered(Switched(nn.Sequential(nn.Linear(8, 8))), samples(32 * MOST_HELD))
+    assert found.held.count == MOST_HELD
+    assert found.learn.count == 31 * MOST_HELD

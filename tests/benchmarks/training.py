@@ -2,15 +2,17 @@
 
 For each case all weights of a model of the zoo have the same few bits, first and last layer too
 (embeddings as said), and so have activations. Layers are fitted to each other first
-(``autoquant tune``), and then trained together (``--method full``), on the unlabelled data that the
-task gives. Nothing is chosen by what is reported: loss (how far outputs are from the float model's)
-and metric are of the confirm split, by the reference. MobileNetV2 has 512 photos in all, of which
-96 are held back to choose by. Each seed draws other batches. Writes ``reports/training.md``; where
+(``autoquant tune``). From there one block after another is trained (``--method block``) and, beside
+that, all layers together (``--method full``), on the unlabelled data that the task gives. Nothing
+is chosen by what is reported: loss (how far outputs are from the float model's) and metric are of
+the confirm split, by the reference. MobileNetV2 has 512 photos in all, of which 96 are held back to
+choose by. Each seed draws other batches. Writes ``reports/training.md``; where
 cases are named, it replaces their rows there.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,12 +23,13 @@ import click
 import torch
 
 from autoquant.heap import keep_freed_memory
+from autoquant.methods.reconstruction.blockwise import Blockwise
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.methods.reconstruction.sequential import Sequential
 from autoquant.models.data import Splits
 from autoquant.models.noninferiority import drop_interval
 from autoquant.session.session import Session, open_session
-from autoquant.session.training import train_layers
+from autoquant.session.training import train_blocks, train_layers
 from autoquant.session.tuning import fit_layers
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.spec.space import SearchSpace
@@ -46,6 +49,10 @@ REPORT = Path(__file__).resolve().parents[2] / "reports" / "training.md"
 RULE = "\n## "
 """What sections of the report begin with."""
 PHOTOS, HELD = 416, 96
+BLOCK, FULL, ALL = "blocks", "trained", "all"
+KINDS = (BLOCK, FULL)
+"""What rows of each kind of training are called."""
+ORDER = ("fitted", *KINDS)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Case:
     weights: int
     activations: int
     technique: Distillation
+    blocks: Blockwise
     embeddings: int | None = None
 
 
@@ -74,12 +82,20 @@ MIDDLE = Distillation(
     activation_rate=2e-4,
     features=1.0,
 )
+BLOCKS = Blockwise()
+HIGH_BLOCKS = Blockwise(
+    steps=400, weight_rate=0.01, scale_rate=3e-3, bias_rate=3e-3, activation_rate=3e-3
+)
 CASES = {
-    "mobilenet_v2": Case("MobileNetV2, W4 A8, 512 photos", "mobilenet_v2", 4, 8, LOW),
-    "minilm": Case(f"{TITLES['minilm']}, W2 A8", "minilm", 2, 8, MIDDLE, 4),
-    "g2p3": Case(f"{TITLES['g2p']}, W3 A8", "g2p", 3, 8, replace(HIGH, batch=64)),
-    "g2p2": Case(f"{TITLES['g2p']}, W2 A8", "g2p", 2, 8, replace(HIGH, steps=3000, batch=64)),
-    "resnext": Case(f"{TITLES['resnext']}, W2 A2", "resnext", 2, 2, replace(HIGH, steps=2000)),
+    "mobilenet_v2": Case("MobileNetV2, W4 A8, 512 photos", "mobilenet_v2", 4, 8, LOW, BLOCKS),
+    "minilm": Case(f"{TITLES['minilm']}, W2 A8", "minilm", 2, 8, MIDDLE, BLOCKS, 4),
+    "g2p3": Case(f"{TITLES['g2p']}, W3 A8", "g2p", 3, 8, replace(HIGH, batch=64), HIGH_BLOCKS),
+    "g2p2": Case(
+        f"{TITLES['g2p']}, W2 A8", "g2p", 2, 8, replace(HIGH, steps=3000, batch=64), HIGH_BLOCKS
+    ),
+    "resnext": Case(
+        f"{TITLES['resnext']}, W2 A2", "resnext", 2, 2, replace(HIGH, steps=2000), HIGH_BLOCKS
+    ),
 }
 
 
@@ -115,20 +131,23 @@ def recipe_of(case: Case, session: Session) -> Mapping[str, SiteRecipe]:
     return sites
 
 
-def rows_of(case: Case, folder: Path, seeds: int) -> list[list[str]]:
-    """Return the rows of one case."""
+def rows_of(case: Case, folder: Path, seeds: int, only: str) -> list[list[str]]:
+    """Return the rows of one case, or those with ``only`` one kind of training."""
     session = session_of(case, folder)
     session.reuse()
     began = time.process_time()
     start = fit_layers(session, recipe_of(case, session), Sequential())
     session.evaluator.reuse = None
     rows = [row_of(session, case, "fitted", "", start, time.process_time() - began, "")]
-    for seed in range(seeds):
+    for what, seed in itertools.product(KINDS if only == ALL else (only,), range(seeds)):
         began = time.process_time()
-        found = train_layers(session, start, case.technique, seed=seed)
+        if what == BLOCK:
+            found = train_blocks(session, start, case.blocks, fit=Sequential(), seed=seed)
+        else:
+            found = train_layers(session, start, case.technique, seed=seed)
         seconds = time.process_time() - began
         lost = f"{found.lost[0]:.1%} → {found.lost[1]:.1%}"
-        rows.append(row_of(session, case, "trained", str(seed), found.sites, seconds, lost))
+        rows.append(row_of(session, case, what, str(seed), found.sites, seconds, lost))
         for finding in found.findings:
             print("  ", finding, flush=True)
     return rows
@@ -169,17 +188,28 @@ def row_of(
 @click.command()
 @click.argument("names", nargs=-1)
 @click.option("--seeds", default=1, show_default=True, help="How often each case is trained.")
-def main(names: tuple[str, ...], seeds: int) -> None:
+@click.option(
+    "--only",
+    type=click.Choice((*KINDS, ALL)),
+    default=ALL,
+    show_default=True,
+    help="Train in one way; rows of the other stay.",
+)
+def main(names: tuple[str, ...], seeds: int, only: str) -> None:
     """Measure NAMES (default: all) and write the report, in which other cases' rows stay."""
     keep_freed_memory()
     chosen = [name for name in CASES if not names or name in names]
     with tempfile.TemporaryDirectory() as folder:
-        new = {name: rows_of(CASES[name], Path(folder), seeds) for name in chosen}
+        new = {name: rows_of(CASES[name], Path(folder), seeds, only) for name in chosen}
     before = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
     rows = []
     for name, case in CASES.items():
         kept = [r for r in before.splitlines() if r.startswith(f"| {case.title} |")]
-        rows += map(line, new[name]) if name in new else kept
+        if name in new:
+            made = [line(row) for row in new[name]]
+            others = [r for r in kept if only != ALL and r.split(" | ")[1] not in ("fitted", only)]
+            kept = sorted([*made, *others], key=lambda r: ORDER.index(r.split(" | ")[1]))
+        rows += kept
     titles = [case.title for case in CASES.values()]
     text = [
         "# What training adds",
@@ -187,9 +217,10 @@ def main(names: tuple[str, ...], seeds: int) -> None:
         "By `python -m tests.benchmarks.training`. All weights have the bits said (W), a scale per",
         "channel and no zero point, first and last layer too; activations have the bits after A;",
         "embeddings of MiniLM have 4. `fitted` is `autoquant tune` with far rows counting less;",
-        "`trained` goes on from that, as `--method full` does, on the unlabelled inputs of the",
-        "task's `training_data`, or those to calibrate with. Loss (how far outputs are from the",
-        "float model's) and metric are of the confirm split, by the reference, by which nothing is",
+        "`blocks` goes on from that, as `--method block` does, and so does `trained`, as",
+        "`--method full` does, on the unlabelled inputs of the task's `training_data`, or those to",
+        "calibrate with. Loss (how far outputs are from the float model's) and metric are of the",
+        "confirm split, by the reference, by which nothing is",
         "chosen. `weights that became 0` are weights that are not 0 in the float model and are in",
         "the quantized one, before and after training. Rates of each case are in",
         "`tests/benchmarks/training.py`.",

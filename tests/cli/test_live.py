@@ -365,7 +365,10 @@ def test_scalars_of_a_search(plain, cli):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ((*TUNE, "--log", "logs"), "--log is of training: give --method full too"),
+        (
+            (*TUNE, "--log", "logs"),
+            "--log is of training all layers together: give --method full too",
+        ),
         ((*TUNE, *FULL, "--log", "r.yaml"), "r.yaml is no folder"),
         ((*TUNE, *FULL, "--log", "r.yaml/logs"), "r.yaml is no folder"),
         (("search", *WORDS, "--log", "r.yaml"), "r.yaml is no folder"),

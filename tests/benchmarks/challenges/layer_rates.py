@@ -16,7 +16,7 @@ CASES: tuple[tuple[str, int | None, Distillation], ...] = (
     ("resnext", None, replace(HIGH, steps=240)),
     ("g2p3", None, replace(HIGH, steps=240, batch=64)),
     ("g2p2", None, replace(HIGH, steps=240, batch=64)),
-    ("minilm", None, replace(MIDDLE, steps=120)),
+    ("minilm", None, replace(MIDDLE, steps=60)),
 )
 ALIKE = {"all layers alike": {}}
 FACTORS = (0.3, 1.0, 3.0)

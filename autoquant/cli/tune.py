@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 TRAINED = ("block", "full")
 """Methods that train."""
+LAYER_RATES: dict[str, dict[str, float]] = {
+    "alike": {},
+    "curvature": {"curvature_power": 1.0},
+    "mismatch": {"mismatch_power": 1.0},
+}
+"""What --layer-rates stands for."""
 
 
 @click.command(epilog="Example: autoquant tune recipe.yaml model.pt --task task.py -o tuned.yaml")
@@ -92,6 +98,14 @@ TRAINED = ("block", "full")
     "which is the usual rates and no race.",
 )
 @click.option(
+    "--layer-rates",
+    type=click.Choice(tuple(LAYER_RATES)),
+    default=None,
+    help="Have layers learn at different rates (--method full): by curvature, that noise in the "
+    "weights of each costs the same; by mismatch, that those whose gradient leads elsewhere are "
+    "slower. Default: alike.",
+)
+@click.option(
     "--estimator",
     metavar="NAME",
     default=None,
@@ -141,6 +155,7 @@ def command(
     batch: int | None,
     rate: float | None,
     rivals: int | None,
+    layer_rates: str | None,
     estimator: str | None,
     gradients: str | None,
     most: int | None,
@@ -172,6 +187,7 @@ def command(
             "batch": batch,
             "rate": rate,
             "rivals": rivals,
+            "layer_rates": layer_rates,
             "estimator": estimator,
             "gradients": gradients,
             "most": most,
@@ -212,6 +228,9 @@ def command(
         return
     for row in found.tried:
         print(f"{row.technique}: loss {plain_number(row.loss)} in {row.seconds:.1f} s")
+        if row.layers:
+            low, high = min(row.layers.values()), max(row.layers.values())
+            print(f"layers learned at {low:.2f} to {high:.2f} times the usual rates")
         if row.lost is not None:
             print("weights that rounding makes 0: {:.1%} before, {:.1%} after".format(*row.lost))
     change = "nothing gained" if not found.gained else f"now {plain_number(found.after)}"
@@ -231,7 +250,7 @@ def command(
 
 def _training(method: str, given: dict[str, Any]) -> Training | None:
     """Return how to train, None for not at all; UserError for options that say nothing then."""
-    own = {"most": ("block",), "drop": ("block",), "rivals": ("full",)}
+    own = {"most": ("block",), "drop": ("block",), "rivals": ("full",), "layer_rates": ("full",)}
     for name, value in given.items():
         methods = own.get(name, TRAINED)
         if value is not None and method not in methods:
@@ -244,8 +263,9 @@ def _training(method: str, given: dict[str, Any]) -> Training | None:
 
     kind: type[Training] = Blockwise if method == "block" else Distillation
     usual = kind()
-    rate = given.pop("rate") or 1.0
+    rate, layers = given.pop("rate") or 1.0, given.pop("layer_rates")
     options = {k: v for k, v in given.items() if v is not None}
+    options |= LAYER_RATES[layers or "alike"]
     for name in ("weight_rate", "scale_rate", "bias_rate", "activation_rate"):
         options[name] = min(getattr(usual, name) * rate, 1.0)
     checked = {k: kind.checked(k, v, _option(k)) for k, v in options.items()}

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Tried:
 
     ``findings`` are what went wrong on the way, and what was done about it. ``lost`` are the shares
     of weights that are 0 in the quantized model alone, before and after, where that is known.
+    ``layers`` is what the rates of each layer were multiplied by, empty where all learned alike.
     """
 
     technique: Reconstruction
@@ -48,6 +49,7 @@ class Tried:
     seconds: float
     findings: tuple[str, ...] = ()
     lost: tuple[float, float] | None = None
+    layers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Tuned:
                 "seconds": row.seconds,
                 "findings": list(row.findings),
                 "lost": row.lost,
+                "layer_rates": dict(row.layers),
             }
             for row in self.tried
         ]
@@ -189,7 +192,8 @@ def _trained(
         )
     kept.unlink(missing_ok=True)
     seconds = round(time.monotonic() - began, 3)
-    row = Tried(done.technique, done.after, seconds, tuple(map(str, done.findings)), done.lost)
+    findings = tuple(map(str, done.findings))
+    row = Tried(done.technique, done.after, seconds, findings, done.lost, done.layers)
     after = min(found.after, done.after)
     return dict(done.sites), replace(found, after=after, tried=(*found.tried, row))
 

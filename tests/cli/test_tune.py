@@ -206,6 +206,18 @@ def test_a_recipe_says_which_rates_won(plain, cli):
     assert row["technique"]["bias_rate"] / usual.bias_rate == pytest.approx(every)
 
 
+@pytest.mark.parametrize("how", ["alike", "curvature", "mismatch"])
+def test_layers_learn_at_rates_of_their_own(plain, cli, how):
+    words = ("--method", "full", "--steps", "20", "--layer-rates", how)
+    result = cli(*TUNE, *words, "--json")
+    assert result.done, result.err
+    row = json.loads(result.out)["tried"][-1]
+    powers = row["technique"]["curvature_power"], row["technique"]["mismatch_power"]
+    assert powers == (float(how == "curvature"), float(how == "mismatch"))
+    assert set(row["layer_rates"]) == (set() if how == "alike" else {"0", "2", "4"})
+    assert ("layers learned at" in cli(*TUNE, *words).out) == (how != "alike")
+
+
 def test_training_that_was_killed_goes_on(plain, cli, monkeypatch):
     words = ("--method", "full", "--steps", "60", "--rate", "10")
     assert cli(*TUNE, *words, "-o", "whole.yaml").done
@@ -413,6 +425,8 @@ def test_a_task_without_calibration_data(plain, refused):
         (("--rate", "2"), "--rate is of training: give --method block or full too"),
         (("--method", "blocks"), "blocks"),
         (("--method", "block", "--rivals", "2"), "--rivals is of training: give --method full too"),
+        (("--layer-rates", "alike"), "--layer-rates is of training: give --method full too"),
+        (("--method", "full", "--layer-rates", "both"), "both"),
         (("--method", "full", "--most", "2"), "--most is of training: give --method block too"),
         (("--drop", "0.5"), "--drop is of training: give --method block too"),
         (("--method", "block", "--drop", "2"), "2"),

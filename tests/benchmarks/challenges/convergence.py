@@ -19,7 +19,7 @@ from tests.benchmarks.challenges.rows import Row, Rows, interval, ordered, table
 SECTION = "convergence"
 FLOAT = "float"
 GRIDS = (FLOAT, 8, 4, 3, 2)
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 STEPS = {"resnext": (150, 32), "g2p2": (150, 64)}
 """Steps, and samples of each."""
 

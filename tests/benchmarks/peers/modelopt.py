@@ -22,6 +22,8 @@ def scheme(bits: int) -> dict[str, Any]:
             {"quantizer_name": "*", "enable": False},
             {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}},
             {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "axis": None}},
+            # ModelOpt has quantizers of these too, which its own configurations switch off.
+            {"quantizer_name": "*", "parent_class": "nn.BatchNorm2d", "enable": False},
         ],
         "algorithm": "max",
     }

@@ -80,8 +80,9 @@ def test_changes_of_a_gradient_change_what_they_say() -> None:
     assert gradient.abs()[turned].max() <= gradient.abs()[~turned].min()
 
 
-def test_finer_grids_hold_the_same_function() -> None:
-    session = opened("mlp")
+@pytest.mark.parametrize("kind", ["mlp", "sequence"])  # where embeddings are not fitted
+def test_finer_grids_hold_the_same_function(kind: str) -> None:
+    session = opened(kind)
     sites = fit_layers(session, everywhere(session, W2A4), Sequential())
     x = session.splits.calibrate[0]
 
@@ -92,11 +93,11 @@ def test_finer_grids_hold_the_same_function() -> None:
 
     first = outputs(sites)
     for bits in (3, 4, 8):
-        found, ratio = refined(sites, bits, session.applier.learned)
+        found, ratio = refined(sites, bits, session.applier)
         assert ratio == 2 ** (bits - 2)
         assert {s.weight.bits for s in found.values() if s.weight} == {bits}
         torch.testing.assert_close(outputs(found), first, rtol=1e-5, atol=1e-5)
-    assert refined(sites, 2, session.applier.learned) == (sites, 1)
+    assert refined(sites, 2, session.applier)[1] == 1
 
 
 def test_the_report_has_the_sections_that_were_measured() -> None:

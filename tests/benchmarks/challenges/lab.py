@@ -10,6 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from autoquant.methods.applier import Applier
 from autoquant.methods.learned import LearnedWeight
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.methods.reconstruction.sequential import Sequential
@@ -168,22 +171,28 @@ class Lab:
 
     def on_finer_grids(self, bits: int) -> tuple[Sites, int]:
         """Return the start on the grids of more bits, as ``refined`` does."""
-        return refined(self.start, bits, self.session.applier.learned)
+        return refined(self.start, bits, self.session.applier)
 
 
-def refined(sites: Sites, bits: int, learned: dict[str, LearnedWeight]) -> tuple[Sites, int]:
-    """Return learned sites with the same real weights on the grids of ``bits``, finer ones.
+def refined(sites: Sites, bits: int, applier: Applier) -> tuple[Sites, int]:
+    """Return sites with the same real weights on the grids of ``bits``, finer ones.
 
-    And how many steps of those a step of theirs is. What is new is put to ``learned``.
+    And how many steps of those a step of theirs is. What is new is put to what the applier has
+    learned.
     """
-    found, ratio = dict(sites), 1
-    for name, site in sites.items():
-        if site.weight is None or site.learned is None:
+    found, ratio = dict(applier.apply(sites)), 1
+    applier.to_float()
+    for name, site in found.items():
+        held = applier.held(name, site)
+        if held is None or site.weight is None:
             continue
         coarse, fine = FORMATS[site.weight.bits], FORMATS[bits]
         ratio = min(fine.qmax // coarse.qmax, fine.qmin // coarse.qmin)
-        known = learned[site.learned]
-        finer = replace(known, q=known.q * ratio, scale=known.scale / ratio)
-        learned[finer.digest] = finer
+        if ratio == 1:
+            continue
+        own, p = held.quantized, held.quantized.qparams
+        shift = torch.zeros(0, dtype=torch.float32) if held.shift is None else held.shift
+        finer = LearnedWeight(own.q * ratio, p.scale / ratio, p.zero_point, shift)
+        applier.learned[finer.digest] = finer
         found[name] = replace(site, weight=replace(site.weight, bits=bits), learned=finer.digest)
     return found, ratio

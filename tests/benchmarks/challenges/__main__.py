@@ -26,7 +26,7 @@ from tests.benchmarks.training import REPORT, RULE
 
 SECTIONS = {
     "language": (language, "Accuracy of BERT-like models"),
-    "convergence": (convergence, "Quantized weights converge at lower rates only"),
+    "convergence": (convergence, "Rates at which quantized weights converge"),
     "estimators": (estimators, "Gradients through discrete values"),
     "small-weights": (small_weights, "Ranges that lose the many tiny weights"),
     "mismatch": (mismatch, "Gradient mismatch"),

@@ -1,4 +1,4 @@
-"""How much lower rates must be where weights are quantized: the same start, the same data.
+"""Which rates quantized weights converge at, beside float ones: the same start, the same data.
 
 The quantized network at its fewest bits is the start of all: its real weights lie on the finer
 grids too, so that all students compute the same function and differ in their grids alone. Rates are

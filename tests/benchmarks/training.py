@@ -64,7 +64,7 @@ class Case:
     weights: int
     activations: int
     technique: Distillation
-    blocks: Blockwise
+    blocks: Blockwise = Blockwise()  # noqa: RUF009 - frozen
     embeddings: int | None = None
 
 

@@ -25,8 +25,9 @@ from autoquant.models.usercode import guarded
 from autoquant.session.session import Session
 from autoquant.spec.recipe import SiteRecipe, choices_key
 from autoquant.training.blockwise import train_blockwise
+from autoquant.training.held import Held
 from autoquant.training.schedule import Lessons
-from autoquant.training.train import Held, Moment, Step, Trained, train
+from autoquant.training.train import Moment, Step, Trained, train
 from autoquant.training.trainer import Lesson
 from autoquant.training.turn import BlockDone, School
 

@@ -20,7 +20,8 @@ from autoquant.spec.techniques import CORRECTIONS, UNCORRECTED
 from autoquant.training.blocks import find_blocks, samples_of, usual_numbers
 from autoquant.training.checkpoint import read_checkpoint, write_checkpoint
 from autoquant.training.guard import Finding
-from autoquant.training.train import Measure, Sites, Trained, lost_of, student_of
+from autoquant.training.held import Measure, Sites
+from autoquant.training.train import Trained, lost_of, student_of
 from autoquant.training.turn import BlockDone, School, Turn, measured
 
 LEFT = "left as it was fitted"

@@ -6,9 +6,6 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from autoquant.errors import TrialError
 from autoquant.methods.applier import Applier
@@ -16,10 +13,11 @@ from autoquant.methods.learned import LearnedWeight
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.methods.training import Training
 from autoquant.quant.gradients.format import GradientFormat
-from autoquant.spec.recipe import FLOAT32, SiteRecipe
+from autoquant.spec.recipe import FLOAT32
 from autoquant.spec.techniques import ESTIMATORS
 from autoquant.training.checkpoint import read_checkpoint, write_checkpoint
 from autoquant.training.guard import Finding, vanished
+from autoquant.training.held import Best, Measure, Sites, merged
 from autoquant.training.layer_rates import Evidence, evidence_of, layer_rates, needs_evidence
 from autoquant.training.probes import Pupil
 from autoquant.training.race import Rival, race
@@ -29,9 +27,6 @@ from autoquant.training.trainer import Lesson, Trainer
 
 CHECKS = 10
 """How often the quantized model is measured while it is trained."""
-PATIENCE = 4
-"""Checks without a better model after which training ends, if it is worse than it began with: that
-it gets worse while rates are high, and better than ever as they fall, is as it should be."""
 
 RATES, LAYERS = "rates", "layers"
 RATE_NAMES = (
@@ -45,24 +40,6 @@ RATE_NAMES = (
 
 ASKED = 2
 """Batches that what is known of layers is found on."""
-
-Sites = Mapping[str, SiteRecipe]
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a recipe comes to on data that training does not learn from.
-
-    That is its ``loss``, and the ``value`` of the task's ``metric``; None where it has none.
-    """
-
-    loss: float
-    metric: str = ""
-    value: float | None = None
-
-
-Measure = Callable[[Sites], Held]
-"""Measures a recipe on data that training does not learn from."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +140,7 @@ def train(
         layers = found_out.layers(technique)
     rates = {name: getattr(technique, name) for name in RATE_NAMES if hasattr(technique, name)}
     trainer = Trainer(student, lesson, technique, layers)
-    best = _Best(student, before)
+    best = Best(student, before)
     if state is not None:
         trainer.load(state)
         trainer.keep()
@@ -188,7 +165,7 @@ def train(
         trainer.losses.clear()
         trainer.keep()
         if checkpoint is not None:
-            kept = _merged(trainer.state(), best.state()) | {RATES: rates, LAYERS: layers}
+            kept = merged(trainer.state(), best.state()) | {RATES: rates, LAYERS: layers}
             write_checkpoint(checkpoint[0], kept, checkpoint[1])
         new, told = tuple(trainer.findings[told:]), len(trainer.findings)
         watch(
@@ -285,70 +262,7 @@ class _Attempt:
                 student.rest()
             self._follow(Step(0, technique.steps, trainer.losses[-1]))
         with trainer.averaged():
-            return _Best(student, math.inf).look(self._measure).loss
-
-
-class _Best:
-    """The parameters that were best on held-back data so far."""
-
-    def __init__(self, student: Student, before: float) -> None:
-        self._student = student
-        self.loss = before
-        self.waits = 0
-        self._start = before
-        self._last = before
-        self._kept = self._parameters()
-
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        return {f"{n}|{k}": p.detach().clone() for n, k, p in self._student.parameters()}
-
-    def look(self, measure: Measure) -> Held:
-        """Measure the student as it is; return what that gave."""
-        applier = self._student.applier
-        sites, learned = self._student.solution()
-        known = set(applier.learned)
-        applier.learned.update(learned)
-        try:
-            held = measure(sites)
-        except TrialError:  # outputs that are not finite, say: as bad as can be
-            held = Held(math.inf)
-        finally:
-            for digest in set(learned) - known:
-                del applier.learned[digest]
-            applier.to_float()
-        if held.loss < self.loss:
-            self.loss, self.waits, self._kept = held.loss, 0, self._parameters()
-        else:
-            self.waits += 1
-        self._last = held.loss
-        return held
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether nothing was gained for long, and what there is now is no better than at first."""
-        return self.waits > PATIENCE and self._last >= self._start
-
-    def restore(self) -> None:
-        """Have the student as it was at its best."""
-        with torch.no_grad():
-            for name, kind, parameter in self._student.parameters():
-                parameter.copy_(self._kept[f"{name}|{kind}"])
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"best": self.loss, "waits": self.waits, "last": self._last, "kept": self._kept}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what a checkpoint kept."""
-        self.loss, self.waits, self._last = state["best"], state["waits"], state["last"]
-        prefix = "best:"
-        tensors = state["tensors"]
-        self._kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _merged(state: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
-    kept = {f"best:{name}": tensor for name, tensor in best.pop("kept").items()}
-    return state | best | {"tensors": state["tensors"] | kept}
+            return Best(student, math.inf).look(self._measure).loss
 
 
 def lost_of(student: Student) -> float:

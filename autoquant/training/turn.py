@@ -19,10 +19,11 @@ from autoquant.methods.reconstruction.sequential import Sequential
 from autoquant.spec.recipe import SiteRecipe
 from autoquant.training.blocks import Block, Run, floating
 from autoquant.training.guard import Finding
+from autoquant.training.held import Held, Measure, Sites
 from autoquant.training.objective import Seen, distance
 from autoquant.training.samples import Call, Compute, Gathered, gather, mixed
 from autoquant.training.student import Student
-from autoquant.training.train import Held, Measure, Sites, train
+from autoquant.training.train import train
 from autoquant.training.trainer import Lesson
 
 

@@ -21,7 +21,7 @@ from tests.benchmarks.challenges import (
     signs,
     small_weights,
 )
-from tests.benchmarks.challenges.rows import Rows
+from tests.benchmarks.challenges.rows import MACHINE, Rows, ordered
 from tests.benchmarks.training import REPORT, RULE
 
 SECTIONS = {
@@ -38,12 +38,12 @@ SECTIONS = {
 
 def sections(rows: Rows) -> str:
     """Return the text of all sections that have rows."""
-    lines = []
+    lines: list[str] = []
     for module, title in SECTIONS.values():
         own = rows.of_section(module.SECTION)
         if own:
             lines += ["", f"## {title}", ""]
-            lines += module.text(own)
+            lines += [*module.text(own), *ordered(own, MACHINE)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -11,8 +11,11 @@ from typing import Any
 
 from scipy import stats
 
+from tests.benchmarks.machine import describe_machine
+
 Row = dict[str, Any]
 KEY = ("section", "case", "variant", "seed")
+MACHINE = "machine"
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Rows:
         named = dict(zip(KEY, key, strict=True))
         if any(all(row[k] == v for k, v in named.items()) for row in self.rows):
             return
-        row = named | measure()
+        row = named | measure() | {MACHINE: describe_machine()}
         self.rows.append(row)
         print(json.dumps(row)[:200], flush=True)
         self.write()

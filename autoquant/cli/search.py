@@ -199,7 +199,9 @@ def command(
         raise UserError(f"{model}: no such file")
     sources = (model, task, data, metric, trust_pickle, space)
     if log is not None and tune not in (FULL, AUTO):
-        raise UserError(f"--log is of training: --tune {tune} trains nothing, {FULL} does")
+        raise UserError(
+            f"--log is of training all layers together: give --tune {FULL} or {AUTO} too"
+        )
     result = run(*sources, options, study, storage, out, as_json, log)
     return verdict_status(result.verdict)
 

@@ -374,7 +374,8 @@ def test_scalars_of_a_search(plain, cli):
         ((*TUNE, *FULL, "--log", "r.yaml"), "r.yaml is no folder"),
         ((*TUNE, *FULL, "--log", "r.yaml/logs"), "r.yaml is no folder"),
         (("search", *WORDS, "--log", "r.yaml"), "r.yaml is no folder"),
-        (("search", *WORDS, "--tune", "layer", "--log", "l"), "--tune layer trains nothing"),
+        (("search", *WORDS, "--tune", "layer", "--log", "l"), "give --tune full or auto too"),
+        (("search", *WORDS, "--tune", "block", "--log", "l"), "give --tune full or auto too"),
     ],
 )
 def test_logs_that_cannot_be(plain, cli, command, said):

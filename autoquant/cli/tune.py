@@ -106,6 +106,14 @@ LAYER_RATES: dict[str, dict[str, float]] = {
     "slower. Default: alike.",
 )
 @click.option(
+    "--labels",
+    metavar="SHARE",
+    type=click.FloatRange(0.0, 1.0),
+    default=None,
+    help="Share of the task's training_loss in what is made small, where it has one; the rest is "
+    "how far outputs are from the float model's (--method full). Default: 0.2.",
+)
+@click.option(
     "--estimator",
     metavar="NAME",
     default=None,
@@ -156,6 +164,7 @@ def command(
     rate: float | None,
     rivals: int | None,
     layer_rates: str | None,
+    labels: float | None,
     estimator: str | None,
     gradients: str | None,
     most: int | None,
@@ -188,6 +197,7 @@ def command(
             "rate": rate,
             "rivals": rivals,
             "layer_rates": layer_rates,
+            "labels": labels,
             "estimator": estimator,
             "gradients": gradients,
             "most": most,
@@ -210,6 +220,8 @@ def command(
     check_folder(target.parent)
     check_tuned(target, loaded_recipe, {"recipe": recipe, **source.files})
     loaded_task = source.load_task()
+    if labels is not None and loaded_task.training_loss is None:
+        raise UserError(f"--labels: {loaded_task.source} has no training_loss that would take them")
     loaded = source.load(loaded_task)
     check_model(loaded_recipe, loaded, accept=accept_changes)
     with contextlib.ExitStack() as ends:
@@ -250,7 +262,8 @@ def command(
 
 def _training(method: str, given: dict[str, Any]) -> Training | None:
     """Return how to train, None for not at all; UserError for options that say nothing then."""
-    own = {"most": ("block",), "drop": ("block",), "rivals": ("full",), "layer_rates": ("full",)}
+    own = dict.fromkeys(("most", "drop"), ("block",))
+    own |= dict.fromkeys(("rivals", "layer_rates", "labels"), ("full",))
     for name, value in given.items():
         methods = own.get(name, TRAINED)
         if value is not None and method not in methods:

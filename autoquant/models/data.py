@@ -32,7 +32,7 @@ __all__ = [
     "make_splits",
     "take",
     "to_device",
-    "training_inputs",
+    "training_pairs",
     "without_samples",
 ]
 
@@ -206,23 +206,45 @@ def calibration_inputs(task: Task, most: int, like: Tree | None) -> Iterator[Tre
     return _inputs(task, "calibration_data", most, like)
 
 
-def training_inputs(task: Task, splits: Splits, most: int = TRAINING_SAMPLES) -> tuple[Tree, ...]:
-    """Return batches of inputs to train with, ``most`` samples of them at most.
+def training_pairs(task: Task, splits: Splits, most: int = TRAINING_SAMPLES) -> tuple[Pair, ...]:
+    """Return batches of (inputs, targets) to train with, ``most`` samples of them at most.
 
     Those of ``training_data``, without what the search measures by, or confirms with; without it
-    those to calibrate with. Raises TaskError for data that are empty or of another form.
+    those to calibrate with. Targets are None where the task has no ``training_loss`` that takes
+    them. Raises TaskError for data that are empty or of another form, or have no targets.
     """
     if task.training_data is None:
-        return tuple(batch for batch in splits.calibrate if batch is not None)
+        return tuple((batch, None) for batch in splits.calibrate if batch is not None)
     held = [inputs for inputs, _ in (*splits.search, *splits.confirm)]
-    seen, found = set(sample_digests(held)), []
-    for batch in _inputs(task, "training_data", most, splits.like):
-        rows = [i for i, digest in enumerate(sample_digests([batch])) if digest not in seen]
+    seen, found = set(sample_digests(held)), list[Pair]()
+    given = _labelled(task, most)
+    if task.training_loss is None:
+        given = ((x, None) for x in _inputs(task, "training_data", most, splits.like))
+    for pair in given:
+        rows = [i for i, digest in enumerate(sample_digests([pair[0]])) if digest not in seen]
         if rows:
-            found.append(batch if len(rows) == batch_size(batch) else take(batch, rows))
+            found.append(pair if len(rows) == batch_size(pair[0]) else take(pair, rows))
     if not found:
         raise TaskError(f"{task.source}: training_data has nothing that is not evaluated with")
     return tuple(found)
+
+
+def _labelled(task: Task, most: int) -> Iterator[Pair]:
+    """Yield batches of (inputs, targets) of ``training_data``, up to ``most`` samples."""
+    assert task.training_data is not None
+    left = most
+    for number, batch in read(task.source, "training_data", task.training_data):
+        where = f"{task.source}: training_data, batch {number}"
+        inputs, targets = as_pair(batch, where)
+        if targets is None:
+            raise TaskError(
+                f"{where} has no targets, which training_loss takes: yield (inputs, targets)"
+            )
+        size = batch_size(inputs)
+        yield (inputs, targets) if size <= left else take((inputs, targets), range(left))
+        left -= min(size, left)
+        if not left:
+            return
 
 
 def _inputs(task: Task, name: str, most: int, like: Tree | None) -> Iterator[Tree]:

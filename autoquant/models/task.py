@@ -22,8 +22,16 @@ from autoquant.models.trees import CONSTANTS, batch_size, take
 from autoquant.models.usercode import guarded
 from autoquant.registry import unknown
 
+FUNCTIONS = (
+    "augment", "training_loss", "forward", "evaluate", "evaluate_confirm", "load_model"
+)  # fmt: skip
+"""Parts of a task that are functions, with arguments."""
+
 DATA_BATCH = 64
 """Samples a batch where the data comes from a file."""
+NEAR = 0.85
+"""How alike a name is to one of a task's to be taken for a slip: ``train_data`` is .87 of one,
+``training_words`` .82 of another."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +48,9 @@ class Task:
     - ``training_data()``: batches of inputs to train with, where a recipe is trained; without it,
       the calibration data. ``augment(inputs)``: other inputs of a batch, as photos mirrored or cut;
       what it draws, it draws from torch, whose state is seeded for each step.
+    - ``training_loss(outputs, targets)``: a tensor with one number, which training makes small
+      beside how far outputs are from the float model's; ``training_data`` then has batches of
+      (inputs, targets).
     - ``evaluation_data()``: batches of (inputs, targets); without targets (inputs, None), or
       inputs that are not themselves two things in a tuple or list.
     - ``forward(model, inputs)``: calls the model; see ``run_forward`` for what happens without.
@@ -56,6 +67,7 @@ class Task:
     evaluation_data: Callable[[], Iterable[Any]] | None = None
     training_data: Callable[[], Iterable[Any]] | None = None
     augment: Callable[[Any], Any] | None = None
+    training_loss: Callable[[Any, Any], Tensor] | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
     metric: str | Callable[[Any, Any], float] | None = None
     higher_is_better: bool | None = None
@@ -68,7 +80,7 @@ class Task:
     def __post_init__(self) -> None:
         for name in ("calibration_data", "evaluation_data", "training_data"):
             object.__setattr__(self, name, self._as_function(name, getattr(self, name)))
-        for name in ("augment", "forward", "evaluate", "evaluate_confirm", "load_model"):
+        for name in FUNCTIONS:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 self._fail(f"{name} is a {type(value).__name__}: expected a function")
@@ -115,6 +127,8 @@ class Task:
             self._fail("has both metric and evaluate, which is the metric itself: keep one of them")
         if self.evaluate_confirm is not None and self.evaluate is None:
             self._fail("has evaluate_confirm but no evaluate: define both or neither")
+        if self.training_loss is not None and self.training_data is None:
+            self._fail("has training_loss but no training_data with targets: define both")
         if self.higher_is_better is not None and self.metric is None and self.evaluate is None:
             self._fail("has higher_is_better but no metric: define metric too, or leave it out")
 
@@ -183,7 +197,7 @@ def _check_names(path: Path, module: ModuleType) -> None:
             continue
         if getattr(value, "__module__", module.__name__) != module.__name__:
             continue
-        near = difflib.get_close_matches(name, missing, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name, missing, n=1, cutoff=NEAR)
         if near:
             raise TaskError(
                 f"{path}: defines {name!r}: did you mean {near[0]!r}? "

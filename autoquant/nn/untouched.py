@@ -138,7 +138,8 @@ class _Watch(TorchFunctionMode):
 
     def end(self) -> None:
         """Look for outputs that were not read, or that somebody keeps, while results are held."""
-        if any(made.tensor() is not None for made in self._all):
+        # Of one that no norm took it doesn't matter: the model's own output, which is held, say.
+        if any(made.taken and made.tensor() is not None for made in self._all):
             gc.collect()
         for made in self._all:
             if not made.taken or made.tensor() is not None:

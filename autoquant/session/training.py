@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from autoquant.errors import TrialError
 from autoquant.kernels.reference import full_float32
@@ -18,9 +19,10 @@ from autoquant.methods.reconstruction.blockwise import Blockwise
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.methods.reconstruction.sequential import Sequential
 from autoquant.methods.training import Training
-from autoquant.models.data import training_inputs
+from autoquant.models.data import training_pairs
 from autoquant.models.digests import sample_digests
 from autoquant.models.task import outputs_of
+from autoquant.models.trees import to_device
 from autoquant.models.usercode import guarded
 from autoquant.session.session import Session
 from autoquant.spec.recipe import SiteRecipe, choices_key
@@ -55,8 +57,7 @@ def train_layers(
     lesson = lesson_of(session, seed)
     kept = None
     if checkpoint is not None:
-        batches = lesson.inputs.batches
-        kept = checkpoint, identity_of(session, sites, technique, batches, seed)
+        kept = checkpoint, identity_of(session, sites, technique, lesson.inputs, seed)
     try:
         return train(
             session.applier, sites, lesson, technique, _measure_of(session),
@@ -103,7 +104,7 @@ def train_blocks(
     school = School(batches, run, compute, lesson.classes, lesson.modules, seed)
     kept = None
     if checkpoint is not None:
-        kept = checkpoint, identity_of(session, sites, technique, batches, seed, fit)
+        kept = checkpoint, identity_of(session, sites, technique, lesson.inputs, seed, fit)
     try:
         return train_blockwise(
             session.applier, sites, school, technique, _measure_of(session),
@@ -120,7 +121,7 @@ def _measure_of(session: Session) -> Callable[[Sites], Held]:
     def measure(candidate: Sites) -> Held:
         with session.without_reuse():
             measured, reading, _ = session.measure(candidate, "search")
-        return Held(measured.loss, reading.metric.name, reading.value)
+        return Held(measured.loss, reading.metric.name, reading.value, reading.distance)
 
     return measure
 
@@ -136,14 +137,20 @@ def lesson_of(session: Session, seed: int = 0) -> Lesson:
     augment = None
     if task.augment is not None:
         augment = functools.partial(_augmented, task.augment, task.source)
+    loss = None
+    if task.training_loss is not None:
+        loss = functools.partial(_labels_loss, task.training_loss, task.source, session.device)
+    pairs = training_pairs(task, session.splits)
+    targets = () if loss is None else tuple(targets for _, targets in pairs)
     modules = {site.name: prepared.model.get_submodule(site.users[0][0]) for site in prepared.sites}
     return Lesson(
-        Lessons(training_inputs(task, session.splits)),
+        Lessons(tuple(inputs for inputs, _ in pairs), targets),
         run,
         session.baseline("search").by_classes,
         evaluator.scorer,
         modules,
         augment,
+        loss,
         seed,
     )
 
@@ -156,6 +163,33 @@ def _augmented(augment: Callable[[Any], Any], source: str, inputs: Any) -> Any:
         return augment(inputs)
 
 
+def _labels_loss(
+    loss: Callable[[Any, Any], Tensor],
+    source: str,
+    device: torch.device,
+    outputs: Any,
+    targets: Any,
+) -> Tensor:
+    """Return the user's loss of one batch; TrialError where it is no number with a gradient."""
+
+    def failed(reason: str) -> TrialError:
+        return TrialError(f"training_loss failed: {reason}")
+
+    with guarded(failed, source, OUT_OF_MEMORY):
+        found = loss(outputs, to_device(targets, device))
+    if not isinstance(found, Tensor):
+        kind = type(found).__name__
+        raise TrialError(f"training_loss returned a {kind}: expected a tensor with one number")
+    if found.numel() != 1:
+        shape = list(found.shape)
+        raise TrialError(
+            f"training_loss returned a tensor of shape {shape}: expected one number, such as a mean"
+        )
+    if not found.requires_grad:
+        raise TrialError("training_loss has no gradient: compute it from the outputs, in torch")
+    return found.reshape(())
+
+
 def _failed(reason: str) -> TrialError:
     return TrialError(f"the model fails while it is trained: {reason}")
 
@@ -164,19 +198,26 @@ def identity_of(
     session: Session,
     sites: Sites,
     technique: Training,
-    batches: Sequence[Any],
+    lessons: Lessons,
     seed: int,
     fit: Sequential | None = None,
 ) -> str:
-    """Return what a checkpoint is of: the model, the recipe, the technique, the data."""
+    """Return what a checkpoint is of: the model, the recipe, the technique, the data, the task.
+
+    The file of a task, as what its functions do to the data is known by their text alone.
+    """
     found = hashlib.sha256()
     scales = {
         n: (s.activation.scale, s.activation.zero_point) for n, s in sites.items() if s.activation
     }
     known = [session.identity.sha256, choices_key(sites), technique.plain(), seed, scales]
+    known.append(session.task.sha256)
     if fit is not None:
         known.append(fit.plain())
     found.update(json.dumps(known, sort_keys=True).encode())
+    batches = lessons.batches
+    if lessons.targets:
+        batches = list(zip(batches, lessons.targets, strict=True))
     for digest in sample_digests(batches):
         found.update(digest)
     return found.hexdigest()

@@ -20,7 +20,7 @@ from autoquant.spec.techniques import CORRECTIONS, UNCORRECTED
 from autoquant.training.blocks import find_blocks, samples_of, usual_numbers
 from autoquant.training.checkpoint import read_checkpoint, write_checkpoint
 from autoquant.training.guard import Finding
-from autoquant.training.held import Measure, Sites
+from autoquant.training.held import AS_IT_WAS, BY_CHANCE, Measure, Sites
 from autoquant.training.train import Trained, lost_of, student_of
 from autoquant.training.turn import BlockDone, School, Turn, measured
 
@@ -47,7 +47,7 @@ def train_blockwise(
     each block and gone on from. The model is left in float; what is returned is in
     ``applier.learned``. Raises TrialError where no block can be trained.
     """
-    before = measure(sites).loss
+    before = measure(sites)
     lost = lost_of(student_of(applier, sites, technique))
     done = applier.apply(sites)
     quantized = [s for s in applier.prepared.sites if done[s.name].weight is not None]
@@ -90,7 +90,9 @@ def train_blockwise(
     if not trained:
         raise TrialError(f"no block can be trained: {findings[-1].layer}: {findings[-1].what}")
     after = measured(measure, done)
-    better = after < before
+    better = after.clearly_less_than(before)
+    if after.loss < before.loss and not better:
+        findings.append(Finding(technique.steps * len(blocks), "", BY_CHANCE, AS_IT_WAS))
     found = done if better else dict(sites)
     if not better:
         _forget(applier, known, sites)
@@ -100,8 +102,8 @@ def train_blockwise(
     return Trained(
         found,
         learned if better else {},
-        before,
-        min(after, before),
+        before.loss,
+        after.loss if better else before.loss,
         technique.steps * len(blocks),
         tuple(findings),
         (lost, lost_now),

@@ -151,7 +151,9 @@ def gather(
     if not kept:
         raise TrialError("the quantized model never calls it as the float model does")
     learn, held = _divide(calls, divisible)
-    return Gathered(Samples(learn, divisible), Samples(held, divisible), kept, samples)
+    return Gathered(
+        Samples(learn, divisible=divisible), Samples(held, divisible=divisible), kept, samples
+    )
 
 
 def _listen(

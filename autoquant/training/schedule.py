@@ -59,9 +59,10 @@ def _epoch(order: Order, epoch: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
 
 @dataclass(frozen=True)
 class Lessons:
-    """Inputs to learn from, as batches of the task's own form."""
+    """Inputs to learn from, as batches of the task's own form, and their ``targets`` if known."""
 
     batches: Sequence[Any]
+    targets: Sequence[Any] = ()
 
     def order(self, size: int, seed: int) -> Order:
         """Return the order of samples, ``size`` at a time."""
@@ -71,6 +72,11 @@ class Lessons:
         """Return the samples at ``places``."""
         number, rows = places
         return take(self.batches[number], rows)
+
+    def targets_at(self, places: tuple[int, tuple[int, ...]]) -> Any:
+        """Return the targets of the samples at ``places``, None where none are known."""
+        number, rows = places
+        return take(self.targets[number], rows) if self.targets else None
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)

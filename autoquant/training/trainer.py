@@ -41,7 +41,8 @@ class Lesson:
 
     ``run`` (model, inputs) → outputs is the user's forward; ``classes`` says that outputs are
     scores of classes; ``scorer`` is the layer whose outputs are decoded. ``modules`` are those
-    whose outputs count, by name of their site. ``augment`` makes other inputs of inputs.
+    whose outputs count, by name of their site. ``augment`` makes other inputs of inputs. ``loss``
+    (outputs, targets) → a tensor with one number is the task's own, for inputs with targets.
     """
 
     inputs: Lessons
@@ -50,6 +51,7 @@ class Lesson:
     scorer: nn.Module | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     augment: Augment | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
     seed: int = 0
 
     def taught(self, student: Student, inputs: Any, features: Mapping[str, nn.Module]) -> Seen:
@@ -83,6 +85,9 @@ class Trainer:
         self.findings: list[Finding] = []
         self._batch = technique.batch
         self._share = technique.features if isinstance(technique, Distillation) else 0.0
+        self._labels = 0.0
+        if isinstance(technique, Distillation) and lesson.loss is not None:
+            self._labels = technique.labels
         self._features = dict(lesson.modules) if self._share else {}
         self._start = _copied(student)
         self._optimizer = make_optimizer(student, technique, self._usual_outputs(), layers)
@@ -192,7 +197,8 @@ class Trainer:
     def _gradients(self, number: int) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
         """Return the loss of one step's batch, and the gradient of each parameter that has one."""
         lesson, student = self.lesson, self.student
-        inputs = lesson.inputs.at(self._order().places(number))
+        places = self._order().places(number)
+        inputs = lesson.inputs.at(places)
         device = next(iter(student.learners.values())).device
         generator = torch.Generator(device).manual_seed((lesson.seed << 24) + number)
         model = student.applier.prepared.model
@@ -200,12 +206,20 @@ class Trainer:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed((lesson.seed << 24) + number)
                 inputs = lesson.augment(inputs)
-        theirs = lesson.taught(student, inputs, self._features)
+        alone = self._labels == 1.0
+        theirs = Seen() if alone else lesson.taught(student, inputs, self._features)
         rows = list(student.parameters())
         with torch.enable_grad(), student.learning(generator):
             with seeing(self._features, lesson.scorer) as ours:
                 ours.outputs = lesson.run(model, inputs)
-            loss = loss_of(ours, theirs, classes=lesson.classes, features=self._share)
+            parts = []
+            if not alone:
+                far = loss_of(ours, theirs, classes=lesson.classes, features=self._share)
+                parts.append((1.0 - self._labels) * far)
+            if lesson.loss is not None and self._labels:
+                own = lesson.loss(ours.outputs, lesson.inputs.targets_at(places))
+                parts.append(self._labels * own)
+            loss = torch.stack([part.to(parts[0].device) for part in parts]).sum()
             found = torch.autograd.grad(loss, [p for _, _, p in rows], allow_unused=True)
         known = zip(rows, found, strict=True)
         return loss.detach(), {(n, k): g for (n, k, _), g in known if g is not None}

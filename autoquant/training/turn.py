@@ -73,13 +73,13 @@ class School:
     seed: int = 0
 
 
-def measured(measure: Measure, sites: Sites) -> float:
-    """Return the loss of a recipe, infinity where it has none."""
+def measured(measure: Measure, sites: Sites) -> Held:
+    """Return what a recipe comes to, with an infinite loss where it has none."""
     try:
-        found = measure(sites).loss
+        found = measure(sites)
     except TrialError:  # outputs that are not finite, say: as bad as can be
-        return math.inf
-    return found if math.isfinite(found) else math.inf
+        return Held(math.inf)
+    return found if math.isfinite(found.loss) else Held(math.inf)
 
 
 class Turn:
@@ -109,9 +109,9 @@ class Turn:
             applier.to_float, lambda: applier.apply(sites),
         )  # fmt: skip
         measure = functools.partial(self._loss, samples)
-        before = measured(measure, sites)
+        before = measured(measure, sites).loss
         start = self._fitted(samples, sites)
-        fitted = measured(measure, start) if start != sites else before
+        fitted = measured(measure, start).loss if start != sites else before
         if not fitted < before:
             start = sites
         drop = self._technique.drop

@@ -218,6 +218,28 @@ def test_layers_learn_at_rates_of_their_own(plain, cli, how):
     assert ("layers learned at" in cli(*TUNE, *words).out) == (how != "alike")
 
 
+def test_labels_are_used_where_the_task_says_how(plain, cli, refused):
+    words = ("--method", "full", "--steps", "100", "--rate", "10")
+    share = ("--labels", "0.02")
+    line = refused(*TUNE, *words, *share, early=False)
+    assert "task.py has no training_loss that would take them" in line
+    bare = json.loads(cli(*TUNE, *words, "--json").out)["tried"][-1]
+    text = (plain / "task.py").read_text()
+    more = """
+def training_data():
+    x, y = data()
+    return [(x[:80] + 0.01, y[:80])]
+def training_loss(outputs, targets):
+    return torch.nn.functional.cross_entropy(outputs, targets)
+"""
+    (plain / "task.py").write_text(text + more)
+    rows = [json.loads(cli(*TUNE, *words, *own, "--json").out)["tried"][-1] for own in ((), share)]
+    assert [row["technique"]["labels"] for row in rows] == [0.2, 0.02]
+    assert len({bare["loss"], *(row["loss"] for row in rows)}) == 3
+    (plain / "task.py").write_text(text + more.replace("targets)\n", "wrong)\n"))
+    assert "training_loss failed: NameError" in refused(*TUNE, *words, "--json", early=False)
+
+
 def test_training_that_was_killed_goes_on(plain, cli, monkeypatch):
     words = ("--method", "full", "--steps", "60", "--rate", "10")
     assert cli(*TUNE, *words, "-o", "whole.yaml").done

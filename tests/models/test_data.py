@@ -14,7 +14,7 @@ from autoquant.models.data import (
     make_splits,
     take,
     to_device,
-    training_inputs,
+    training_pairs,
 )
 from autoquant.models.task import Task
 
@@ -286,16 +286,65 @@ def test_inputs_to_train_with_are_none_that_are_evaluated_with() -> None:
         metric="accuracy",
     )
     splits = make_splits(task)
-    found = torch.cat(training_inputs(task, splits))
+    found = torch.cat([inputs for inputs, _ in training_pairs(task, splits)])
     assert torch.equal(found, torch.cat([x[:4], more]))
-    assert sum(map(len, training_inputs(task, splits, 7))) == 4  # of the first seven
+    assert sum(len(x) for x, _ in training_pairs(task, splits, 7)) == 4  # of the first seven
+
+
+def test_targets_to_train_with_stay_beside_their_inputs() -> None:
+    x = torch.arange(80.0).reshape(40, 2)
+    more = torch.arange(100.0, 140.0).reshape(20, 2)
+    both = torch.cat([x[30:], more])
+    task = Task(
+        evaluation_data=lambda: [(x, torch.zeros(40))],
+        calibration_data=lambda: [x[:4]],
+        training_data=lambda: [(both[:15], both[:15, 0] * 2), (both[15:], both[15:, 0] * 2)],
+        training_loss=lambda outputs, targets: (outputs - targets).square().mean(),
+        metric="accuracy",
+    )
+    splits = make_splits(task)
+    pairs = training_pairs(task, splits)
+    assert torch.equal(torch.cat([inputs for inputs, _ in pairs]), more)
+    assert torch.equal(torch.cat([targets for _, targets in pairs]), more[:, 0] * 2)
+    few = training_pairs(task, splits, 17)  # ten of which are evaluated with
+    assert [len(inputs) for inputs, _ in few] == [len(targets) for _, targets in few] == [5, 2]
+
+
+def test_targets_are_left_out_where_nothing_takes_them() -> None:
+    x = torch.arange(80.0).reshape(40, 2)
+    more = torch.arange(100.0, 140.0).reshape(20, 2)
+    task = Task(
+        evaluation_data=lambda: [(x, torch.zeros(40))],
+        training_data=lambda: [(more, torch.ones(20))],
+        metric="accuracy",
+    )
+    [(inputs, targets)] = training_pairs(task, make_splits(task))
+    assert torch.equal(inputs, more)
+    assert targets is None
+
+
+def test_a_loss_without_targets_is_one_line() -> None:
+    x = torch.arange(80.0).reshape(40, 2)
+    words = {
+        "evaluation_data": lambda: [(x, torch.zeros(40))],
+        "training_loss": lambda outputs, targets: outputs.mean(),
+        "metric": "accuracy",
+    }
+    with pytest.raises(TaskError, match="has training_loss but no training_data with targets"):
+        Task(**words)
+    task = Task(training_data=lambda: [x + 1000], **words)
+    with pytest.raises(TaskError, match="batch 1 has no targets, which training_loss takes"):
+        training_pairs(task, make_splits(task))
+    uneven = Task(training_data=lambda: [(x, torch.zeros(3))], **words)
+    with pytest.raises(TaskError, match="batch 1 has 40 inputs but 3 targets"):
+        training_pairs(uneven, make_splits(uneven))
 
 
 def test_without_inputs_to_train_with_it_is_those_to_calibrate_with() -> None:
     x = torch.arange(80.0).reshape(40, 2)
     task = Task(evaluation_data=lambda: [(x, torch.zeros(40))], metric="accuracy")
     splits = make_splits(task)
-    assert training_inputs(task, splits) == splits.calibrate
+    assert training_pairs(task, splits) == tuple((x, None) for x in splits.calibrate)
 
 
 def test_nothing_to_train_with_is_one_line() -> None:
@@ -303,7 +352,7 @@ def test_nothing_to_train_with_is_one_line() -> None:
     words = {"evaluation_data": lambda: [(x, torch.zeros(40))], "metric": "accuracy"}
     task = Task(training_data=lambda: [x], calibration_data=lambda: [x[:1] + 0.5], **words)
     with pytest.raises(TaskError, match="training_data has nothing that is not evaluated with"):
-        training_inputs(task, make_splits(task))
+        training_pairs(task, make_splits(task))
     empty = Task(training_data=list, **words)
     with pytest.raises(TaskError, match="training_data"):
-        training_inputs(empty, make_splits(empty))
+        training_pairs(empty, make_splits(empty))

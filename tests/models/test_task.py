@@ -123,6 +123,7 @@ def test_the_hash_and_the_functions_follow_the_content(tmp_path):
         ("import helper_missing\n", ["No module named 'helper_missing'", "task.py:1"]),
         ("raise SystemExit(1)\n", ["SystemExit", "task.py:1"]),
         ("raise ValueError('two\\nlines')\n", ["ValueError: two lines"]),
+        ("train_data = []\n", ["'train_data'", "did you mean 'training_data'?"]),
         ("evaluaton_data = []\n", ["'evaluaton_data'", "did you mean 'evaluation_data'?"]),
         ("evaluate = lambda m: 1.\nhigher_is_beter = False\n", ["did you mean 'higher_is_better'"]),
         ("", ["neither evaluation_data nor evaluate"]),

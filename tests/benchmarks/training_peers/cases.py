@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.methods.reconstruction.distillation import Distillation
-from autoquant.models.data import training_inputs
+from autoquant.models.data import training_pairs
 from autoquant.session.session import Session, open_session
 from autoquant.study.source import Source
 from autoquant.training.schedule import Lessons
@@ -83,7 +83,7 @@ def data_of(session: Session) -> Data:
     """Return the data that every tool gets."""
     splits = session.splits
     return Data(
-        Lessons(training_inputs(session.task, splits)),
+        Lessons(tuple(x for x, _ in training_pairs(session.task, splits))),
         tuple(splits.calibrate),
         tuple(splits.search),
         tuple(splits.confirm),

@@ -1,5 +1,6 @@
 """What every test needs before torch is loaded."""
 
+import gc
 import os
 
 import pytest
@@ -17,6 +18,12 @@ import torch  # noqa: E402
 # Where there is no GPU Triton's kernels are interpreted: chosen before anything imports triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ studies that ran in one go, were resumed, or had two workers: the same numbers, 
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,11 +99,19 @@ def told(recipe: Recipe) -> dict[str, SplitResult]:
     return {"search": recipe.evidence.search, "confirm": recipe.evidence.confirm}
 
 
+def cases() -> list[tuple[str, str, str, str]]:
+    """Return every way of the usual sampler, and of the others each space in one of the ways."""
+    ways = list(itertools.product(CACHES, ("fresh", "resumed", "two workers")))
+    found = []
+    for number, sampler in enumerate(registry.names()):
+        for place, space in enumerate(shipped()):
+            own = ways if sampler == "knapsack" else [ways[(number + place) % len(ways)]]
+            found += [(sampler, space, *way) for way in own]
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fresh", "resumed", "two workers"])
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("space", shipped())
-@pytest.mark.parametrize("sampler", registry.names())
+@pytest.mark.parametrize(("sampler", "space", "cache", "mode"), cases())
 def test_confirmed_is_evaluated_is_applied_is_loaded(monkeypatch, sampler, space, cache, mode):
     monkeypatch.setattr(applier, "CACHE_BYTES", CACHES[cache])
     recipe = run(mode, sampler, space)

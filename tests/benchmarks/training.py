@@ -66,6 +66,8 @@ class Case:
     technique: Distillation
     blocks: Blockwise = Blockwise()  # noqa: RUF009 - frozen
     embeddings: int | None = None
+    granularity: str = "per_channel"
+    scheme: str = "symmetric"
 
 
 HIGH = Distillation(
@@ -88,10 +90,31 @@ HIGH_BLOCKS = Blockwise(
 )
 CASES = {
     "mobilenet_v2": Case("MobileNetV2, W4 A8, 512 photos", "mobilenet_v2", 4, 8, LOW, BLOCKS),
+    "mobilenet_v2_3": Case("MobileNetV2, W3 A8, 512 photos", "mobilenet_v2", 3, 8, LOW, BLOCKS),
     "minilm": Case(f"{TITLES['minilm']}, W2 A8", "minilm", 2, 8, MIDDLE, BLOCKS, 4),
     "g2p3": Case(f"{TITLES['g2p']}, W3 A8", "g2p", 3, 8, replace(HIGH, batch=64), HIGH_BLOCKS),
     "g2p2": Case(
         f"{TITLES['g2p']}, W2 A8", "g2p", 2, 8, replace(HIGH, steps=3000, batch=64), HIGH_BLOCKS
+    ),
+    "g2p3g": Case(
+        f"{TITLES['g2p']}, W3 in groups, A8",
+        "g2p",
+        3,
+        8,
+        replace(HIGH, batch=64),
+        HIGH_BLOCKS,
+        granularity="per_group_32",
+        scheme="asymmetric",
+    ),
+    "g2p2g": Case(
+        f"{TITLES['g2p']}, W2 in groups, A8",
+        "g2p",
+        2,
+        8,
+        replace(HIGH, steps=3000, batch=64),
+        HIGH_BLOCKS,
+        granularity="per_group_32",
+        scheme="asymmetric",
     ),
     "resnext": Case(
         f"{TITLES['resnext']}, W2 A2", "resnext", 2, 2, replace(HIGH, steps=2000), HIGH_BLOCKS
@@ -118,7 +141,7 @@ def session_of(case: Case, folder: Path) -> Session:
 
 def recipe_of(case: Case, session: Session) -> Mapping[str, SiteRecipe]:
     """Return the uniform recipe of a case."""
-    text = SPACE.replace("GRANULARITY", "per_channel").replace("SCHEME", "symmetric")
+    text = SPACE.replace("GRANULARITY", case.granularity).replace("SCHEME", case.scheme)
     text = text.replace("activation_bits: [8]", f"activation_bits: [{case.activations}]")
     spaces = SearchSpace.parse(text, "training").resolve(session.prepared.sites)
     sites = dict(uniform(spaces, case.weights))
@@ -215,8 +238,9 @@ def main(names: tuple[str, ...], seeds: int, only: str) -> None:
         "# What training adds",
         "",
         "By `python -m tests.benchmarks.training`. All weights have the bits said (W), a scale per",
-        "channel and no zero point, first and last layer too; activations have the bits after A;",
-        "embeddings of MiniLM have 4. `fitted` is `autoquant tune` with far rows counting less;",
+        "channel and no zero point, first and last layer too; in groups of 32 each has a scale and",
+        "a zero point. Activations have the bits after A; embeddings of MiniLM have 4. `fitted` is",
+        "`autoquant tune` with far rows counting less;",
         "`blocks` goes on from that, as `--method block` does, and so does `trained`, as",
         "`--method full` does, on the unlabelled inputs of the task's `training_data`, or those to",
         "calibrate with. Loss (how far outputs are from the float model's) and metric are of the",

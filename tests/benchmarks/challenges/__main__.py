@@ -14,9 +14,11 @@ from autoquant.heap import keep_freed_memory
 from tests.benchmarks.challenges import (
     convergence,
     estimators,
+    labels,
     language,
     layer_rates,
     mismatch,
+    normalization,
     quantized_gradients,
     signs,
     small_weights,
@@ -33,6 +35,8 @@ SECTIONS = {
     "gradients": (quantized_gradients, "Quantized gradients"),
     "signs": (signs, "Sign and magnitude together"),
     "layer-rates": (layer_rates, "Rates of layers"),
+    "normalization": (normalization, "BatchNorm: learned, or set anew"),
+    "labels": (labels, "Labels beside distillation"),
 }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +32,25 @@ for many to get to another integer."""
 class Pupil:
     """A student and what it is asked, to find its loss and the gradients of that.
 
-    The teacher's answers to ``batches`` are found once. Losses are means over batches.
+    The teacher's answers to ``batches`` are found once. Losses are means over batches. ``heed``
+    is called before each run of the model and may raise to end it.
     """
 
-    def __init__(self, student: Student, lesson: Lesson, batches: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        student: Student,
+        lesson: Lesson,
+        batches: Sequence[Any],
+        heed: Callable[[], None] = lambda: None,
+    ) -> None:
         self.student = student
         self._lesson = lesson
         self._batches = batches
         self._model = student.applier.prepared.model
         self._answers: list[Seen] = []
+        self._heed = heed
         for inputs in batches:
+            heed()
             with student.teaching(), seeing({}, lesson.scorer) as seen:
                 seen.outputs = lesson.run(self._model, inputs)
             self._answers.append(seen)
@@ -49,6 +58,7 @@ class Pupil:
     def _losses(self) -> Iterator[Tensor]:
         lesson = self._lesson
         for inputs, theirs in zip(self._batches, self._answers, strict=True):
+            self._heed()
             with seeing({}, lesson.scorer) as ours:
                 ours.outputs = lesson.run(self._model, inputs)
             yield loss_of(ours, theirs, classes=lesson.classes, features=0.0) / len(self._batches)

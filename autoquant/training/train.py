@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autoquant.errors import TrialError
+from autoquant.measure.evaluator import OUT_OF_MEMORY
 from autoquant.methods.applier import Applier
 from autoquant.methods.learned import LearnedWeight
 from autoquant.methods.reconstruction.distillation import Distillation
@@ -130,24 +131,26 @@ def train(
     device = next(iter(student.learners.values())).device
     state = None if checkpoint is None else read_checkpoint(*checkpoint, device)
     rivals: list[Rival] = []
+    asked: list[Finding] = []
     layers: Mapping[str, float] = {}
     if state is not None:
         technique, layers = replace(technique, **state[RATES]), state[LAYERS]
     elif isinstance(technique, Distillation):
-        found_out = _Known(student, lesson, technique.batch)
+        found_out = _Known(student, lesson, technique.batch, heed)
         if technique.rivals > 1:
             run = _Attempt(applier, sites, lesson, measure, heed, follow, found_out)
             technique, rivals = race(technique, run, lesson.seed)
-        layers = found_out.layers(technique)
+        layers, asked = found_out.layers(technique), found_out.findings
     rates = {name: getattr(technique, name) for name in RATE_NAMES if hasattr(technique, name)}
     trainer = Trainer(student, lesson, technique, layers)
+    trainer.findings += asked
     best = Best(student, before)
     if state is not None:
         trainer.load(state)
         trainer.keep()
         best.load(state)
     every = max(1, technique.steps // CHECKS)
-    told = len(trainer.findings)
+    told = 0 if state is None else len(trainer.findings)
     while trainer.done < technique.steps and not best.hopeless:
         heed(trainer.done)
         known = len(trainer.findings)
@@ -224,22 +227,40 @@ def student_of(
 
 
 class _Known:
-    """What is found out of each layer at the start, once it is asked for."""
+    """What is found out of each layer at the start, once it is asked for.
 
-    def __init__(self, student: Student, lesson: Lesson, batch: int) -> None:
+    Where its batches don't fit the memory they are halved, which is among the ``findings``.
+    """
+
+    def __init__(
+        self, student: Student, lesson: Lesson, batch: int, heed: Callable[[int], None]
+    ) -> None:
         self._student, self._lesson, self._batch = student, lesson, batch
+        self._heed = heed
         self._evidence: Evidence | None = None
+        self.findings: list[Finding] = []
 
     def layers(self, technique: Distillation) -> dict[str, float]:
         if not needs_evidence(technique):
             return {}
-        if self._evidence is None:
-            inputs, order = self._lesson.inputs, self._lesson.inputs.order(self._batch, 0)
-            batches = [inputs.at(order.places(i)) for i in range(min(ASKED, order.length))]
-            pupil = Pupil(self._student, self._lesson, batches)
-            self._evidence = evidence_of(pupil, self._lesson.seed)
-            self._student.rest()
+        while self._evidence is None:
+            try:
+                self._evidence = self._ask()
+            except OUT_OF_MEMORY:
+                if self._batch == 1:
+                    raise
+                self._batch //= 2
+                done = f"layers are asked about by batches of {self._batch}"
+                self.findings.append(Finding(0, "", "out of memory", done))
+            finally:
+                self._student.rest()
         return layer_rates(self._evidence, technique)
+
+    def _ask(self) -> Evidence:
+        inputs, order = self._lesson.inputs, self._lesson.inputs.order(self._batch, 0)
+        batches = [inputs.at(order.places(i)) for i in range(min(ASKED, order.length))]
+        pupil = Pupil(self._student, self._lesson, batches, lambda: self._heed(0))
+        return evidence_of(pupil, self._lesson.seed)
 
 
 class _Attempt:

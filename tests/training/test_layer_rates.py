@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from autoquant.methods.reconstruction.distillation import Distillation
 from autoquant.quant.gradients.agreement import rate_multiplier
@@ -21,7 +24,8 @@ from autoquant.training.layer_rates import (
     layer_rates,
     needs_evidence,
 )
-from tests.training.models import KINDS, W2A4, everywhere, opened
+from autoquant.training.train import Moment
+from tests.training.models import KINDS, W2A4, everywhere, model_of, opened
 from tests.training.test_probes import pupil_of
 
 CURVED, MISMATCHED = Distillation(curvature_power=1.0), Distillation(mismatch_power=1.0)
@@ -108,3 +112,50 @@ def test_a_race_chooses_how_much_the_layers_differ() -> None:
     assert (0.0, 0.0) in powers
     assert len(powers) == 4
     assert all(0 <= a <= 1 and 0 <= b <= 1 for a, b in powers)
+
+
+class Small(nn.Sequential):
+    """Has no room for more than four samples with gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(*model_of("mlp"))
+        self.asked: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.asked.append(len(x))
+            if len(x) > 4:
+                raise torch.OutOfMemoryError("no room")
+        return super().forward(x)
+
+
+def test_out_of_memory_asks_about_layers_by_fewer_samples() -> None:
+    model = Small()
+    session = opened(model=model)
+    moments: list[Moment] = []
+    technique = replace(CURVED, steps=10, batch=16)
+    found = train_layers(session, everywhere(session, W2A4), technique, watch=moments.append)
+    asked = [f for f in found.findings if f.step == 0 and "layers are asked" in f.done]
+    assert [f.done for f in asked] == [f"layers are asked about by batches of {n}" for n in (8, 4)]
+    assert moments[0].findings[: len(asked)] == tuple(asked)
+    assert set(found.layers) == set(found.sites)
+    first = [n for n, _ in itertools.groupby(model.asked)]
+    assert first[:3] == [16, 8, 4]
+    # Layers are asked about as by batches that had room at once.
+    small = replace(technique, batch=4)
+    other = opened(model=Small())
+    assert train_layers(other, everywhere(other, W2A4), small).layers == found.layers
+
+
+def test_what_is_asked_about_layers_heeds_who_may_end_it() -> None:
+    session = opened("mlp")
+    heeded: list[int] = []
+
+    def heed(number: int) -> None:
+        heeded.append(number)
+        if len(heeded) == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_layers(session, everywhere(session, W2A4), CURVED, heed=heed)
+    assert heeded == [0] * 20

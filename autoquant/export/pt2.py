@@ -42,16 +42,17 @@ def export_program(
     ``others`` are calls with other shapes that the program must be able to answer too. Raises
     NotExportable where torch.export can't follow the model, or its program gives other outputs.
     """
-    wide = _at_least_two((args, kwargs))
+    wide = at_least_two((args, kwargs))
     reason = "no example input"
-    for shapes in (_dims(module, wide, tokens=True), _dims(module, wide, tokens=False), None):
+    free = [free_dims(module, wide, tokens=tokens) for tokens in (True, False)]
+    for shapes in (*free, None):
         try:
             # What the model's code does under torch.export, torch wraps in errors of its own.
             with (
                 guarded(NotExportable, passing=(Exception,)),
                 without_norms(module),
                 torch.no_grad(),
-                _quiet(),
+                quiet(),
             ):
                 program = torch.export.export(
                     module, wide[0], wide[1], dynamic_shapes=shapes, strict=False
@@ -64,7 +65,7 @@ def export_program(
             reason = str(error)
             continue
         except Exception as error:
-            reason = _one_line(error)
+            reason = one_line(error)
             continue
         if same:
             return program
@@ -76,13 +77,14 @@ def _agree(expected: Any, found: Any) -> bool:
     return disagreement(expected, found, rounding=ROUNDING) is None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what torch.export says on its way (warnings, logs, whole graphs) off the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -95,7 +97,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _at_least_two(tree: Any) -> Any:
+def at_least_two(tree: Any) -> Any:
     """Return inputs with two samples or more: a single one would be taken for a constant."""
     if any(
         isinstance(x, torch.Tensor) and x.dim() and x.shape[0] > 1 for x in pytree.tree_leaves(tree)
@@ -110,7 +112,7 @@ def _at_least_two(tree: Any) -> Any:
     return pytree.tree_map(widen, tree)
 
 
-def _dims(
+def free_dims(
     module: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], *, tokens: bool
 ) -> dict[str, Any]:
     """Return dynamic shapes as torch.export takes them, by the names of forward's parameters.
@@ -140,14 +142,14 @@ def save_program(program: Any, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _strip(program)
         try:
-            with _quiet():
+            with quiet():
                 torch.export.save(program, whole, extra_files={MARK: "1"})
         except NotImplementedError as error:  # a type of output that nobody has registered
-            raise NotExportable(_one_line(error)) from error
+            raise NotExportable(one_line(error)) from error
         _compress(whole, small, path.stem)
         small.replace(path)
     except (OSError, RuntimeError) as error:
-        raise ModelFileError(f"{path}: cannot write: {_one_line(error)}") from error
+        raise ModelFileError(f"{path}: cannot write: {one_line(error)}") from error
     finally:
         for temporary in (whole, small):
             with contextlib.suppress(OSError):

@@ -163,7 +163,7 @@ def _try_program(module: nn.Module, task: Task | None, path: Path) -> str | None
     """Write a .pt2 and return None, or return why it can't be one."""
     if task is None:
         return "without a task there is no example input to export it with; give --task or --data"
-    calls = _calls(module, task)
+    calls = calls_of(module, task)
     if isinstance(calls, str):
         return calls
     try:
@@ -173,7 +173,7 @@ def _try_program(module: nn.Module, task: Task | None, path: Path) -> str | None
     return None
 
 
-def _calls(module: nn.Module, task: Task) -> list[Call] | str:
+def calls_of(module: nn.Module, task: Task) -> list[Call] | str:
     """Return how the task calls the model, one call of each shape; or why it can't be exported.
 
     The task is watched: a .pt2 can only stand for the module's own call, so ``forward`` must make

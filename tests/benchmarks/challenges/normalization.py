@@ -75,7 +75,8 @@ def set_anew(lab: Lab, sites: Sites, *, deviations: bool) -> Sites:
         mean_now, deviation_now = _statistics(lab, site.users[0][0])
         ratio = torch.ones_like(mean)
         if deviations:
-            ratio = (deviation / deviation_now).clamp(1 / MOST, MOST)
+            # Of a channel that is always 0 there is nothing to set.
+            ratio = (deviation / deviation_now).nan_to_num(1.0).clamp(1 / MOST, MOST)
         done[site.name] = _moved(lab, own, site.users[0][0], ratio, mean - ratio * mean_now)
     applier.to_float()
     return done

@@ -1,0 +1,133 @@
+"""What an exporter is: a file of one kind, written from a quantized model and run where it belongs.
+
+An exporter is a row of EXPORTERS. What it can't express it names before it starts; what it wrote is
+loaded again by the runtime itself, behind the model's own call (``Runtime``), so that a task can
+measure it as it measures the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autoquant.errors import UserError
+from autoquant.registry import Registry
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of one call of a model, by position and by name."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """How a model is called, and what it gave: ``others`` are calls with other shapes."""
+
+    call: Call
+    output: Any
+    others: Sequence[Call] = ()
+
+
+class Exporter(Protocol):
+    """Writes files of one kind, and runs them."""
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its files end in."""
+        ...
+
+    @property
+    def runtime(self) -> str:
+        """What runs them."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The modules that it imports."""
+        ...
+
+    @property
+    def extra(self) -> str:
+        """What of this package installs them."""
+        ...
+
+    def unfit(self, module: nn.Module) -> list[str]:
+        """Return what of a deployed model it can't express, a line each."""
+        ...
+
+    def write(self, module: nn.Module, example: Example, path: Path) -> None:
+        """Write a deployed model; NotExportable where its own code can't be followed."""
+        ...
+
+    def ours(self, path: Path) -> bool:
+        """Return whether it wrote the file, so that it may be replaced."""
+        ...
+
+    def open(self, path: Path, example: Example, threads: int) -> Runtime:
+        """Return the file's model, run by its runtime."""
+        ...
+
+
+EXPORTERS: Registry[Exporter] = Registry("export", "autoquant.export.formats")
+
+
+def check_installed(name: str, exporter: Exporter) -> None:
+    """Raise UserError where an exporter's libraries are not installed, with what installs them."""
+    missing = [m for m in exporter.needs if importlib.util.find_spec(m) is None]
+    if missing:
+        raise UserError(
+            f"--to {name} needs {', '.join(missing)}: pip install 'autoquant[{exporter.extra}]'"
+        )
+
+
+class Runtime(nn.Module):
+    """A file's model behind the call of the model that it was made of.
+
+    ``integers`` are the layers that really are computed in integers, of all that multiply, by what
+    the runtime says of its own program; None where it doesn't.
+    """
+
+    def __init__(self, example: Example) -> None:
+        super().__init__()
+        leaves, self._form = pytree.tree_flatten(example.output)
+        self._constants = [None if isinstance(x, Tensor) else x for x in leaves]
+        self._tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+
+    @property
+    def integers(self) -> tuple[int, int] | None:
+        """Layers computed in integers, and all of them."""
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model gives, in its own form."""
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        found = self.compute([x.detach().cpu() for x in given])
+        leaves = list(self._constants)
+        for place, tensor in zip(self._tensors, found, strict=True):
+            leaves[place] = tensor
+        return pytree.tree_unflatten(leaves, self._form)
+
+    def compute(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the tensors of the outputs."""
+        raise NotImplementedError
+
+
+def difference(expected: Any, found: Any) -> float:
+    """Return the root of noise over signal of outputs, NaN where they don't pair off."""
+    noise = signal = 0.0
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
+    for a, b in pairs:
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+            if isinstance(a, Tensor) or isinstance(b, Tensor):
+                return float("nan")
+            continue
+        known = a.isfinite() & b.isfinite() if a.is_floating_point() else torch.ones_like(a).bool()
+        a, b = a[known].double(), b[known].double()
+        noise += float((a - b).square().sum())
+        signal += float(a.square().sum())
+    return float((noise / signal) ** 0.5) if signal else float("nan")

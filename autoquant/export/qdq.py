@@ -182,8 +182,9 @@ def translations() -> dict[Any, Any]:
     def activation(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int) -> Any:
         q = onnx.QuantizeLinear(x, scale, zero_point)
         if (qmin, qmax) != (0, 2**CONTAINER - 1):
-            ends = (onnx.Cast(onnx.Constant(value_int=end), to=2) for end in (qmin, qmax))
-            q = onnx.Clip(q, *ends)
+            # The ends as the container's own numbers, as Clip wants them.
+            ends: list[Any] = [onnx.Constant(value_int=end) for end in (qmin, qmax)]
+            q = onnx.Clip(q, *(onnx.CastLike(end, zero_point) for end in ends))
         return onnx.DequantizeLinear(q, scale, zero_point)
 
     def weight(q: Any, scale: Any, zero_point: Any, axis: int, block: int) -> Any:

@@ -51,11 +51,6 @@ class Exporter(Protocol):
         """The modules that it imports."""
         ...
 
-    @property
-    def extra(self) -> str:
-        """What of this package installs them."""
-        ...
-
     def unfit(self, module: nn.Module) -> list[str]:
         """Return what of a deployed model it can't express, a line each."""
         ...
@@ -77,12 +72,14 @@ EXPORTERS: Registry[Exporter] = Registry("export", "autoquant.export.formats")
 
 
 def check_installed(name: str, exporter: Exporter) -> None:
-    """Raise UserError where an exporter's libraries are not installed, with what installs them."""
+    """Raise UserError where an exporter's libraries are not installed, with what installs them.
+
+    Modules are called as the distributions that they come in.
+    """
     missing = [m for m in exporter.needs if importlib.util.find_spec(m) is None]
     if missing:
-        raise UserError(
-            f"--to {name} needs {', '.join(missing)}: pip install 'autoquant[{exporter.extra}]'"
-        )
+        names = " ".join(missing)
+        raise UserError(f"--to {name} needs what is not installed: pip install {names}")
 
 
 class Runtime(nn.Module):

@@ -131,7 +131,6 @@ class Onnx:
     suffix = ".onnx"
     runtime = "ONNX Runtime"
     needs = ("onnx", "onnxscript", "onnxruntime")
-    extra = "onnx"
 
     def unfit(self, module: nn.Module) -> list[str]:
         """Return what of a deployed model it can't express, a line each."""

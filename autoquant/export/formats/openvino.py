@@ -57,7 +57,6 @@ class OpenVino:
     suffix = ".xml"
     runtime = "OpenVINO"
     needs = ("onnx", "onnxscript", "openvino")
-    extra = "openvino"
 
     def unfit(self, module: nn.Module) -> list[str]:
         """Return what of a deployed model it can't express, a line each."""

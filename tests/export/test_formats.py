@@ -138,7 +138,7 @@ def test_a_library_that_is_missing_is_one_line() -> None:
     class Foreign(type(EXPORTERS.get("onnx"))):  # type: ignore[misc]
         needs = ("onnx", "no_such_library")
 
-    with pytest.raises(UserError, match="--to foreign needs .*: pip install no_such_library$"):
+    with pytest.raises(UserError, match=r"--to foreign needs .*: pip install no_such_library$"):
         check_installed("foreign", Foreign())
 
 

@@ -8,6 +8,8 @@ measure it as it measures the model.
 from __future__ import annotations
 
 import importlib.util
+import inspect
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +28,69 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Example:
-    """How a model is called, and what it gave: ``others`` are calls with other shapes."""
+    """How a model with a ``signature`` is called, and what it gave."""
 
+    signature: inspect.Signature
     call: Call
     output: Any
-    others: Sequence[Call] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module, call: Call) -> Example:
+        """Return what a module gives on one call."""
+        with torch.no_grad():
+            output = module(*call[0], **call[1])
+        return cls(inspect.signature(module.forward), call, output)
+
+    def bound(self, call: Call) -> inspect.BoundArguments:
+        """Return the arguments of a call by the names of the parameters, in their order."""
+        return self.signature.bind(*call[0], **call[1])
+
+    def tensors(self, call: Call) -> list[Tensor]:
+        """Return the tensors that a call gives the model, in the order of its parameters."""
+        leaves = pytree.tree_leaves(dict(self.bound(call).arguments))
+        return [x for x in leaves if isinstance(x, Tensor)]
+
+    @property
+    def names(self) -> list[str]:
+        """What the tensors of a call are called, and where they lie in it: "batch.0.mask"."""
+        return _paths(dict(self.bound(self.call).arguments), "input")
+
+    @property
+    def outputs(self) -> list[str]:
+        """What the tensors of the output are called."""
+        return _paths(self.output, "output")
+
+
+def _paths(tree: Any, alone: str) -> list[str]:
+    """Return where each tensor of a tree lies in it, ``alone`` for a tensor by itself."""
+    return [
+        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or alone
+        for path, leaf in pytree.tree_leaves_with_path(tree)
+        if isinstance(leaf, Tensor)
+    ]
+
+
+class Flat(nn.Module):
+    """A model between tensors alone: what else its arguments hold is as in an example."""
+
+    def __init__(self, module: nn.Module, example: Example) -> None:
+        super().__init__()
+        self.module = module
+        self._bound = example.bound(example.call)
+        leaves, self._form = pytree.tree_flatten(dict(self._bound.arguments))
+        self._leaves = [None if isinstance(x, Tensor) else x for x in leaves]
+        self._places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors of the outputs."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        bound = inspect.BoundArguments(
+            self._bound.signature, OrderedDict(pytree.tree_unflatten(leaves, self._form))
+        )
+        found = self.module(*bound.args, **bound.kwargs)
+        return tuple(x for x in pytree.tree_leaves(found) if isinstance(x, Tensor))
 
 
 class Exporter(Protocol):
@@ -91,6 +151,7 @@ class Runtime(nn.Module):
 
     def __init__(self, example: Example) -> None:
         super().__init__()
+        self._example = example
         leaves, self._form = pytree.tree_flatten(example.output)
         self._constants = [None if isinstance(x, Tensor) else x for x in leaves]
         self._tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
@@ -102,7 +163,7 @@ class Runtime(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model gives, in its own form."""
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = self._example.tensors((args, kwargs))
         found = self.compute([x.detach().cpu() for x in given])
         leaves = list(self._constants)
         for place, tensor in zip(self._tensors, found, strict=True):

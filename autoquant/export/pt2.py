@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -77,7 +78,7 @@ def _agree(expected: Any, found: Any) -> bool:
     return disagreement(expected, found, rounding=ROUNDING) is None
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return the kind of an error and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -121,15 +122,18 @@ def free_dims(
     would take minutes to reason about.
     """
 
-    def leaf(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return None
-        every = tokens and not value.is_floating_point()
-        free = range(value.dim() if every else min(value.dim(), 1))
-        return dict.fromkeys(free, torch.export.Dim.AUTO)
-
+    leaf = functools.partial(free_leaf, tokens=tokens)
     bound = inspect.signature(module.forward).bind(*inputs[0], **inputs[1])
     return {name: pytree.tree_map(leaf, value) for name, value in bound.arguments.items()}
+
+
+def free_leaf(value: Any, *, tokens: bool) -> Any:
+    """Return which dimensions of one input are free: the first, and all of integers if wished."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    every = tokens and not value.is_floating_point()
+    free = range(value.dim() if every else min(value.dim(), 1))
+    return dict.fromkeys(free, torch.export.Dim.AUTO)
 
 
 def save_program(program: Any, path: Path) -> None:

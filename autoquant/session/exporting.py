@@ -155,10 +155,7 @@ def _example(module: nn.Module, task: Task, kind: str) -> Example:
     calls = calls_of(module, task)
     if isinstance(calls, str):
         raise UserError(f"the model can't be written as {kind}: {calls}")
-    args, kwargs = calls[0]
-    with torch.no_grad():
-        output = module(*args, **kwargs)
-    return Example(calls[0], output, calls[1:])
+    return Example.of(module, calls[0])
 
 
 def _milliseconds(runtime: nn.Module, example: Example) -> float:

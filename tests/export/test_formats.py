@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoquant.errors import UserError
 from autoquant.export.exporter import EXPORTERS, Example, Exporter, check_installed, difference
 from autoquant.export.formats.onnx import OPSET
+from autoquant.export.pt2 import NotExportable
 from autoquant.spec.recipe import ActivationScheme, SiteRecipe, WeightScheme
 from tests.export.test_qdq import deployed, session_of
 from tests.training.models import inputs
@@ -25,9 +26,7 @@ activations times that of weights, and activations of weights alone are rounded 
 
 
 def example_of(model: nn.Module, samples: int = 16) -> Example:
-    x = inputs(samples, seed=5)
-    with torch.no_grad():
-        return Example(((x,), {}), model(x))
+    return Example.of(model, ((inputs(samples, seed=5),), {}))
 
 
 def written(name: str, model: nn.Module, folder: Path) -> tuple[Exporter, Path, Example]:
@@ -147,3 +146,59 @@ def test_the_difference_is_of_what_pairs_off() -> None:
     assert difference(x, x) == 0
     assert difference((x, [x]), (x * 1.1, [x * 1.1])) == pytest.approx(0.1)
     assert difference(x, x[:2]) != difference(x, x[:2])
+
+
+class Several(nn.Module):
+    """Takes and gives more than one tensor, and what is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, a: Tensor, b: Tensor, scale: float = 2.0, rest: Any = None) -> Any:
+        y = self.one(a) * scale - self.two(b)
+        if rest is not None:
+            y = y * rest["mask"]
+        return {"y": y, "kept": (y.relu(), 3)}
+
+
+@pytest.mark.parametrize("name", EXPORTERS.names())
+@pytest.mark.parametrize("how", ["names", "mixed", "nested", "places"])
+def test_a_call_of_any_form_is_the_models(tmp_path: Path, name: str, how: str) -> None:
+    import onnx
+
+    model, draw = Several().eval(), torch.Generator().manual_seed(1)
+    a, b = torch.randn(5, 4, generator=draw), torch.randn(5, 4, generator=draw)
+    mask = torch.randn(5, 3, generator=draw)
+    call: Any = {
+        "names": ((), {"b": b, "a": a}),
+        "mixed": ((a,), {"rest": {"mask": mask}, "b": b}),
+        "nested": ((a, b, 3.0, {"mask": mask}), {}),
+        "places": ((a, b), {}),
+    }[how]
+    exporter, example = EXPORTERS.get(name), Example.of(model, call)
+    path = tmp_path / f"q{exporter.suffix}"
+    exporter.write(model, example, path)
+    found = exporter.open(path, example, 1)(*call[0], **call[1])
+    assert difference(example.output, found) < 1e-6
+    assert found["kept"][1] == 3
+    if name == "onnx":
+        graph = onnx.load(str(path)).graph
+        given = ["a", "b", *(["rest.mask"] if how in ("mixed", "nested") else [])]
+        assert [x.name for x in graph.input] == given
+        assert [y.name for y in graph.output] == ["y", "kept.0"]
+
+
+def test_what_can_not_be_followed_is_one_line(tmp_path: Path) -> None:
+    class Deciding(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if float(x.sum()) > 0 else -x
+
+    with pytest.raises(NotExportable) as failed:
+        EXPORTERS.get("onnx").write(
+            Deciding(), Example.of(Deciding(), ((torch.ones(3, 2),), {})), tmp_path / "q.onnx"
+        )
+    assert len(str(failed.value).splitlines()) == 1
+    assert "\x1b" not in str(failed.value)
+    assert not list(tmp_path.iterdir())

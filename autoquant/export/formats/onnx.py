@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.errors import ModelFileError
-from autoquant.export.exporter import EXPORTERS, Example, Runtime
-from autoquant.export.pt2 import NotExportable, at_least_two, free_dims, one_line, quiet
+from autoquant.export.exporter import EXPORTERS, Example, Flat, Runtime
+from autoquant.export.pt2 import NotExportable, at_least_two, free_leaf, one_line, quiet
 from autoquant.export.qdq import translations, unfit, with_operators
 from autoquant.libraries import library
 from autoquant.models.usercode import guarded
@@ -36,11 +36,10 @@ def write_onnx(module: nn.Module, example: Example, path: Path) -> None:
     Every dimension is free that can be. Raises NotExportable where the model's code can't be
     followed, ModelFileError where the file can't be written.
     """
-    model = with_operators(module)
-    args, kwargs = at_least_two(example.call)
-    reason = "no example input"
-    free = [free_dims(model, (args, kwargs), tokens=tokens) for tokens in (True, False)]
-    for shapes in (*free, None):
+    model = Flat(with_operators(module), example)
+    inputs = tuple(at_least_two(example.tensors(example.call)))
+    reason = "it is given no tensors"
+    for shapes in [_free(inputs, tokens=True), _free(inputs, tokens=False), None]:
         try:
             with (
                 guarded(NotExportable, passing=(Exception,)),
@@ -50,10 +49,11 @@ def write_onnx(module: nn.Module, example: Example, path: Path) -> None:
             ):
                 program = torch.onnx.export(
                     model,
-                    args,
-                    kwargs=kwargs,
+                    inputs,
                     dynamo=True,
                     opset_version=OPSET,
+                    input_names=example.names,
+                    output_names=example.outputs,
                     dynamic_shapes=shapes,
                     custom_translation_table=translations(),
                     verbose=False,
@@ -62,13 +62,25 @@ def write_onnx(module: nn.Module, example: Example, path: Path) -> None:
             reason = str(error)
             continue
         except Exception as error:
-            reason = one_line(error)
+            reason = one_line(_cause(error))
             continue
         assert program is not None
         program.model.producer_name = PRODUCER
         _save(program, path)
         return
     raise NotExportable(reason)
+
+
+def _free(inputs: Sequence[Tensor], *, tokens: bool) -> dict[str, Any]:
+    """Return dynamic shapes as torch.export takes them, by the rules of a ``.pt2``."""
+    return {"tensors": tuple(free_leaf(x, tokens=tokens) for x in inputs)}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what an error comes from: torch.onnx wraps what it meets in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _save(program: Any, path: Path) -> None:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from autoquant.models.task import Task
     from autoquant.session.exporting import Exported
     from autoquant.spec.recipe import Recipe
-    from autoquant.study.source import Source
 
 KINDS = {"recipe": ".yaml", "onnx": ".onnx", "openvino": ".xml"}
 """What can be written, and what the names of such files end in."""
-Chosen = tuple["Recipe", "Source", "LoadedModel", "Task"]
+Chosen = tuple["Recipe", "LoadedModel", "Task"]
+"""A recipe, and the model and the task that it is for."""
 
 
 @click.command(
@@ -157,7 +157,7 @@ def _of_file(
     source = Source(model, *task, trust_pickle)
     check_export(kind, target, {"recipe": recipe, **source.files})
     loaded_task = source.load_task()
-    return loaded_recipe, source, source.load(loaded_task), loaded_task
+    return loaded_recipe, source.load(loaded_task), loaded_task
 
 
 def _of_study(
@@ -186,7 +186,7 @@ def _of_study(
         raise UserError(f"study {ledger.name} is of a module in Python: give --model FILE")
     check_export(kind, target, source.files)
     loaded_task = saved_task(ledger.name, source)
-    return recipe, source, source.load(loaded_task), loaded_task
+    return recipe, source.load(loaded_task), loaded_task
 
 
 def _export(chosen: Chosen, kind: str, target: Path, accept: bool, as_json: bool) -> None:
@@ -196,7 +196,7 @@ def _export(chosen: Chosen, kind: str, target: Path, accept: bool, as_json: bool
     from autoquant.session.exporting import export
     from autoquant.spec.outputs import check_folder
 
-    recipe, _, loaded, task = chosen
+    recipe, loaded, task = chosen
     check_folder(target.parent)
     check_model(recipe, loaded, accept=accept)
     found = export(loaded, task, recipe, kind, target, say=(lambda _: None) if as_json else print)
